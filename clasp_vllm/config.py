@@ -1,0 +1,233 @@
+"""The speculative configuration: what a user may write, its checks and its meaning.
+
+Nothing here imports vLLM, so that a bad configuration is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+METHODS = ("clasp", "layer_skip")
+
+# vLLM's own keys, passed through under their own names.
+VLLM_KEYS = (
+    "num_speculative_tokens",
+    "num_speculative_tokens_per_batch_size",
+    "draft_sample_method",
+    "rejection_sample_method",
+    "synthetic_acceptance_rates",
+    "synthetic_acceptance_length",
+)
+
+
+class ConfigError(ValueError):
+    """A speculative configuration that cannot be used. The message is for the user."""
+
+
+class LayerSkipConfig(BaseModel):
+    """Self-speculative decoding by skipping layers of the target model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    method: Literal["clasp", "layer_skip"] = Field(
+        description="clasp: layers chosen in context by dynamic programming (arXiv 2505.24196); "
+        "layer_skip: a fixed set of layers for all requests."
+    )
+    num_speculative_tokens: int = Field(
+        default=8, ge=1, le=64, description="Draft tokens per round (vLLM's key)."
+    )
+    skip_ratio: float | None = Field(
+        default=None, ge=0, lt=1,
+        description="Share of the layers to skip, rounded to whole layers. 0.5 if neither this nor "
+        "num_skipped_layers nor skip_layers is given.",
+    )
+    num_skipped_layers: int | None = Field(
+        default=None, ge=0,
+        description="How many layers to skip, fewer than the model has. Instead of skip_ratio.",
+    )
+    skip_layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None,
+        description="layer_skip only: the layers to skip, counted from 0. Without it as many layers "
+        "as skip_ratio or num_skipped_layers says, evenly spaced.",
+    )
+    optimization_interval: int | None = Field(
+        default=None, ge=1, le=1_000_000,
+        description="clasp only: rounds between two choices of a request's layers (default 8).",
+    )
+    max_optimized_requests: int | None = Field(
+        default=None, ge=1, le=1024,
+        description="clasp only: how many requests may have their layers chosen in one step "
+        "(default 4). Each holds back num_skipped_layers blocks of KV cache.",
+    )
+    draft_exit_threshold: float = Field(
+        default=0.3, ge=0, lt=1,
+        description="Stop drafting for a request after a token less probable than this under the "
+        "draft; 0 = off.",
+    )
+    # vLLM checks the values of its own keys; they are listed so that others are refused.
+    num_speculative_tokens_per_batch_size: Any = Field(
+        default=None, description="Draft length by batch size (vLLM's key)."
+    )
+    draft_sample_method: Literal["greedy", "probabilistic"] = Field(
+        default="greedy", description="How draft tokens are drawn (vLLM's key)."
+    )
+    rejection_sample_method: Literal["standard", "synthetic", "block"] = Field(
+        default="standard", description="How drafts are verified (vLLM's key)."
+    )
+    synthetic_acceptance_rates: Any = Field(
+        default=None, description="For synthetic verification (vLLM's key)."
+    )
+    synthetic_acceptance_length: Any = Field(
+        default=None, description="For synthetic verification (vLLM's key)."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LayerSkipConfig:
+        budgets = [k for k in ("skip_ratio", "num_skipped_layers", "skip_layers")
+                   if getattr(self, k) is not None]
+        if len(budgets) > 1:
+            raise ValueError(f"{' and '.join(budgets)} exclude each other; give one of them")
+        wrong = (
+            ["skip_layers"] if self.method == "clasp"
+            else ["optimization_interval", "max_optimized_requests"]
+        )
+        for key in wrong:
+            if getattr(self, key) is not None:
+                allowed = "layer_skip" if self.method == "clasp" else "clasp"
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r} is only allowed with method: {allowed}, "
+                    f"not with method: {self.method}"
+                )
+        if self.skip_layers is not None and len(set(self.skip_layers)) < len(self.skip_layers):
+            raise ValueError(f"skip_layers={self.skip_layers!r} names a layer twice")
+        return self
+
+    def budget(self, num_layers: int) -> int:
+        """The number of layers to skip in a model of ``num_layers``.
+
+        Raises:
+            ConfigError: not smaller than the number of layers, or a layer that does not exist.
+        """
+        if self.skip_layers is not None:
+            beyond = [layer for layer in self.skip_layers if layer >= num_layers]
+            if beyond:
+                raise ConfigError(
+                    f"skip_layers: {beyond[0]} is not a layer of the model; "
+                    f"allowed are 0 to {num_layers - 1}"
+                )
+            budget = len(self.skip_layers)
+            key = "skip_layers"
+        elif self.num_skipped_layers is not None:
+            budget, key = self.num_skipped_layers, "num_skipped_layers"
+        else:
+            ratio = 0.5 if self.skip_ratio is None else self.skip_ratio
+            budget, key = round(ratio * num_layers), "skip_ratio"
+        if budget >= num_layers:
+            raise ConfigError(
+                f"{key}: skipping {budget} layers leaves none; the model has {num_layers}, "
+                f"allowed are 0 to {num_layers - 1} skipped layers"
+            )
+        return budget
+
+    @property
+    def interval(self) -> int | None:
+        """Rounds between two optimisation passes; None for fixed masks."""
+        if self.method == "layer_skip":
+            return None
+        return self.optimization_interval or 8
+
+    @property
+    def optimized_requests(self) -> int:
+        """How many requests may be optimised in one step."""
+        return 0 if self.method == "layer_skip" else self.max_optimized_requests or 4
+
+    def vllm_settings(self) -> dict[str, Any]:
+        """vLLM's own keys, for its SpeculativeConfig."""
+        return {key: getattr(self, key) for key in VLLM_KEYS}
+
+
+def is_ours(settings: object) -> bool:
+    """Whether a speculative configuration asks for one of our methods."""
+    return isinstance(settings, Mapping) and settings.get("method") in METHODS
+
+
+def read_settings(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The key-value pairs of a configuration given as a mapping, as JSON or as a file's path.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, or it does not hold key-value pairs.
+    """
+    if isinstance(source, Mapping):
+        return dict(source)
+    text = str(source)
+    if text.lstrip().startswith(("{", "[")):
+        settings, origin = _parse(text, json.loads, "the JSON given"), "the JSON given"
+    else:
+        path = Path(text).expanduser()
+        if not path.is_file():
+            raise ConfigError(
+                f"speculative configuration {text!r}: no such file; "
+                "allowed is a JSON object or the path of a YAML or JSON file"
+            )
+        origin = f"file {text!r}"
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"speculative configuration {origin}: {error}") from error
+        settings = _parse(content, yaml.safe_load, origin)
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ConfigError(
+            f"speculative configuration {origin}: holds {_describe(settings)}; "
+            "allowed are key-value pairs, such as `method: clasp`"
+        )
+    return settings
+
+
+def _parse(text: str, load: Any, origin: str) -> object:
+    try:
+        return load(text)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(
+            f"speculative configuration {origin} cannot be read: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "keys that are not text"
+    return "nothing" if value is None else f"{value!r}"
+
+
+def parse_config(settings: Mapping[str, Any]) -> LayerSkipConfig:
+    """Check the settings of one of our methods.
+
+    Raises:
+        ConfigError: names each key that is wrong, its value and what is allowed.
+    """
+    names = {key.replace("-", "_"): value for key, value in settings.items()}
+    try:
+        return LayerSkipConfig.model_validate(names)
+    except ValidationError as error:
+        problems = "; ".join(_explain(dict(e), names) for e in error.errors())
+        raise ConfigError(f"speculative configuration: {problems}") from None
+
+
+def _explain(error: dict[str, Any], settings: Mapping[str, Any]) -> str:
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
+    key = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        known = list(LayerSkipConfig.model_fields)
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"unknown key {key}={settings[key]!r}; {hint}allowed keys: {', '.join(known)}"
+    return f"{key}={settings.get(key)!r}: {str(error['msg']).lower()}"

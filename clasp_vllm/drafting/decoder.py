@@ -1,0 +1,112 @@
+"""The target model seen as embed, sub-layers and final norm, so that a draft can leave some out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clasp_vllm.skipping.dynamic_program import State
+from clasp_vllm.skipping.mask import ATTENTION
+
+
+class UnsupportedArchitectureError(ValueError):
+    """The model's layers are not of the form that layer skipping knows how to run one by one."""
+
+
+class Decoder:
+    """A Llama-like decoder of which single sub-layers can be run.
+
+    It holds the target's own modules and no parameters. In this family every sub-layer is
+    ``delta, residual = norm(delta, residual); delta = f(delta)`` on a pair whose sum is the hidden
+    state, so skipping one means passing the pair on. The pair starts as (embedding, zeros): a
+    skipped first layer then takes the same arithmetic path as any other, and running all of them
+    gives the target's own result to the bit.
+    """
+
+    def __init__(self, model: nn.Module, reference_layers: Iterable[type[nn.Module]],
+                 reference_models: Iterable[type[nn.Module]], works: str) -> None:
+        """Take the decoder out of ``model``, a vLLM causal language model.
+
+        Args:
+            model: the loaded target.
+            reference_layers: decoder layer classes known to have the form above.
+            reference_models: model classes known to do nothing but embed, layers and norm.
+            works: the architectures that work, for the error message.
+
+        Raises:
+            UnsupportedArchitectureError: the model has another form.
+        """
+        reason = _form_error(model, reference_layers, reference_models)
+        if reason is not None:
+            raise UnsupportedArchitectureError(
+                f"layer skipping does not support {type(model).__name__}: {reason}. "
+                f"Models that work: {works}. Remove the speculative configuration, or choose "
+                "another speculative method for this model."
+            )
+        inner: nn.Module = model.model  # type: ignore[assignment]
+        self.layers: Sequence[nn.Module] = list(inner.layers)  # type: ignore[arg-type]
+        self.num_layers = len(self.layers)
+        self._embed = inner.embed_input_ids
+        self._norm = inner.norm
+
+    def embed(self, token_ids: Tensor) -> State:
+        """[rows] token ids to the state before the first layer, a pair of [rows, hidden_size]."""
+        embedding = self._embed(token_ids)  # type: ignore[operator]
+        return embedding, torch.zeros_like(embedding)
+
+    def run_sublayer(self, layer: int, part: int, positions: Tensor, state: State) -> State:
+        """Apply one sub-layer (``ATTENTION`` or ``MLP``). May overwrite ``state``."""
+        module = self.layers[layer]
+        if part == ATTENTION:
+            delta, residual = module.input_layernorm(*state)  # type: ignore[operator]
+            delta = module.self_attn(positions=positions, hidden_states=delta)  # type: ignore[operator]
+        else:
+            delta, residual = module.post_attention_layernorm(*state)  # type: ignore[operator]
+            delta = module.mlp(delta)  # type: ignore[operator]
+        return delta, residual
+
+    def run_layer(self, layer: int, positions: Tensor, state: State) -> State:
+        """Apply one whole layer. May overwrite ``state``."""
+        for part in (0, 1):
+            state = self.run_sublayer(layer, part, positions, state)
+        return state
+
+    def finish(self, state: State) -> Tensor:
+        """The final norm: [rows, hidden_size], what the language-model head takes."""
+        return self._norm(*state)[0]  # type: ignore[operator]
+
+
+def _form_error(model: nn.Module, reference_layers: Iterable[type[nn.Module]],
+                reference_models: Iterable[type[nn.Module]]) -> str | None:
+    """Why ``model`` has not the Llama form, or None if it has.
+
+    Structural: a forward that refers to nothing beyond what a reference's forward refers to can do
+    nothing beyond it. Names that are None on the instance are switched off.
+    """
+    inner = getattr(model, "model", None)
+    for name in ("embed_input_ids", "layers", "norm"):
+        if not hasattr(inner, name):
+            return f"it has no model.{name}"
+    unknown = _extra_names(inner, reference_models)
+    if unknown:
+        return f"{type(inner).__name__}.forward uses {', '.join(unknown)}"
+    for layer in inner.layers:  # type: ignore[union-attr]
+        parameters = list(inspect.signature(type(layer).forward).parameters)[1:4]
+        if parameters != ["positions", "hidden_states", "residual"]:
+            return f"{type(layer).__name__}.forward takes ({', '.join(parameters)}, ...)"
+        unknown = _extra_names(layer, reference_layers)
+        if unknown:
+            return f"{type(layer).__name__}.forward uses {', '.join(unknown)}"
+    return None
+
+
+def _extra_names(module: nn.Module | None, references: Iterable[type[nn.Module]]) -> list[str]:
+    known = {name for reference in references for name in reference.forward.__code__.co_names}
+    used = type(module).forward.__code__.co_names  # type: ignore[union-attr]
+    return sorted(
+        name for name in set(used) - known
+        if getattr(module, name, module) is not None  # None on the instance: switched off
+    )

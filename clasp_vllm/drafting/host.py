@@ -1,0 +1,70 @@
+"""Decisions made on the device and acted on by the host, without the host waiting for them.
+
+Which layers to run and when to stop drafting are control flow, so the host has to know. On a GPU it
+learns late: a mask is applied one round after it was found (neighbouring tokens want similar masks),
+and a draft may run one step further than it had to. Every rank follows the same rule, so ranks
+that run the layers together never part ways. On a CPU there is nothing to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class _Copy:
+    """A tensor on its way from the device to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        if tensor.device.type == "cpu":
+            self._host, self._event = tensor, None
+        else:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
+class HostMasks:
+    """Masks found in one round, to be used from the next (on a CPU: at once)."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[Sequence[str], _Copy] | None = None
+
+    def put(self, request_ids: Sequence[str], masks: Tensor) -> None:
+        """``masks``: [n, num_layers, 2] bool, on the device."""
+        self._pending = request_ids, _Copy(masks.contiguous())
+
+    def take(self) -> tuple[Sequence[str], Tensor] | None:
+        """What was put last, once."""
+        if self._pending is None:
+            return None
+        request_ids, copy = self._pending
+        self._pending = None
+        return request_ids, copy.get()
+
+
+class HostFlag:
+    """A condition of a loop that is computed on the device.
+
+    On a GPU ``update`` answers with the flag of the step before, which has finished or soon will,
+    while the step just launched is running.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._lags = device.type != "cpu"
+        self._previous: _Copy | None = None
+
+    def update(self, flag: Tensor) -> bool:
+        """Take the flag of this step ([] bool); say whether to go on."""
+        current = _Copy(flag)
+        answer = self._previous if self._lags else current
+        self._previous = current
+        return True if answer is None else bool(answer.get())

@@ -1,0 +1,72 @@
+"""What drafting remembers of each sequence between rounds: its skip mask and the mask's age."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NEVER = np.iinfo(np.int64).max
+
+
+class SequenceTable:
+    """Skip masks and their ages, by request id.
+
+    Holds ``capacity`` sequences, enough for all that can run at once. When it is full a new
+    sequence takes the slot of the one seen longest ago, which has finished or waits; one that comes
+    back starts afresh. A new sequence starts with ``initial_mask`` until its own is found.
+    """
+
+    def __init__(self, capacity: int, initial_mask: Tensor) -> None:
+        """``initial_mask``: [num_layers, 2] bool, True = skipped."""
+        self.capacity = capacity
+        self.initial_mask = initial_mask
+        self.masks = initial_mask.repeat(capacity, 1, 1)  # [capacity, num_layers, 2]
+        self.age = np.full(capacity, NEVER, dtype=np.int64)  # rounds since the mask was found
+        self.version = 0  # grows whenever a mask changes
+        self._slots: OrderedDict[str, int] = OrderedDict()  # least recently seen first
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def slots(self, request_ids: Sequence[str]) -> np.ndarray:
+        """[n] int64, the slot of each sequence; new ones get one."""
+        return np.array([self._slot(request_id) for request_id in request_ids], dtype=np.int64)
+
+    def _slot(self, request_id: str) -> int:
+        slot = self._slots.get(request_id)
+        if slot is None:
+            if len(self._slots) < self.capacity:
+                slot = len(self._slots)
+            else:
+                _, slot = self._slots.popitem(last=False)
+            self._slots[request_id] = slot
+            self.age[slot] = NEVER
+            self.masks[slot] = self.initial_mask
+            self.version += 1
+        self._slots.move_to_end(request_id)
+        return slot
+
+    def set_masks(self, request_ids: Sequence[str], masks: Tensor) -> None:
+        """Store [n, num_layers, 2] masks. Sequences that have been forgotten since are passed over."""
+        known = [i for i, request_id in enumerate(request_ids) if request_id in self._slots]
+        self.masks[[self._slots[request_ids[i]] for i in known]] = masks[known]
+        self.version += 1
+
+    def due(self, slots: np.ndarray, interval: int, limit: int) -> np.ndarray:
+        """Rows (indices into ``slots``) whose masks are to be found now, at most ``limit``.
+
+        Those whose masks are ``interval`` rounds old or have never been found, the oldest first.
+        """
+        age = self.age[slots]
+        rows = np.flatnonzero(age >= interval)
+        return rows[np.argsort(-age[rows], kind="stable")][:limit]
+
+    def advance(self, slots: np.ndarray, renewed: np.ndarray) -> None:
+        """Count one round; ``renewed`` rows have just had their masks found."""
+        age = self.age[slots]
+        self.age[slots] = np.where(age == NEVER, NEVER, age + 1)
+        self.age[slots[renewed]] = 1

@@ -1,0 +1,86 @@
+"""The target's paged attention for one query token per row, on any rows and any blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, init_attn_backend
+
+
+class TargetAttention:
+    """Builds the forward context in which the target's layers decode a batch of rows.
+
+    It has metadata builders of its own over the target's attention layers: those of the runner
+    are sized for max_num_seqs rows, and an optimisation pass may have more.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, device: torch.device, max_rows: int
+    ) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._layer_names = [n for g in kv_cache_config.kv_cache_groups for n in g.layer_names]
+        self.block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self.max_model_len: int = vllm_config.model_config.max_model_len
+        builder_config = copy.copy(vllm_config)
+        builder_config.scheduler_config = copy.copy(vllm_config.scheduler_config)
+        builder_config.scheduler_config.max_num_seqs = max_rows
+        self.attn_groups = init_attn_backend(kv_cache_config, builder_config, device)[0]
+        self._query_start_cpu = torch.arange(max_rows + 1, dtype=torch.int32)
+        self._query_start = self._query_start_cpu.to(device)
+        self._not_prefilling = torch.zeros(max_rows, dtype=torch.bool)
+
+    @contextmanager
+    def decode(self, positions: Tensor, block_table: Tensor, max_lengths: Tensor) -> Iterator[None]:
+        """See ``PagedAttention.decode``."""
+        rows, width = block_table.shape
+        last = (positions // self.block_size).clamp(max=width - 1).unsqueeze(1)
+        slots = block_table.gather(1, last).squeeze(1) * self.block_size + positions % self.block_size
+        slots = torch.where(positions < self.max_model_len, slots, PAD_SLOT_ID)
+        max_lengths = max_lengths.clamp(max=self.max_model_len)
+        metadata = build_attn_metadata(
+            attn_groups=self.attn_groups,
+            num_reqs=rows,
+            num_tokens=rows,
+            query_start_loc_gpu=self._query_start[: rows + 1],
+            query_start_loc_cpu=self._query_start_cpu[: rows + 1],
+            max_query_len=1,
+            seq_lens=(positions + 1).clamp(max=self.max_model_len).int(),
+            max_seq_len=int(max_lengths.max()),
+            block_tables=[block_table],
+            slot_mappings=slots.unsqueeze(0),
+            kv_cache_config=self._kv_cache_config,
+            seq_lens_cpu_upper_bound=max_lengths,
+            positions=positions,
+            is_prefilling=self._not_prefilling[:rows],
+        )
+        with set_forward_context(
+            metadata,
+            self._vllm_config,
+            num_tokens=rows,
+            slot_mapping=dict.fromkeys(self._layer_names, slots),
+        ):
+            yield
+
+    def copy_blocks(self, source: Tensor, target: Tensor) -> None:
+        """See ``PagedAttention.copy_blocks``."""
+        layers = self._vllm_config.compilation_config.static_forward_context
+        for group in self.attn_groups[0]:
+            if group.kernel_block_size is not None:
+                # The kernel splits the manager's blocks: copy all parts of each.
+                parts = group.kv_cache_spec.block_size // group.kernel_block_size
+                stride, offsets = group.kernel_block_stride or parts, group.kernel_block_offsets
+                from_, to = ((b.unsqueeze(1) * stride + offsets).flatten() for b in (source, target))
+            else:
+                from_, to = source, target
+            for name in group.layer_names:
+                cache = layers[name].kv_cache
+                cache[to] = cache[from_]

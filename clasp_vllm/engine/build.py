@@ -1,0 +1,127 @@
+"""Puts a drafter together for a model runner."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
+from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
+from vllm.v1.core.kv_cache_utils import update_kv_cache_capacity
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from clasp_vllm.config import ConfigError
+from clasp_vllm.drafting.decoder import Decoder
+from clasp_vllm.drafting.drafter import Drafter, DrafterOptions
+from clasp_vllm.drafting.scratch import ScratchBlocks
+from clasp_vllm.drafting.sequences import SequenceTable
+from clasp_vllm.engine.attention import TargetAttention
+from clasp_vllm.engine.speculative_config import layer_skip_config
+from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
+
+WORKS = "Llama, Mistral, Qwen2, Qwen3 and others whose decoder layers have the same form"
+
+
+def num_layers_of(vllm_config: VllmConfig) -> int:
+    """The number of decoder layers of the target."""
+    return vllm_config.model_config.get_total_num_hidden_layers()
+
+
+def num_scratch_blocks(vllm_config: VllmConfig) -> int:
+    """KV blocks to hold back from the scheduler for optimisation passes."""
+    config = layer_skip_config(vllm_config)
+    assert config is not None
+    if config.interval is None:
+        return 0
+    columns = config.budget(num_layers_of(vllm_config))
+    return ScratchBlocks.count(_max_optimized(vllm_config), columns)
+
+
+def hold_back_scratch_blocks(vllm_config: VllmConfig, scheduler_config: KVCacheConfig) -> None:
+    """Take the scratch blocks out of what the scheduler may hand out: the last ones.
+
+    The workers allocate the whole cache, so layouts and the profiled memory stay as they are.
+
+    Raises:
+        ConfigError: too few blocks would be left for one request, or the cache has several groups.
+    """
+    if len(scheduler_config.kv_cache_groups) != 1:
+        raise ConfigError(
+            "layer skipping does not support models with several KV cache groups (mixed sliding-window "
+            "and full attention): use a model with one kind of attention"
+        )
+    scratch = num_scratch_blocks(vllm_config)
+    block_size = scheduler_config.kv_cache_groups[0].kv_cache_spec.block_size
+    max_model_len = vllm_config.model_config.max_model_len
+    needed = -(-max_model_len // block_size) + 1  # and the null block
+    if scheduler_config.num_blocks - scratch < needed:
+        raise ConfigError(
+            f"the KV cache has {scheduler_config.num_blocks} blocks of {block_size} tokens; of these "
+            f"{scratch} are scratch for optimisation passes, and a request of {max_model_len} tokens "
+            f"needs {needed}. Lower max_optimized_requests, num_skipped_layers or --max-model-len, or "
+            "give the cache more memory."
+        )
+    scheduler_config.num_blocks -= scratch
+    vllm_config.cache_config.num_gpu_blocks = scheduler_config.num_blocks
+    update_kv_cache_capacity(vllm_config, scheduler_config)
+
+
+def _max_optimized(vllm_config: VllmConfig) -> int:
+    config = layer_skip_config(vllm_config)
+    assert config is not None
+    return min(config.optimized_requests, vllm_config.scheduler_config.max_num_seqs)
+
+
+def build_decoder(model: nn.Module) -> Decoder:
+    """The target as single layers.
+
+    Raises:
+        UnsupportedArchitectureError: it has not the form of a Llama.
+    """
+    return Decoder(
+        model, (LlamaDecoderLayer, Qwen2DecoderLayer), (LlamaModel, Qwen2Model), WORKS
+    )
+
+
+def build_drafter(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, decoder: Decoder, device: torch.device
+) -> tuple[Drafter, TargetAttention]:
+    """A drafter over the target's layers and KV cache, and the attention it uses."""
+    config = layer_skip_config(vllm_config)
+    assert config is not None
+    max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+    budget = config.budget(decoder.num_layers)
+    optimized = _max_optimized(vllm_config)
+    attention = TargetAttention(
+        vllm_config, kv_cache_config, device, max(max_num_seqs, optimized * (budget + 1))
+    )
+    scratch = None
+    if optimized:
+        scratch = ScratchBlocks(
+            kv_cache_config.num_blocks - num_scratch_blocks(vllm_config),
+            optimized, budget, attention.block_size, device,
+        )
+    skip_layers = config.skip_layers
+    if skip_layers is None:
+        skip_layers = evenly_spaced_layers(decoder.num_layers, budget)
+    drafter = Drafter(
+        decoder,
+        attention,
+        scratch,
+        SequenceTable(max_num_seqs, layers_mask(decoder.num_layers, skip_layers)),
+        DrafterOptions(budget, config.interval, optimized, config.draft_exit_threshold),
+        share=_share_rank_zero if get_tp_group().world_size > 1 else lambda mask: mask,
+    )
+    return drafter, attention
+
+
+def _share_rank_zero(mask: Tensor) -> Tensor:
+    """Rank 0 decides for all tensor-parallel ranks: they must run the same layers or they hang."""
+    return get_tp_group().broadcast(mask.to(torch.uint8), src=0).bool()
+
+
+def top_probability(logits: Tensor) -> Tensor:
+    """[rows, vocab] logits to the [rows] float32 probability of the most likely token."""
+    logits = logits.float()
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()

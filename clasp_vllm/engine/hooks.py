@@ -1,0 +1,175 @@
+"""The ledger of every place where the plugin changes vLLM.
+
+Each entry wraps one function, leaves it as it is for configurations that are not ours, and can be
+installed any number of times. ``install`` sets the first four in every process when vLLM loads its
+plugins; the runner hooks follow in a worker that uses us, so that others never import our engine.
+
+| hook                  | what it changes                          | why                              |
+|-----------------------|------------------------------------------|----------------------------------|
+| cli_argument          | --speculative-config takes a file's path | stock: JSON only                 |
+| speculative_config    | our methods become a SpeculativeConfig   | its list of methods is closed    |
+| scratch_blocks        | the scheduler gets fewer KV blocks       | the rest is scratch              |
+| worker                | installs the two runner hooks            | late, and only where we are used |
+| speculator_v2         | our speculator in Model Runner V2        | its list of methods is closed    |
+| proposer_v1           | our proposer in Model Runner V1          | likewise                         |
+
+vLLM versions: see ``SUPPORTED``. Each can go when vLLM lets a plugin register a speculative method.
+"""
+
+from __future__ import annotations
+
+import functools
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from typing import Any
+
+from clasp_vllm.config import ConfigError, is_ours, parse_config, read_settings
+
+SUPPORTED = "0.32."
+_INSTALLED = "_clasp_vllm_original"
+
+
+def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace ``owner.name`` by ``make(original)``, once.
+
+    Raises:
+        AttributeError: vLLM has no such function.
+    """
+    original = getattr(owner, name)
+    if hasattr(original, _INSTALLED):
+        return
+    wrapper = functools.wraps(original)(make(original))
+    setattr(wrapper, _INSTALLED, original)
+    static = isinstance(vars(owner).get(name), staticmethod)
+    setattr(owner, name, staticmethod(wrapper) if static else wrapper)
+
+
+def check_version() -> None:
+    """Raises ConfigError when the installed vLLM is not one of the supported versions."""
+    import vllm
+
+    if not vllm.__version__.startswith(SUPPORTED):
+        raise ConfigError(
+            f"clasp_vllm supports vLLM {SUPPORTED}*, but vLLM {vllm.__version__} is installed. "
+            f"Install vllm=={SUPPORTED}*, or use a speculative method of vLLM's own."
+        )
+
+
+def install() -> None:
+    """Install the hooks that every process needs."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    wrap(EngineArgs, "add_cli_args", _cli_argument)
+    wrap(EngineArgs, "create_speculative_config", _speculative_config)
+    try:
+        check_version()
+    except ConfigError:
+        return  # the configuration hook says so if one of our methods is asked for
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    wrap(EngineCore, "_initialize_kv_caches", _scratch_blocks)
+    wrap(WorkerBase, "__init__", _worker)
+
+
+def _cli_argument(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        action = parser._option_string_actions["--speculative-config"]
+        action.type = parse_cli_argument
+        action.help = (
+            f"{action.help or ''} With clasp_vllm also the path of a YAML or JSON file, and the "
+            "methods clasp and layer_skip; see `clasp-vllm keys`."
+        )
+        return parser
+
+    return add_cli_args
+
+
+def parse_cli_argument(value: str) -> dict[str, Any] | None:
+    """The argparse type of --speculative-config: JSON or the path of a file."""
+    if value in ("", "None"):
+        return None
+    try:
+        settings = read_settings(value)
+        if is_ours(settings):
+            check_version()
+            parse_config(settings)
+    except ConfigError as error:
+        raise ArgumentTypeError(str(error).replace("%", "%%")) from None
+    return settings
+
+
+def _speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        settings = self.speculative_config
+        if isinstance(settings, str):
+            settings = self.speculative_config = read_settings(settings)
+        method = self.spec_method or (settings or {}).get("method")
+        if not is_ours({"method": method}):
+            return original(self, target_model_config, target_parallel_config)
+        check_version()
+        from clasp_vllm.engine.translate import speculative_config
+
+        return speculative_config(self, target_model_config, target_parallel_config)
+
+    return create_speculative_config
+
+
+def _scratch_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        scheduler_kv_cache_config = original(self, vllm_config)
+        if getattr(vllm_config.speculative_config, "layer_skip", None) is not None:
+            from clasp_vllm.engine.build import hold_back_scratch_blocks
+
+            hold_back_scratch_blocks(vllm_config, scheduler_kv_cache_config)
+        return scheduler_kv_cache_config
+
+    return _initialize_kv_caches
+
+
+def _worker(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(vllm_config.speculative_config, "layer_skip", None) is not None:
+            install_runner_hooks()
+        original(self, vllm_config, *args, **kwargs)
+
+    return __init__
+
+
+def install_runner_hooks() -> None:
+    """Install the hooks of a worker that uses us, before it builds its model runner."""
+    import vllm.v1.worker.gpu.model_runner as runner_v2
+    import vllm.v1.worker.gpu.spec_decode as spec_decode_v2
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+    wrap(spec_decode_v2, "init_speculator", _speculator_v2)
+    wrap(runner_v2, "init_speculator", _speculator_v2)  # it imported the function by name
+    wrap(DraftModelProposer, "__new__", _proposer_v1)
+
+
+def _speculator_v2(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        if getattr(vllm_config.speculative_config, "layer_skip", None) is None:
+            return original(vllm_config, device, req_states)
+        from clasp_vllm.engine.speculator_v2 import LayerSkipSpeculator
+
+        return LayerSkipSpeculator(vllm_config, device)
+
+    return init_speculator
+
+
+def _proposer_v1(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __new__(cls: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(vllm_config.speculative_config, "layer_skip", None) is not None:
+            # A subclass, so that the runner's isinstance checks hold.
+            from clasp_vllm.engine.proposer_v1 import LayerSkipProposer
+
+            cls = LayerSkipProposer
+        return object.__new__(cls)
+
+    return __new__
+
+

@@ -1,0 +1,139 @@
+"""Model Runner V1: our drafter in the place of its draft model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+from clasp_vllm.drafting.drafter import DraftBatch, Drafter
+from clasp_vllm.engine.build import build_decoder, build_drafter, top_probability
+
+logger = init_logger(__name__)
+
+
+class LayerSkipProposer(DraftModelProposer):
+    """Drafts with the target's own layers."""
+
+    drafter: Drafter
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
+        super().__init__(vllm_config, device, runner)
+        self.runner = runner
+
+    def load_model(self, target_model: nn.Module) -> None:
+        self.decoder = build_decoder(target_model)
+        self.model = target_model
+        self._draft_attn_layer_names: set[str] = set()
+
+    def initialize_attn_backend(
+        self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None
+    ) -> None:
+        self.drafter, attention = build_drafter(
+            self.vllm_config, kv_cache_config, self.decoder, self.device
+        )
+        self.draft_attn_groups = [g for groups in attention.attn_groups for g in groups]
+        self.kv_cache_gid = 0
+        # Positions that do not fit are handled row by row; the runner would drop the whole batch.
+        self.runner.effective_drafter_max_model_len = (
+            self.max_model_len + self.speculative_config.num_speculative_tokens + 1
+        )
+
+    def initialize_cudagraph_keys(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """No graphs of our own."""
+
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to warm up. Block tables are stale here, so nothing may be written."""
+
+    def propose(  # type: ignore[override]
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: Tensor,
+        target_positions: Tensor,
+        target_hidden_states: Tensor,
+        next_token_ids: Tensor,  # [num_reqs]
+        token_indices_to_sample: Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: Tensor | None = None,  # [num_reqs]
+        slot_mappings: Any = None,
+    ) -> Tensor | list[list[int]]:
+        """[num_reqs, num_speculative_tokens] drafts; a list of shorter ones where the runner can."""
+        self._last_draft_probs = None
+        num_reqs = common_attn_metadata.batch_size()
+        drafts = next_token_ids.new_zeros(num_reqs, num_speculative_tokens, dtype=torch.int64)
+        # Rows that have not sampled yet (chunked prefill) neither draft nor write.
+        rows = np.flatnonzero(~self.runner.discard_request_mask.np[:num_reqs])
+        if num_speculative_tokens == 0 or rows.size == 0:
+            return drafts
+
+        positions = common_attn_metadata.seq_lens[:num_reqs].long()
+        if num_rejected_tokens_gpu is not None:
+            positions = positions - num_rejected_tokens_gpu
+        max_lengths = common_attn_metadata.seq_lens_cpu_upper_bound
+        if max_lengths is None:
+            max_lengths = torch.full((num_reqs,), self.max_model_len, dtype=torch.int32)
+        batch = DraftBatch(
+            self.runner.input_batch.req_ids[:num_reqs],
+            next_token_ids,
+            positions,
+            common_attn_metadata.block_table_tensor[:num_reqs],
+            max_lengths[:num_reqs] + 1,
+        ).select(rows)
+
+        probs: list[Tensor] = []
+
+        def sample(hidden: Tensor, positions: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+            logits = self.model.compute_logits(hidden)
+            threshold = self.drafter.options.draft_exit_threshold
+            confidence = top_probability(logits) if threshold else None
+            tokens, step_probs = self._sample_from_logits(logits, metadata)
+            if step_probs is not None:
+                probs.append(step_probs)
+            return tokens, confidence
+
+        metadata = _select_rows(sampling_metadata, rows, num_reqs, self.device)
+        tokens, lengths = self.drafter.draft(batch, num_speculative_tokens, sample)
+        on_device = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        drafts[on_device] = tokens
+        if probs:
+            self._last_draft_probs = self._scatter_probs(probs, on_device, drafts)
+        report = self.drafter.statistics.report()
+        if report is not None:
+            logger.info(report)
+        if probs or self.runner.use_async_scheduling or not self.drafter.options.draft_exit_threshold:
+            return drafts
+        # The scheduler is waiting for the tokens: give it no more than are worth verifying.
+        short: list[list[int]] = [[] for _ in range(num_reqs)]
+        for row, ids, length in zip(rows, tokens.tolist(), lengths.tolist(), strict=True):
+            short[row] = ids[:length]
+        return short
+
+    def _scatter_probs(self, probs: list[Tensor], rows: Tensor, drafts: Tensor) -> Tensor:
+        """[num_reqs, num_speculative_tokens, vocab]; steps not drafted put all on their token."""
+        vocab = probs[0].shape[-1]
+        out = torch.nn.functional.one_hot(drafts, vocab).to(probs[0].dtype)
+        out[rows, : len(probs)] = torch.stack(probs, dim=1)
+        return out
+
+
+def _select_rows(
+    metadata: SamplingMetadata, rows: np.ndarray, num_reqs: int, device: torch.device
+) -> SamplingMetadata:
+    """The sampling metadata of some rows, as far as drafting reads it (the temperature)."""
+    if rows.size == num_reqs or metadata.temperature is None:
+        return metadata
+    import dataclasses
+
+    index = torch.from_numpy(rows).to(device, non_blocking=True)
+    return dataclasses.replace(metadata, temperature=metadata.temperature[index])

@@ -1,0 +1,45 @@
+"""Our configuration in vLLM's terms: a draft model that is the target model itself."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import SkipValidation, model_validator
+from vllm.config import SpeculativeConfig
+from vllm.config.utils import config
+
+from clasp_vllm.config import LayerSkipConfig
+
+
+@config
+class LayerSkipSpeculativeConfig(SpeculativeConfig):
+    """vLLM's ``method: draft_model``, with the target as its own draft model.
+
+    As such the scheduler reserves lookahead slots and allows async scheduling, and no second model
+    is configured, downloaded or loaded. It travels to every worker inside VllmConfig; only the
+    plugin reads ``layer_skip``. The compiled graph of the target does not depend on it.
+    """
+
+    layer_skip: SkipValidation[LayerSkipConfig] = None  # type: ignore[assignment]
+    """The settings of the draft."""
+
+    def __post_init__(self) -> None:
+        # vLLM's own __post_init__ would load the configuration of a second model.
+        self.method = "draft_model"
+        self.model = self.target_model_config.model
+        self.draft_model_config = self.target_model_config
+        self.draft_parallel_config = self.target_parallel_config
+        self.draft_tensor_parallel_size = self.target_parallel_config.tensor_parallel_size
+
+    @model_validator(mode="after")
+    def _draft_is_target(self) -> Self:
+        assert self.draft_model_config is self.target_model_config
+        return self
+
+    def __repr__(self) -> str:
+        return f"SpeculativeConfig({self.layer_skip!r})"
+
+
+def layer_skip_config(vllm_config: Any) -> LayerSkipConfig | None:
+    """Our settings in a VllmConfig, or None where it does not use us."""
+    return getattr(vllm_config.speculative_config, "layer_skip", None)

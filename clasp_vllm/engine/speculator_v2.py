@@ -1,0 +1,146 @@
+"""Model Runner V2: our drafter as a speculator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+from clasp_vllm.drafting.drafter import DraftBatch, Drafter
+from clasp_vllm.engine.build import build_decoder, build_drafter, top_probability
+
+logger = init_logger(__name__)
+
+
+class LayerSkipSpeculator(DraftModelSpeculator):
+    """Drafts with the target's own layers."""
+
+    drafter: Drafter
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self._confidence: Tensor | None = None
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+
+    def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
+        self.decoder = build_decoder(target_model)
+        return target_model
+
+    def set_attn(
+        self,
+        model_state: Any,
+        kv_cache_config: KVCacheConfig,
+        block_tables: BlockTables,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        # The base class would build metadata for draft layers, of which there are none.
+        self.block_tables = block_tables
+        self.drafter, attention = build_drafter(
+            self.vllm_config, kv_cache_config, self.decoder, self.device
+        )
+        self.attn_groups = attention.attn_groups
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """No graphs of our own."""
+
+    def capture(self) -> None:
+        """No graphs of our own."""
+
+    def compute_draft_logits(self, hidden_states: Tensor, spec_step_idx: int) -> Tensor:
+        logits = self.model.compute_logits(hidden_states)
+        if self.drafter.options.draft_exit_threshold:
+            self._confidence = top_probability(logits)  # sampling may overwrite the logits
+        return logits
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: Tensor,
+        aux_hidden_states: Any,
+        num_sampled: Tensor,
+        num_rejected: Tensor,  # [num_reqs]
+        last_sampled: Tensor,  # [max_num_reqs, 1]
+        next_prefill_tokens: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> Tensor:
+        """[num_reqs, num_speculative_steps] drafts."""
+        num_reqs = input_batch.num_reqs
+        num_tokens = (
+            self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        )
+        drafts = self.draft_tokens[:num_reqs]
+        # Rows that have not sampled yet (chunked prefill) neither draft nor write, and in a dummy
+        # run the block tables are stale.
+        computed = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
+        rows = np.flatnonzero(computed[:num_reqs] >= input_batch.prefill_len_np[:num_reqs])
+        if dummy_run or num_tokens == 0 or rows.size == 0:
+            return drafts.zero_()
+
+        self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds)
+        batch = DraftBatch(
+            input_batch.req_ids,
+            last_sampled.view(-1)[input_batch.idx_mapping],
+            (input_batch.seq_lens[:num_reqs] - num_rejected).long(),
+            self.block_tables.input_block_tables[0][:num_reqs],
+            input_batch.seq_lens_cpu_upper_bound[:num_reqs] + 1,
+        ).select(rows)
+        on_device = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        idx_mapping = input_batch.idx_mapping[on_device]
+
+        steps = 0
+
+        def sample(hidden: Tensor, positions: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+            nonlocal steps
+            steps = step + 1
+            tokens = self.sample_draft(
+                hidden,
+                positions,
+                idx_mapping,
+                self.temperature,
+                self.seeds,
+                self._step.fill_(step),
+                self.draft_logits,
+                step,
+            )
+            return tokens, self._confidence
+
+        tokens, _ = self.drafter.draft(batch, num_tokens, sample)
+        drafts.zero_()
+        drafts[on_device, :num_tokens] = tokens
+        if self.draft_logits is not None and steps < num_tokens:
+            self._mark_certain(idx_mapping, steps, tokens[:, steps:])
+        report = self.drafter.statistics.report()
+        if report is not None:
+            logger.info(report)
+        return drafts
+
+    def _mark_certain(self, idx_mapping: Tensor, first_step: int, tokens: Tensor) -> None:
+        """Store the law of tokens that filled up a draft stopped early: all on that token.
+
+        The rejection sampler weighs each token by the law it was drawn from; what is stored for
+        these steps is another round's.
+        """
+        assert self.draft_logits is not None
+        law = self.draft_logits.new_full((*tokens.shape, self.draft_logits.shape[-1]), -torch.inf)
+        law.scatter_(2, tokens.unsqueeze(2), 0.0)
+        self.draft_logits[idx_mapping, first_step : first_step + tokens.shape[1]] = law
