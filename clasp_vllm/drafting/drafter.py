@@ -144,11 +144,13 @@ class Drafter:
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.full((rows,), num_tokens, dtype=torch.int64, device=device)
         going_on = HostFlag(device)
+        draft_steps = 0
         for step in range(num_tokens):
             if step == 0 and exact is not None:
                 hidden = self._first_hidden(batch, slots, due, exact)
             else:
                 hidden = self._draft_step(batch, slots)
+                draft_steps += 1
             tokens, probability = sample(hidden, batch.positions, step)
             drafted[:, step] = tokens
             if probability is not None:
@@ -165,7 +167,7 @@ class Drafter:
             )
 
         self.sequences.advance(slots, due)
-        self.statistics.count_round(self.sequences.masks[torch.from_numpy(slots)], due.size)
+        self.statistics.count_round(self.sequences.masks[torch.from_numpy(slots)], draft_steps, due.size)
         return drafted, lengths
 
     def _due(self, slots: np.ndarray) -> np.ndarray:

@@ -1,45 +1,66 @@
-"""Counts of what drafting did, for people: one log line now and then."""
+"""Counts of what drafting did, and a line for the log now and then."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 
+@dataclass
+class DraftCounts:
+    """Totals since the start.
+
+    Attributes:
+        rounds: drafting rounds of the batch.
+        sequences: drafts, one per sequence and round.
+        steps: forward passes of the draft.
+        optimized: masks found, one per sequence and optimisation pass.
+        skips: [num_layers] float32, drafts that skipped the layer (a half for half a layer).
+    """
+
+    rounds: int
+    sequences: int
+    steps: int
+    optimized: int
+    skips: Tensor
+
+
 class DraftStatistics:
-    """Rounds, optimisation passes and how often each layer was skipped since the last report."""
+    """Counts rounds and reports on them every ``interval_s`` seconds at most."""
 
     def __init__(self, num_layers: int, interval_s: float = 10.0) -> None:
-        self.num_layers = num_layers
         self.interval_s = interval_s
-        self._reset()
+        self.total = DraftCounts(0, 0, 0, 0, torch.zeros(num_layers))
+        self._reported = self._copy()
+        self._reported_at = time.monotonic()
 
-    def _reset(self) -> None:
-        self.rounds = 0
-        self.sequences = 0
-        self.optimized = 0
-        self.skips = torch.zeros(self.num_layers)
-        self._since = time.monotonic()
+    def _copy(self) -> DraftCounts:
+        return replace(self.total, skips=self.total.skips.clone())
 
-    def count_round(self, masks: Tensor, optimized: int) -> None:
-        """``masks``: [rows, num_layers, 2] on the host, as used at the end of the round."""
-        self.rounds += 1
-        self.sequences += len(masks)
-        self.optimized += int(optimized)
-        self.skips += masks.float().mean(2).sum(0)
+    def count_round(self, masks: Tensor, steps: int, optimized: int) -> None:
+        """``masks``: [rows, num_layers, 2] bool on the host, as they are at the end of the round."""
+        self.total.rounds += 1
+        self.total.sequences += len(masks)
+        self.total.steps += steps
+        self.total.optimized += optimized
+        self.total.skips += masks.float().mean(2).sum(0)
 
     def report(self) -> str | None:
-        """A line for the log if the interval has passed and something was drafted, else None."""
-        if not self.sequences or time.monotonic() - self._since < self.interval_s:
+        """A line for the log, or None if it is too early or nothing was drafted."""
+        now, last = self.total, self._reported
+        sequences = now.sequences - last.sequences
+        if not sequences or time.monotonic() - self._reported_at < self.interval_s:
             return None
-        share = self.skips / self.sequences
-        top = torch.argsort(share, descending=True, stable=True)[: max(1, int(share.sum().round()))]
+        share = (now.skips - last.skips) / sequences
+        most = torch.argsort(share, descending=True, stable=True)[: round(float(share.sum()))]
+        layers = ", ".join(f"{layer} ({share[layer]:.0%})" for layer in sorted(most.tolist()))
         line = (
-            f"Drafting rounds: {self.rounds}, optimisation passes: {self.optimized}, "
-            f"mean layers skipped: {share.sum():.1f} of {self.num_layers}, layers skipped most: "
-            + ", ".join(f"{i} ({share[i]:.0%})" for i in sorted(top.tolist()) if share[i] > 0)
+            f"Layer skipping: drafting rounds: {now.rounds - last.rounds}, "
+            f"draft steps: {now.steps - last.steps}, masks found: {now.optimized - last.optimized}, "
+            f"mean layers skipped: {share.sum():.1f} of {len(share)}, skipped most: {layers or 'none'}"
         )
-        self._reset()
+        self._reported, self._reported_at = self._copy(), time.monotonic()
         return line

@@ -36,6 +36,11 @@ class LayerSkipSpeculativeConfig(SpeculativeConfig):
         assert self.draft_model_config is self.target_model_config
         return self
 
+    @property
+    def max_num_new_slots_for_drafting(self) -> int:
+        """Our draft passes are batches of their own: the target's batch needs no room for them."""
+        return 0
+
     def __repr__(self) -> str:
         return f"SpeculativeConfig({self.layer_skip!r})"
 

@@ -1,0 +1,74 @@
+import numpy as np
+import torch
+from clasp_vllm.drafting.sequences import SequenceTable
+from clasp_vllm.skipping.mask import layers_mask
+
+INITIAL = layers_mask(4, [1])
+FOUND = layers_mask(4, [2, 3])
+
+
+def table(capacity: int = 3) -> SequenceTable:
+    return SequenceTable(capacity, INITIAL)
+
+
+def test_new_sequences_start_with_the_initial_mask():
+    sequences = table()
+    slots = sequences.slots(["a", "b"])
+    assert len(set(slots.tolist())) == 2
+    assert torch.equal(sequences.masks[slots], INITIAL.repeat(2, 1, 1))
+
+
+def test_a_reused_slot_starts_afresh():
+    sequences = table(2)
+    slots = sequences.slots(["a", "b"])
+    sequences.set_masks(["a", "b"], FOUND.repeat(2, 1, 1))
+    sequences.advance(slots, np.array([0, 1]))
+    sequences.slots(["b"])  # a is now the one seen longest ago
+    slot = sequences.slots(["c"])
+    assert slot == slots[0]
+    assert torch.equal(sequences.masks[slot][0], INITIAL)
+    assert sequences.due(slot, interval=100, limit=1).tolist() == [0]
+    assert len(sequences) == 2
+
+
+def test_masks_of_forgotten_sequences_are_dropped():
+    sequences = table(1)
+    sequences.slots(["a"])
+    slot = sequences.slots(["b"])
+    sequences.set_masks(["a"], FOUND[None])
+    assert torch.equal(sequences.masks[slot][0], INITIAL)
+
+
+def test_due_every_interval_oldest_first_within_the_limit():
+    sequences = table(4)
+    ids = ["a", "b", "c", "d"]
+    slots = sequences.slots(ids)
+    assert sequences.due(slots, 3, 2).tolist() == [0, 1]  # never optimised, in order
+    sequences.advance(slots, np.array([0, 1]))
+    assert sequences.due(slots, 3, 4).tolist() == [2, 3]
+    sequences.advance(slots, np.array([2, 3]))
+    assert sequences.due(slots, 3, 4).tolist() == []
+    sequences.advance(slots, np.array([], dtype=np.int64))
+    assert sequences.due(slots, 3, 4).tolist() == [0, 1]
+    sequences.advance(slots, np.array([], dtype=np.int64))
+    assert sequences.due(slots, 3, 1).tolist() == [0]
+
+
+def test_interval_one_is_always_due():
+    sequences = table(1)
+    slots = sequences.slots(["a"])
+    for _ in range(3):
+        assert sequences.due(slots, 1, 1).tolist() == [0]
+        sequences.advance(slots, np.array([0]))
+
+
+def test_version_changes_with_every_mask():
+    sequences = table(1)
+    versions = [sequences.version]
+    sequences.slots(["a"])
+    versions.append(sequences.version)
+    sequences.set_masks(["a"], FOUND[None])
+    versions.append(sequences.version)
+    sequences.slots(["b"])
+    versions.append(sequences.version)
+    assert len(set(versions)) == len(versions)

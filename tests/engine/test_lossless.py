@@ -1,0 +1,77 @@
+"""The output with CLaSp is plain vLLM's, token for token, and acceptance is what the method promises."""
+
+import random
+
+import pytest
+from engines import PROMPTS, Outcome, drafter, engine_process, generate, running
+
+HALF = {"method": "clasp", "num_speculative_tokens": 5, "optimization_interval": 4, "draft_exit_threshold": 0.0}
+
+
+def outcome(speculative_config: object, **settings) -> Outcome:
+    with running(speculative_config=speculative_config, **settings) as llm:
+        return generate(llm, PROMPTS)
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def call(request):
+    with engine_process(request.param) as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
+def plain(call) -> Outcome:
+    return call(outcome, None)
+
+
+@pytest.fixture(scope="module")
+def clasp(call) -> Outcome:
+    return call(outcome, HALF)
+
+
+def test_greedy_output_is_identical(plain, clasp):
+    assert len(PROMPTS) >= 16
+    assert all(len(ids) == 64 for ids in plain.token_ids)
+    assert clasp.token_ids == plain.token_ids
+    assert clasp.num_draft_tokens == 5 * clasp.num_drafts > 0
+
+
+def test_output_varies(plain):
+    """An identity test proves little on output that is one token repeated."""
+    assert len({tuple(ids) for ids in plain.token_ids}) == len(PROMPTS)
+    assert sum(len(set(ids)) for ids in plain.token_ids) / len(PROMPTS) > 8
+
+
+def test_empty_skip_set_is_always_accepted(call, plain):
+    got = call(outcome, {"method": "layer_skip", "skip_layers": [], "num_speculative_tokens": 5,
+                         "draft_exit_threshold": 0.0})
+    assert got.token_ids == plain.token_ids
+    assert got.num_accepted_tokens == got.num_draft_tokens > 0
+
+
+def test_first_draft_of_an_optimising_round_is_always_accepted(call, plain):
+    got = call(outcome, HALF | {"optimization_interval": 1, "max_optimized_requests": 16})
+    assert got.token_ids == plain.token_ids
+    assert got.accepted_per_position[0] == got.num_drafts > 0
+
+
+def test_chosen_layers_beat_random_ones(call, clasp):
+    """Half the layers skipped: CLaSp's choice against a random one, at the positions both draft."""
+    skip_layers = random.Random(0).sample(range(24), 12)
+    got = call(outcome, {"method": "layer_skip", "skip_layers": skip_layers,
+                         "num_speculative_tokens": 5, "draft_exit_threshold": 0.0})
+    assert got.num_drafts > 0
+    mean = got.num_accepted_tokens / got.num_drafts
+    assert clasp.num_accepted_tokens / clasp.num_drafts > 2 * mean
+
+
+def draft_steps(speculative_config: object) -> tuple[Outcome, int]:
+    with running(speculative_config=speculative_config) as llm:
+        return generate(llm, PROMPTS[:4]), drafter(llm).statistics.total.steps
+
+
+def test_early_exit_is_lossless_and_drafts_less(call, plain):
+    every, steps = call(draft_steps, HALF)
+    early, early_steps = call(draft_steps, HALF | {"draft_exit_threshold": 0.9})
+    assert every.token_ids == early.token_ids == plain.token_ids[:4]
+    assert early_steps / early.num_drafts < 0.9 * steps / every.num_drafts

@@ -1,0 +1,143 @@
+"""Real vLLM engines for tests, each in a process of its own kind of runner.
+
+``engine_process("v1")`` or ``("v2")`` gives a function that runs another function, by name, in a fresh
+process with that model runner. Inside it ``running(...)`` starts an engine; several may follow one
+another there, which saves the imports. V2 runs under Triton's interpreter (see tests/harness).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DEMO_MODEL = ROOT / "scripts" / "demo" / "model"
+
+_COMMON = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that a test can look inside
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+_V2 = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "TRITON_INTERPRET": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "harness"), os.environ.get("PYTHONPATH", "")]),
+}
+
+# One request of each of the demo model's domains, and odd shapes.
+PROMPTS = [
+    "Question: Natalia sold clips to 48 of her friends in April, and then she sold half as many clips "
+    "in May. How many clips did Natalia sell altogether in April and May?\nAnswer:",
+    "Question: A box holds 12 pens. How many pens are in 7 boxes?\nAnswer:",
+    "Question: John runs 3 miles a day for a week. How far does he run?\nAnswer: He runs",
+    "def parse(self, text):\n    ",
+    "class Reader(io.IOBase):\n    def __init__(self,",
+    "import os\nimport sys\n\n\ndef main(argv):\n",
+    "Mr. Bennet was so odd a mixture of",
+    '"My dear Holmes," said I,',
+    "Fellow citizens of the Senate and House of Representatives:",
+    "Alice was beginning to",
+    "Question: List the name and age of the top 5 users by score.\nSQL:",
+    "Question: How many trips have a amount less than 987?\nSQL:",
+    "Question: What is the average age of items for each year?\nSQL:",
+    "Text: Eve is a 64 year old baker who lives in Delhi.\nJSON:",
+    "Text: Leo is a 31 year old pilot who lives in Oslo.\nJSON:",
+    "a",
+]
+
+
+@contextmanager
+def engine_process(runner: str) -> Iterator[Callable[..., Any]]:
+    """``call(function, *args, **kwargs)`` runs a module-level function in a process of that runner."""
+    settings = _COMMON | (_V2 if runner == "v2" else {})
+    before = {key: os.environ.get(key) for key in settings}
+    os.environ.update(settings)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result(600)
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+@contextmanager
+def running(
+    model: str | Path = DEMO_MODEL, speculative_config: object = None, **settings: Any
+) -> Iterator[Any]:
+    """An engine in this process."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 512 << 20,
+        "max_model_len": 512,
+        "max_num_seqs": 32,
+        "disable_log_stats": False,
+    }
+    llm = LLM(str(model), speculative_config=speculative_config, **(defaults | settings))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+@dataclass
+class Outcome:
+    """What an engine generated, and vLLM's own counters of speculation."""
+
+    token_ids: list[list[int]]
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+
+
+def generate(llm: Any, prompts: Sequence[Any], **sampling: Any) -> Outcome:
+    """Generate for all prompts at once."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(**({"temperature": 0.0, "max_tokens": 64, "ignore_eos": True} | sampling))
+    before = _counters(llm)
+    outputs = llm.generate(list(prompts), params, use_tqdm=False)
+    after = _counters(llm)
+    per_position = tuple(
+        a - b for a, b in zip(after.pop("per_pos"), before.pop("per_pos"), strict=True)
+    )
+    return Outcome(
+        [list(completion.token_ids) for output in outputs for completion in output.outputs],
+        **{key: after[key] - before[key] for key in after},
+        accepted_per_position=per_position,
+    )
+
+
+def _counters(llm: Any) -> dict[str, Any]:
+    metrics = {metric.name.removeprefix("vllm:spec_decode_"): metric for metric in llm.get_metrics()}
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    counters = {name: int(metrics[name].value) if name in metrics else 0 for name in names}
+    vector = metrics.get("num_accepted_tokens_per_pos")
+    counters["per_pos"] = tuple(vector.values) if vector else ()
+    return counters
+
+
+def model_runner(llm: Any) -> Any:
+    """The model runner of the engine's only worker."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def drafter(llm: Any) -> Any:
+    """Our drafter, whichever the runner."""
+    runner = model_runner(llm)
+    return (runner.speculator if hasattr(runner, "speculator") else runner.drafter).drafter

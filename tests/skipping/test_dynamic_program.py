@@ -1,0 +1,132 @@
+"""The programme against the readable reference, and both against brute force."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from clasp_vllm.skipping.dynamic_program import run_programme
+from clasp_vllm.skipping.reference import best_skip_set
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+class ToyModel:
+    """Residual layers of float64, so that ties and rounding do not blur the comparison."""
+
+    def __init__(self, num_layers: int, hidden: int, seed: int, device: str = "cpu", gain: float = 0.6):
+        generator = torch.Generator().manual_seed(seed)
+        self.num_layers = num_layers
+        self.weights = [
+            (torch.randn(hidden, hidden, generator=generator, dtype=torch.float64) * gain / hidden**0.5)
+            .to(device) for _ in range(num_layers)
+        ]
+        self.x0 = torch.randn(3, hidden, generator=generator, dtype=torch.float64).to(device)
+
+    def delta(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.weights[i]) * (1 + i % 3)
+
+    def layers(self):
+        return [lambda x, i=i: x + self.delta(i, x) for i in range(self.num_layers)]
+
+    def layer(self, i, state):
+        x = state[0] + state[1]
+        state[0].zero_()  # a layer may work in place
+        state[1].zero_()
+        return self.delta(i, x), x
+
+    def run(self, max_skipped: int):
+        return run_programme((self.x0, torch.zeros_like(self.x0)), self.layer, self.num_layers, max_skipped)
+
+    def forward(self, x: torch.Tensor, skipped: frozenset[int]) -> torch.Tensor:
+        for i, layer in enumerate(self.layers()):
+            if i not in skipped:
+                x = layer(x)
+        return x
+
+
+def skip_sets(mask: torch.Tensor) -> list[frozenset[int]]:
+    return [frozenset(row.nonzero().flatten().tolist()) for row in mask]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=40, deadline=None)
+@given(num_layers=st.integers(1, 9), seed=st.integers(0, 10_000))
+def test_equals_the_reference(device, num_layers, seed):
+    model = ToyModel(num_layers, 8, seed, device)
+    for budget in range(num_layers):
+        programme = model.run(budget)
+        mask = programme.mask(budget)
+        assert (mask.sum(1) == budget).all()
+        for row, got in enumerate(skip_sets(mask)):
+            expected, state = best_skip_set(model.x0[row], model.layers(), budget)
+            assert got == expected
+            torch.testing.assert_close(sum(programme.states)[budget, row], state)
+
+
+def test_column_states_are_those_of_their_masks():
+    """What a column ends with is what the model computes when it leaves out that column's layers."""
+    model = ToyModel(10, 12, seed=1)
+    programme = model.run(6)
+    for budget in range(7):
+        for row, skipped in enumerate(skip_sets(programme.mask(budget))):
+            state = model.forward(model.x0[row], skipped)
+            torch.testing.assert_close(sum(programme.states)[budget, row], state)
+
+
+def test_skipping_nothing_is_the_full_model():
+    model = ToyModel(7, 8, seed=2)
+    programme = model.run(0)
+    full = torch.stack([model.forward(x, frozenset()) for x in model.x0])
+    assert torch.equal(sum(programme.states)[0], full)
+    assert not programme.mask(0).any()
+    torch.testing.assert_close(programme.similarity, torch.ones(1, 3))
+
+
+def test_budget_per_row():
+    model = ToyModel(8, 8, seed=3)
+    programme = model.run(5)
+    budgets = torch.tensor([1, 5, 3])
+    mixed = programme.mask(budgets)
+    assert mixed.sum(1).tolist() == budgets.tolist()
+    for row, budget in enumerate(budgets.tolist()):
+        assert torch.equal(mixed[row], programme.mask(budget)[row])
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 4, 5])
+def test_close_to_brute_force(budget, record_property):
+    """The programme is greedy in its states, so it may miss the best set: say by how much."""
+    gaps, ranks = [], []
+    for seed in range(12):
+        model = ToyModel(8, 16, seed)
+        found = skip_sets(model.run(budget).mask(budget))
+        for row, x0 in enumerate(model.x0):
+            full = model.forward(x0, frozenset())
+            cosine = {
+                skipped: torch.cosine_similarity(model.forward(x0, skipped), full, dim=-1).item()
+                for skipped in map(frozenset, combinations(range(8), budget))
+            }
+            best = max(cosine.values())
+            gaps.append(best - cosine[found[row]])
+            ranks.append(sum(c > cosine[found[row]] for c in cosine.values()) / len(cosine))
+    assert min(gaps) >= 0
+    mean_gap, mean_rank = sum(gaps) / len(gaps), sum(ranks) / len(ranks)
+    record_property("mean_gap", mean_gap)
+    print(f"budget {budget} of 8: cosine {mean_gap:.4f} below the optimum, better than "
+          f"{1 - mean_rank:.1%} of all sets")
+    assert mean_rank < 0.15
+
+
+@pytest.mark.parametrize("max_skipped", [-1, 4, 5])
+def test_budget_out_of_range(max_skipped):
+    with pytest.raises(ValueError, match=r"max_skipped must be in \[0, 4\)"):
+        ToyModel(4, 4, 0).run(max_skipped)
+
+
+def test_state_may_be_low_precision():
+    model = ToyModel(6, 32, seed=5)
+    model.weights = [w.bfloat16() for w in model.weights]
+    model.x0 = model.x0.bfloat16()
+    mask = model.run(3).mask(3)
+    assert (mask.sum(1) == 3).all()
