@@ -154,8 +154,13 @@ class LayerSkipConfig(BaseModel):
 
 
 def is_ours(settings: object) -> bool:
-    """Whether a speculative configuration asks for one of our methods."""
-    return isinstance(settings, Mapping) and settings.get("method") in METHODS
+    """Whether a speculative configuration asks for one of our methods, or uses keys only we have."""
+    if not isinstance(settings, Mapping):
+        return False
+    own_keys = set(LayerSkipConfig.model_fields) - {"method", *VLLM_KEYS}
+    return settings.get("method") in METHODS or (
+        settings.get("method") is None and not own_keys.isdisjoint(settings)
+    )
 
 
 def read_settings(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:

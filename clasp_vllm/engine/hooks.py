@@ -2,14 +2,14 @@
 
 Each entry wraps one function, leaves it as it is for configurations that are not ours, and can be
 installed any number of times. ``install`` sets the first four in every process when vLLM loads its
-plugins; the runner hooks follow in a worker that uses us, so that others never import our engine.
+plugins; a runner's hook follows in a worker that uses us, so that others never import our engine.
 
 | hook                  | what it changes                          | why                              |
 |-----------------------|------------------------------------------|----------------------------------|
 | cli_argument          | --speculative-config takes a file's path | stock: JSON only                 |
 | speculative_config    | our methods become a SpeculativeConfig   | its list of methods is closed    |
 | scratch_blocks        | the scheduler gets fewer KV blocks       | the rest is scratch              |
-| worker                | installs the two runner hooks            | late, and only where we are used |
+| worker                | installs its runner's hook               | late, and only where we are used |
 | speculator_v2         | our speculator in Model Runner V2        | its list of methods is closed    |
 | proposer_v1           | our proposer in Model Runner V1          | likewise                         |
 
@@ -19,11 +19,13 @@ vLLM versions: see ``SUPPORTED``. Each can go when vLLM lets a plugin register a
 from __future__ import annotations
 
 import functools
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
-from clasp_vllm.config import ConfigError, is_ours, parse_config, read_settings
+from clasp_vllm.config import METHODS, ConfigError, is_ours, parse_config, read_settings
 
 SUPPORTED = "0.32."
 _INSTALLED = "_clasp_vllm_original"
@@ -86,7 +88,11 @@ def _cli_argument(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_cli_args
 
 
-def parse_cli_argument(value: str) -> dict[str, Any] | None:
+class CommandLineSettings(dict[str, Any]):
+    """Settings from the command line, where an error is a message and not a traceback."""
+
+
+def parse_cli_argument(value: str) -> CommandLineSettings | None:
     """The argparse type of --speculative-config: JSON or the path of a file."""
     if value in ("", "None"):
         return None
@@ -96,26 +102,43 @@ def parse_cli_argument(value: str) -> dict[str, Any] | None:
             check_version()
             parse_config(settings)
     except ConfigError as error:
-        raise ArgumentTypeError(str(error).replace("%", "%%")) from None
-    return settings
+        raise ArgumentTypeError(str(error)) from None
+    return CommandLineSettings(settings)
 
 
 def _speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
-        settings = self.speculative_config
-        if isinstance(settings, str):
-            settings = self.speculative_config = read_settings(settings)
-        method = self.spec_method or (settings or {}).get("method")
-        if not is_ours({"method": method}):
-            return original(self, target_model_config, target_parallel_config)
-        check_version()
-        from clasp_vllm.engine.translate import speculative_config
+        from_command_line = isinstance(self.speculative_config, CommandLineSettings)
+        try:
+            settings = self.speculative_config
+            if isinstance(settings, str | Path):
+                settings = self.speculative_config = read_settings(settings)
+            if self.spec_method is not None:
+                settings = {**(settings or {}), "method": self.spec_method}
+            if is_ours(settings):
+                check_version()
+                from clasp_vllm.engine.translate import speculative_config
 
-        return speculative_config(self, target_model_config, target_parallel_config)
+                return speculative_config(self, target_model_config, target_parallel_config)
+            if settings is not None:
+                _check_method(settings.get("method"))
+        except ConfigError as error:
+            if from_command_line:
+                sys.exit(f"vllm: error: {error}")
+            raise
+        return original(self, target_model_config, target_parallel_config)
 
     return create_speculative_config
+
+
+def _check_method(method: object) -> None:
+    from vllm.config.speculative import SpeculativeMethod
+
+    allowed = (*METHODS, *get_args(SpeculativeMethod))
+    if method is not None and method not in allowed and method != "[ngram]":
+        raise ConfigError(f"method={method!r} is not known; allowed are {', '.join(allowed)}")
 
 
 def _scratch_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,21 +156,24 @@ def _scratch_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
 def _worker(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         if getattr(vllm_config.speculative_config, "layer_skip", None) is not None:
-            install_runner_hooks()
+            install_runner_hook(vllm_config.use_v2_model_runner)
         original(self, vllm_config, *args, **kwargs)
 
     return __init__
 
 
-def install_runner_hooks() -> None:
-    """Install the hooks of a worker that uses us, before it builds its model runner."""
-    import vllm.v1.worker.gpu.model_runner as runner_v2
-    import vllm.v1.worker.gpu.spec_decode as spec_decode_v2
-    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+def install_runner_hook(v2: bool) -> None:
+    """Install the hook of a worker that uses us, before it builds its model runner."""
+    if v2:
+        import vllm.v1.worker.gpu.model_runner as runner
+        import vllm.v1.worker.gpu.spec_decode as spec_decode
 
-    wrap(spec_decode_v2, "init_speculator", _speculator_v2)
-    wrap(runner_v2, "init_speculator", _speculator_v2)  # it imported the function by name
-    wrap(DraftModelProposer, "__new__", _proposer_v1)
+        wrap(spec_decode, "init_speculator", _speculator_v2)
+        wrap(runner, "init_speculator", _speculator_v2)  # it imported the function by name
+    else:
+        from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+        wrap(DraftModelProposer, "__new__", _proposer_v1)
 
 
 def _speculator_v2(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,84 @@
+"""The command clasp-vllm: look at and check configurations."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pydantic.fields import FieldInfo
+
+from clasp_vllm import __version__
+from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="clasp-vllm", description="Self-speculative decoding for vLLM by layer skipping."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    commands.add_parser("keys", help="describe every key of the speculative configuration (Markdown)")
+    check = commands.add_parser("check", help="check a configuration without starting vLLM")
+    check.add_argument("config", help="path of a YAML or JSON file, or a JSON object")
+    check.add_argument("--num-layers", type=int, help="also check it for a model with that many layers")
+
+    args = parser.parse_args(argv)
+    if args.command == "keys":
+        print(key_table())
+        return 0
+    try:
+        config = parse_config(read_settings(args.config))
+        print(explain(config, args.num_layers))
+    except ConfigError as error:
+        print(f"clasp-vllm: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def explain(config: LayerSkipConfig, num_layers: int | None) -> str:
+    """What a configuration will do, in words."""
+    lines = [f"method: {config.method}", f"draft tokens per round: {config.num_speculative_tokens}"]
+    if num_layers is not None:
+        lines.append(f"layers skipped: {config.budget(num_layers)} of {num_layers}")
+    if config.interval is not None:
+        lines.append(f"layers chosen anew every {config.interval} rounds, for at most "
+                     f"{config.optimized_requests} requests in one step")
+    threshold = config.draft_exit_threshold
+    lines.append(f"drafting stops below a probability of {threshold}" if threshold
+                 else "drafting never stops early")
+    return "\n".join(lines)
+
+
+def key_table() -> str:
+    """The configuration's keys as a Markdown table."""
+    rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+    for name, field in LayerSkipConfig.model_fields.items():
+        default = "required" if field.is_required() else _show(field.default)
+        rows.append(f"| `{name}` | {default} | {_allowed(name, field)} | {field.description} |")
+    return "\n".join(rows)
+
+
+def _show(value: object) -> str:
+    return "" if value is None else f"`{value}`"
+
+
+def _allowed(name: str, field: FieldInfo) -> str:
+    schema = LayerSkipConfig.model_json_schema()["properties"][name]
+    for option in schema.get("anyOf", [schema]):
+        if "enum" in option:
+            return " or ".join(f"`{value}`" for value in option["enum"])
+        if "minimum" in option:
+            low = option["minimum"]
+            if "exclusiveMaximum" in option:
+                return f"{low:g} to below {option['exclusiveMaximum']:g}"
+            return f"{low} to {option['maximum']}" if "maximum" in option else f"from {low} on"
+        if option.get("type") == "array":
+            return "a list of layer numbers"
+    return "as in vLLM"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

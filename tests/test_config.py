@@ -1,0 +1,171 @@
+"""Every bad configuration gets one clear message: the key, the value and what is allowed."""
+
+import json
+
+import pytest
+import yaml
+from clasp_vllm.config import ConfigError, LayerSkipConfig, is_ours, parse_config, read_settings
+from engines import ROOT
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+BAD = [
+    ({"method": "clasp", "skip_raito": 0.5}, ["skip_raito=0.5", "did you mean skip_ratio?", "allowed keys"]),
+    ({"method": "clasp", "model": "x"}, ["unknown key model='x'"]),
+    ({"method": "clasp", "skip_ratio": 1.0}, ["skip_ratio=1.0", "less than 1"]),
+    ({"method": "clasp", "skip_ratio": -0.1}, ["skip_ratio=-0.1", "greater than or equal to 0"]),
+    ({"method": "clasp", "skip_ratio": "half"}, ["skip_ratio='half'", "number"]),
+    ({"method": "clasp", "num_skipped_layers": -1}, ["num_skipped_layers=-1", "greater than or equal to 0"]),
+    ({"method": "clasp", "num_speculative_tokens": 0}, ["num_speculative_tokens=0", "greater than or equal to 1"]),
+    ({"method": "clasp", "num_speculative_tokens": 65}, ["num_speculative_tokens=65", "less than or equal to 64"]),
+    ({"method": "clasp", "num_speculative_tokens": "5"}, ["num_speculative_tokens='5'", "integer"]),
+    ({"method": "clasp", "num_speculative_tokens": True}, ["num_speculative_tokens=True", "integer"]),
+    ({"method": "clasp", "optimization_interval": 0}, ["optimization_interval=0", "greater than or equal to 1"]),
+    ({"method": "clasp", "max_optimized_requests": 0}, ["max_optimized_requests=0"]),
+    ({"method": "clasp", "draft_exit_threshold": 1}, ["draft_exit_threshold=1", "less than 1"]),
+    ({"method": "clasp", "draft_sample_method": "beam"}, ["draft_sample_method='beam'", "'greedy' or 'probabilistic'"]),
+    ({"method": "clasp", "skip_ratio": 0.5, "num_skipped_layers": 3}, ["skip_ratio and num_skipped_layers"]),
+    ({"method": "clasp", "skip_layers": [1]}, ["skip_layers=[1]", "method: layer_skip"]),
+    ({"method": "layer_skip", "skip_layers": [1, 1]}, ["skip_layers=[1, 1]", "twice"]),
+    ({"method": "layer_skip", "skip_layers": [-1]}, ["skip_layers=[-1]"]),
+    ({"method": "layer_skip", "skip_layers": [1], "skip_ratio": 0.5}, ["skip_ratio and skip_layers"]),
+    ({"method": "layer_skip", "optimization_interval": 4}, ["optimization_interval=4", "method: clasp"]),
+    ({"skip_ratio": 0.5}, ["method=None", "required"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "parts"), BAD, ids=[json.dumps(s) for s, _ in BAD])
+def test_bad_settings(settings, parts):
+    with pytest.raises(ConfigError) as error:
+        parse_config(settings)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_layers", "parts"),
+    [
+        ({"method": "clasp", "num_skipped_layers": 24}, 24, ["num_skipped_layers", "24", "0 to 23"]),
+        ({"method": "clasp", "skip_ratio": 0.99}, 24, ["skip_ratio", "24", "0 to 23"]),
+        ({"method": "layer_skip", "skip_layers": [3, 24]}, 24, ["skip_layers: 24", "0 to 23"]),
+        ({"method": "layer_skip", "skip_layers": [0, 1]}, 2, ["skip_layers", "leaves none"]),
+    ],
+)
+def test_more_than_the_model_has(settings, num_layers, parts):
+    config = parse_config(settings)
+    with pytest.raises(ConfigError) as error:
+        config.budget(num_layers)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("- method: clasp\n", "a list"),
+        ("", "nothing"),
+        ("clasp", "'clasp'"),
+        ("1: 2", "keys that are not text"),
+        ("method: [clasp", "cannot be read"),
+        ("method: !!python/object:os.system x", "cannot be read"),
+    ],
+)
+def test_bad_files(tmp_path, content, part):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        read_settings(path)
+    assert part in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file():
+    with pytest.raises(ConfigError, match=r"'nowhere.yaml': no such file; allowed is"):
+        read_settings("nowhere.yaml")
+
+
+@pytest.mark.parametrize("value", ["[1]", "{bad", '{"method": '])
+def test_bad_json(value):
+    with pytest.raises(ConfigError, match="the JSON given"):
+        read_settings(value)
+
+
+def test_same_meaning_however_it_is_given(tmp_path):
+    settings = {"method": "clasp", "num_speculative_tokens": 6, "skip_ratio": 0.25}
+    as_yaml, as_json = tmp_path / "c.yaml", tmp_path / "c.json"
+    as_yaml.write_text(yaml.safe_dump(settings))
+    as_json.write_text(json.dumps(settings))
+    given_ = [settings, json.dumps(settings), str(as_yaml), as_json]
+    assert len({parse_config(read_settings(g)) for g in given_}) == 1
+    dashed = {key.replace("_", "-"): value for key, value in settings.items()}
+    assert parse_config(dashed) == parse_config(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_layers", "budget"),
+    [
+        ({"method": "clasp"}, 24, 12),
+        ({"method": "clasp", "skip_ratio": 0.4}, 32, 13),
+        ({"method": "clasp", "num_skipped_layers": 0}, 32, 0),
+        ({"method": "layer_skip", "skip_layers": [4, 2]}, 32, 2),
+        ({"method": "layer_skip", "skip_layers": []}, 32, 0),
+    ],
+)
+def test_budget(settings, num_layers, budget):
+    assert parse_config(settings).budget(num_layers) == budget
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_examples_are_valid(path):
+    config = parse_config(read_settings(path))
+    num_layers = 80 if "70b" in path.name else 32
+    assert config.budget(num_layers) > 0
+
+
+def test_every_key_is_described():
+    assert all(field.description for field in LayerSkipConfig.model_fields.values())
+
+
+@pytest.mark.parametrize("settings", [None, "clasp", {}, {"method": "ngram"}, {"method": "eagle", "model": "x"}])
+def test_others_are_not_ours(settings):
+    assert not is_ours(settings)
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from([*LayerSkipConfig.model_fields, "x", ""]), _VALUES))
+def test_any_settings_give_a_config_or_a_message(settings):
+    try:
+        config = parse_config({"method": "clasp", **settings})
+        config.budget(24)
+    except ConfigError as error:
+        assert str(error)
+
+
+@hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.text(max_size=200) | _VALUES.map(lambda v: yaml.safe_dump(v)))
+def test_any_file_gives_settings_or_a_message(content):
+    import tempfile
+
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8", errors="surrogateescape") as file:
+        try:
+            file.write(content)
+        except UnicodeError:
+            return
+        file.flush()
+        try:
+            settings = read_settings(file.name)
+        except ConfigError as error:
+            assert str(error)
+        else:
+            assert isinstance(settings, dict)

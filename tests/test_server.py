@@ -1,0 +1,99 @@
+"""The HTTP server with the real openai client."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from engines import DEMO_MODEL, PROMPTS, ROOT, engine_process, generate, running
+from servers import Server, serve
+
+MODEL = str(DEMO_MODEL)
+ARGUMENTS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16",
+             "--kv-cache-memory-bytes", "536870912", "--speculative-config", str(ROOT / "configs" / "clasp.yaml")]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serve(MODEL, *ARGUMENTS, log=tmp_path_factory.mktemp("server") / "log", port=8123) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[str]:
+    with engine_process("v1") as call:
+        return call(plain_texts)
+
+
+def plain_texts() -> list[str]:
+    with running() as llm:
+        outcome = generate(llm, PROMPTS[:8], max_tokens=48)
+        return [llm.get_tokenizer().decode(ids) for ids in outcome.token_ids]
+
+
+def complete(client: openai.OpenAI, prompt: str, stream: bool) -> str:
+    response = client.completions.create(
+        model=MODEL, prompt=prompt, max_tokens=48, temperature=0, stream=stream,
+        extra_body={"ignore_eos": True},
+    )
+    if not stream:
+        return response.choices[0].text
+    return "".join(chunk.choices[0].text for chunk in response if chunk.choices)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streaming"])
+def test_concurrent_completions_equal_plain_vllm(client, server, plain, stream):
+    before = server.counters()
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda prompt: complete(client, prompt, stream), PROMPTS[:8]))
+    assert texts == plain
+    after = server.counters()
+    for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos[0]"):
+        assert after[name] > before.get(name, 0), name
+
+
+def chat(client: openai.OpenAI, question: str, stream: bool) -> str:
+    response = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": question}], max_tokens=40, temperature=0,
+        stream=stream,
+    )
+    if not stream:
+        return response.choices[0].message.content
+    return "".join(chunk.choices[0].delta.content or "" for chunk in response if chunk.choices)
+
+
+def test_chat_streaming_equals_whole(client):
+    questions = ["A box holds 12 pens. How many pens are in 7 boxes?", "How far is it?", "Why?"]
+    with ThreadPoolExecutor(3) as pool:
+        whole = list(pool.map(lambda q: chat(client, q, False), questions))
+        streamed = list(pool.map(lambda q: chat(client, q, True), questions))
+    assert whole == streamed
+    assert all(whole)
+
+
+def test_sampled_requests_and_greedy_ones_share_the_server(client, plain):
+    def sampled(seed: int) -> str:
+        return client.completions.create(model=MODEL, prompt=PROMPTS[0], max_tokens=32, temperature=1.0,
+                                         top_p=0.9, seed=seed).choices[0].text
+
+    with ThreadPoolExecutor(8) as pool:
+        samples = [pool.submit(sampled, seed) for seed in range(4)]
+        greedy = [pool.submit(complete, client, prompt, True) for prompt in PROMPTS[:4]]
+    assert [future.result() for future in greedy] == plain[:4]
+    assert len({future.result() for future in samples}) == 4
+
+
+def test_a_bad_request_leaves_the_server_serving(client, plain):
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model=MODEL, prompt="x " * 5000, max_tokens=5)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="another", prompt="x", max_tokens=5)
+    stream = client.completions.create(model=MODEL, prompt=PROMPTS[1], max_tokens=400, stream=True,
+                                       extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()  # the client goes away
+    assert complete(client, PROMPTS[0], False) == plain[0]
