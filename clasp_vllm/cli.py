@@ -44,11 +44,14 @@ def explain(config: LayerSkipConfig, num_layers: int | None) -> str:
     if num_layers is not None:
         lines.append(f"layers skipped: {config.budget(num_layers)} of {num_layers}")
     if config.interval is not None:
-        lines.append(f"layers chosen anew every {config.interval} rounds, for at most "
-                     f"{config.optimized_requests} requests in one step")
+        lines.append(
+            f"layers chosen anew every {config.interval} rounds, for at most "
+            f"{config.optimized_requests} requests in one step"
+        )
     threshold = config.draft_exit_threshold
-    lines.append(f"drafting stops below a probability of {threshold}" if threshold
-                 else "drafting never stops early")
+    lines.append(
+        f"drafting stops below a probability of {threshold}" if threshold else "drafting never stops early"
+    )
     return "\n".join(lines)
 
 

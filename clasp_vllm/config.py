@@ -44,12 +44,15 @@ class LayerSkipConfig(BaseModel):
         default=8, ge=1, le=64, description="Draft tokens per round (vLLM's key)."
     )
     skip_ratio: float | None = Field(
-        default=None, ge=0, lt=1,
+        default=None,
+        ge=0,
+        lt=1,
         description="Share of the layers to skip, rounded to whole layers. 0.5 if neither this nor "
         "num_skipped_layers nor skip_layers is given.",
     )
     num_skipped_layers: int | None = Field(
-        default=None, ge=0,
+        default=None,
+        ge=0,
         description="How many layers to skip, fewer than the model has. Instead of skip_ratio.",
     )
     skip_layers: list[Annotated[int, Field(ge=0)]] | None = Field(
@@ -58,16 +61,22 @@ class LayerSkipConfig(BaseModel):
         "as skip_ratio or num_skipped_layers says, evenly spaced.",
     )
     optimization_interval: int | None = Field(
-        default=None, ge=1, le=1_000_000,
+        default=None,
+        ge=1,
+        le=1_000_000,
         description="clasp only: rounds between two choices of a request's layers (default 8).",
     )
     max_optimized_requests: int | None = Field(
-        default=None, ge=1, le=1024,
+        default=None,
+        ge=1,
+        le=1024,
         description="clasp only: how many requests may have their layers chosen in one step "
         "(default 4). Each holds back num_skipped_layers blocks of KV cache.",
     )
     draft_exit_threshold: float = Field(
-        default=0.3, ge=0, lt=1,
+        default=0.3,
+        ge=0,
+        lt=1,
         description="Stop drafting for a request after a token less probable than this under the "
         "draft; 0 = off.",
     )
@@ -90,13 +99,13 @@ class LayerSkipConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> LayerSkipConfig:
-        budgets = [k for k in ("skip_ratio", "num_skipped_layers", "skip_layers")
-                   if getattr(self, k) is not None]
+        budgets = [
+            k for k in ("skip_ratio", "num_skipped_layers", "skip_layers") if getattr(self, k) is not None
+        ]
         if len(budgets) > 1:
             raise ValueError(f"{' and '.join(budgets)} exclude each other; give one of them")
         wrong = (
-            ["skip_layers"] if self.method == "clasp"
-            else ["optimization_interval", "max_optimized_requests"]
+            ["skip_layers"] if self.method == "clasp" else ["optimization_interval", "max_optimized_requests"]
         )
         for key in wrong:
             if getattr(self, key) is not None:
@@ -119,8 +128,7 @@ class LayerSkipConfig(BaseModel):
             beyond = [layer for layer in self.skip_layers if layer >= num_layers]
             if beyond:
                 raise ConfigError(
-                    f"skip_layers: {beyond[0]} is not a layer of the model; "
-                    f"allowed are 0 to {num_layers - 1}"
+                    f"skip_layers: {beyond[0]} is not a layer of the model; allowed are 0 to {num_layers - 1}"
                 )
             budget = len(self.skip_layers)
             key = "skip_layers"

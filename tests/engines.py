@@ -99,6 +99,7 @@ class Outcome:
     """What an engine generated, and vLLM's own counters of speculation."""
 
     token_ids: list[list[int]]
+    texts: list[str]
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -113,11 +114,10 @@ def generate(llm: Any, prompts: Sequence[Any], **sampling: Any) -> Outcome:
     before = _counters(llm)
     outputs = llm.generate(list(prompts), params, use_tqdm=False)
     after = _counters(llm)
-    per_position = tuple(
-        a - b for a, b in zip(after.pop("per_pos"), before.pop("per_pos"), strict=True)
-    )
+    per_position = tuple(a - b for a, b in zip(after.pop("per_pos"), before.pop("per_pos"), strict=True))
     return Outcome(
         [list(completion.token_ids) for output in outputs for completion in output.outputs],
+        [completion.text for output in outputs for completion in output.outputs],
         **{key: after[key] - before[key] for key in after},
         accepted_per_position=per_position,
     )

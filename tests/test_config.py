@@ -4,11 +4,12 @@ import json
 
 import pytest
 import yaml
-from clasp_vllm.config import ConfigError, LayerSkipConfig, is_ours, parse_config, read_settings
 from engines import ROOT
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+
+from clasp_vllm.config import ConfigError, LayerSkipConfig, is_ours, parse_config, read_settings
 
 BAD = [
     ({"method": "clasp", "skip_raito": 0.5}, ["skip_raito=0.5", "did you mean skip_ratio?", "allowed keys"]),
@@ -17,14 +18,26 @@ BAD = [
     ({"method": "clasp", "skip_ratio": -0.1}, ["skip_ratio=-0.1", "greater than or equal to 0"]),
     ({"method": "clasp", "skip_ratio": "half"}, ["skip_ratio='half'", "number"]),
     ({"method": "clasp", "num_skipped_layers": -1}, ["num_skipped_layers=-1", "greater than or equal to 0"]),
-    ({"method": "clasp", "num_speculative_tokens": 0}, ["num_speculative_tokens=0", "greater than or equal to 1"]),
-    ({"method": "clasp", "num_speculative_tokens": 65}, ["num_speculative_tokens=65", "less than or equal to 64"]),
+    (
+        {"method": "clasp", "num_speculative_tokens": 0},
+        ["num_speculative_tokens=0", "greater than or equal to 1"],
+    ),
+    (
+        {"method": "clasp", "num_speculative_tokens": 65},
+        ["num_speculative_tokens=65", "less than or equal to 64"],
+    ),
     ({"method": "clasp", "num_speculative_tokens": "5"}, ["num_speculative_tokens='5'", "integer"]),
     ({"method": "clasp", "num_speculative_tokens": True}, ["num_speculative_tokens=True", "integer"]),
-    ({"method": "clasp", "optimization_interval": 0}, ["optimization_interval=0", "greater than or equal to 1"]),
+    (
+        {"method": "clasp", "optimization_interval": 0},
+        ["optimization_interval=0", "greater than or equal to 1"],
+    ),
     ({"method": "clasp", "max_optimized_requests": 0}, ["max_optimized_requests=0"]),
     ({"method": "clasp", "draft_exit_threshold": 1}, ["draft_exit_threshold=1", "less than 1"]),
-    ({"method": "clasp", "draft_sample_method": "beam"}, ["draft_sample_method='beam'", "'greedy' or 'probabilistic'"]),
+    (
+        {"method": "clasp", "draft_sample_method": "beam"},
+        ["draft_sample_method='beam'", "'greedy' or 'probabilistic'"],
+    ),
     ({"method": "clasp", "skip_ratio": 0.5, "num_skipped_layers": 3}, ["skip_ratio and num_skipped_layers"]),
     ({"method": "clasp", "skip_layers": [1]}, ["skip_layers=[1]", "method: layer_skip"]),
     ({"method": "layer_skip", "skip_layers": [1, 1]}, ["skip_layers=[1, 1]", "twice"]),
@@ -130,7 +143,9 @@ def test_every_key_is_described():
     assert all(field.description for field in LayerSkipConfig.model_fields.values())
 
 
-@pytest.mark.parametrize("settings", [None, "clasp", {}, {"method": "ngram"}, {"method": "eagle", "model": "x"}])
+@pytest.mark.parametrize(
+    "settings", [None, "clasp", {}, {"method": "ngram"}, {"method": "eagle", "model": "x"}]
+)
 def test_others_are_not_ours(settings):
     assert not is_ours(settings)
 
@@ -169,3 +184,10 @@ def test_any_file_gives_settings_or_a_message(content):
             assert str(error)
         else:
             assert isinstance(settings, dict)
+
+
+def test_the_readme_describes_every_key():
+    from clasp_vllm.cli import key_table
+
+    readme = (ROOT / "README.md").read_text()
+    assert key_table() == readme.split("<!-- keys -->")[1].split("<!-- /keys -->")[0].strip()

@@ -8,8 +8,19 @@ from engines import DEMO_MODEL, PROMPTS, ROOT, engine_process, generate, running
 from servers import Server, serve
 
 MODEL = str(DEMO_MODEL)
-ARGUMENTS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16",
-             "--kv-cache-memory-bytes", "536870912", "--speculative-config", str(ROOT / "configs" / "clasp.yaml")]
+ARGUMENTS = [
+    "--dtype",
+    "float32",
+    "--enforce-eager",
+    "--max-model-len",
+    "512",
+    "--max-num-seqs",
+    "16",
+    "--kv-cache-memory-bytes",
+    "536870912",
+    "--speculative-config",
+    str(ROOT / "configs" / "clasp.yaml"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +42,16 @@ def plain() -> list[str]:
 
 def plain_texts() -> list[str]:
     with running() as llm:
-        outcome = generate(llm, PROMPTS[:8], max_tokens=48)
-        return [llm.get_tokenizer().decode(ids) for ids in outcome.token_ids]
+        return generate(llm, PROMPTS[:8], max_tokens=48).texts
 
 
 def complete(client: openai.OpenAI, prompt: str, stream: bool) -> str:
     response = client.completions.create(
-        model=MODEL, prompt=prompt, max_tokens=48, temperature=0, stream=stream,
+        model=MODEL,
+        prompt=prompt,
+        max_tokens=48,
+        temperature=0,
+        stream=stream,
         extra_body={"ignore_eos": True},
     )
     if not stream:
@@ -58,7 +72,10 @@ def test_concurrent_completions_equal_plain_vllm(client, server, plain, stream):
 
 def chat(client: openai.OpenAI, question: str, stream: bool) -> str:
     response = client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": question}], max_tokens=40, temperature=0,
+        model=MODEL,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=40,
+        temperature=0,
         stream=stream,
     )
     if not stream:
@@ -77,8 +94,13 @@ def test_chat_streaming_equals_whole(client):
 
 def test_sampled_requests_and_greedy_ones_share_the_server(client, plain):
     def sampled(seed: int) -> str:
-        return client.completions.create(model=MODEL, prompt=PROMPTS[0], max_tokens=32, temperature=1.0,
-                                         top_p=0.9, seed=seed).choices[0].text
+        return (
+            client.completions.create(
+                model=MODEL, prompt=PROMPTS[0], max_tokens=32, temperature=1.0, top_p=0.9, seed=seed
+            )
+            .choices[0]
+            .text
+        )
 
     with ThreadPoolExecutor(8) as pool:
         samples = [pool.submit(sampled, seed) for seed in range(4)]
@@ -92,8 +114,9 @@ def test_a_bad_request_leaves_the_server_serving(client, plain):
         client.completions.create(model=MODEL, prompt="x " * 5000, max_tokens=5)
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="another", prompt="x", max_tokens=5)
-    stream = client.completions.create(model=MODEL, prompt=PROMPTS[1], max_tokens=400, stream=True,
-                                       extra_body={"ignore_eos": True})
+    stream = client.completions.create(
+        model=MODEL, prompt=PROMPTS[1], max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+    )
     next(iter(stream))
     stream.close()  # the client goes away
     assert complete(client, PROMPTS[0], False) == plain[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,14 @@ class Decoder:
     gives the target's own result to the bit.
     """
 
-    def __init__(self, model: nn.Module, reference_layers: Iterable[type[nn.Module]],
-                 reference_models: Iterable[type[nn.Module]], works: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        reference_layers: Iterable[type[nn.Module]],
+        reference_models: Iterable[type[nn.Module]],
+        works: str,
+        view: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
         """Take the decoder out of ``model``, a vLLM causal language model.
 
         Args:
@@ -35,6 +42,7 @@ class Decoder:
             reference_layers: decoder layer classes known to have the form above.
             reference_models: model classes known to do nothing but embed, layers and norm.
             works: the architectures that work, for the error message.
+            view: how to look at a module in order to run it by itself.
 
         Raises:
             UnsupportedArchitectureError: the model has another form.
@@ -46,26 +54,26 @@ class Decoder:
                 f"Models that work: {works}. Remove the speculative configuration, or choose "
                 "another speculative method for this model."
             )
-        inner: nn.Module = model.model  # type: ignore[assignment]
-        self.layers: Sequence[nn.Module] = list(inner.layers)  # type: ignore[arg-type]
+        inner: Any = model.model
+        self.layers: Sequence[Any] = [view(layer) for layer in inner.layers]
         self.num_layers = len(self.layers)
         self._embed = inner.embed_input_ids
-        self._norm = inner.norm
+        self._norm: Any = view(inner.norm)
 
     def embed(self, token_ids: Tensor) -> State:
         """[rows] token ids to the state before the first layer, a pair of [rows, hidden_size]."""
-        embedding = self._embed(token_ids)  # type: ignore[operator]
+        embedding = self._embed(token_ids)
         return embedding, torch.zeros_like(embedding)
 
     def run_sublayer(self, layer: int, part: int, positions: Tensor, state: State) -> State:
         """Apply one sub-layer (``ATTENTION`` or ``MLP``). May overwrite ``state``."""
         module = self.layers[layer]
         if part == ATTENTION:
-            delta, residual = module.input_layernorm(*state)  # type: ignore[operator]
-            delta = module.self_attn(positions=positions, hidden_states=delta)  # type: ignore[operator]
+            delta, residual = module.input_layernorm(*state)
+            delta = module.self_attn(positions=positions, hidden_states=delta)
         else:
-            delta, residual = module.post_attention_layernorm(*state)  # type: ignore[operator]
-            delta = module.mlp(delta)  # type: ignore[operator]
+            delta, residual = module.post_attention_layernorm(*state)
+            delta = module.mlp(delta)
         return delta, residual
 
     def run_layer(self, layer: int, positions: Tensor, state: State) -> State:
@@ -76,24 +84,26 @@ class Decoder:
 
     def finish(self, state: State) -> Tensor:
         """The final norm: [rows, hidden_size], what the language-model head takes."""
-        return self._norm(*state)[0]  # type: ignore[operator]
+        hidden: Tensor = self._norm(*state)[0]
+        return hidden
 
 
-def _form_error(model: nn.Module, reference_layers: Iterable[type[nn.Module]],
-                reference_models: Iterable[type[nn.Module]]) -> str | None:
+def _form_error(
+    model: nn.Module, reference_layers: Iterable[type[nn.Module]], reference_models: Iterable[type[nn.Module]]
+) -> str | None:
     """Why ``model`` has not the Llama form, or None if it has.
 
     Structural: a forward that refers to nothing beyond what a reference's forward refers to can do
     nothing beyond it. Names that are None on the instance are switched off.
     """
-    inner = getattr(model, "model", None)
+    inner: Any = getattr(model, "model", None)
     for name in ("embed_input_ids", "layers", "norm"):
         if not hasattr(inner, name):
             return f"it has no model.{name}"
     unknown = _extra_names(inner, reference_models)
     if unknown:
         return f"{type(inner).__name__}.forward uses {', '.join(unknown)}"
-    for layer in inner.layers:  # type: ignore[union-attr]
+    for layer in inner.layers:
         parameters = list(inspect.signature(type(layer).forward).parameters)[1:4]
         if parameters != ["positions", "hidden_states", "residual"]:
             return f"{type(layer).__name__}.forward takes ({', '.join(parameters)}, ...)"
@@ -104,9 +114,21 @@ def _form_error(model: nn.Module, reference_layers: Iterable[type[nn.Module]],
 
 
 def _extra_names(module: nn.Module | None, references: Iterable[type[nn.Module]]) -> list[str]:
-    known = {name for reference in references for name in reference.forward.__code__.co_names}
-    used = type(module).forward.__code__.co_names  # type: ignore[union-attr]
+    known = {name for reference in references for name in _names_used(reference)}
     return sorted(
-        name for name in set(used) - known
+        name
+        for name in _names_used(type(module)) - known
         if getattr(module, name, module) is not None  # None on the instance: switched off
     )
+
+
+def _names_used(cls: type) -> set[str]:
+    """The names that a class's forward refers to, and the forwards that it calls by super()."""
+    names: set[str] = set()
+    for owner in cls.__mro__:
+        if "forward" in vars(owner):
+            names |= set(vars(owner)["forward"].__code__.co_names)
+            if "super" not in names:
+                break
+            names -= {"super", "forward"}
+    return names

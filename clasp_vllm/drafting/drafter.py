@@ -209,9 +209,7 @@ class Drafter:
         delta, residual = programme.states
         return programme, self.decoder.finish((delta[0].contiguous(), residual[0].contiguous()))
 
-    def _first_hidden(
-        self, batch: DraftBatch, slots: np.ndarray, due: np.ndarray, exact: Tensor
-    ) -> Tensor:
+    def _first_hidden(self, batch: DraftBatch, slots: np.ndarray, due: np.ndarray, exact: Tensor) -> Tensor:
         """[rows, hidden_size]: the full model's states where optimised, the draft's elsewhere."""
         hidden = exact.new_empty(len(batch), exact.shape[1])
         hidden[_index(due, exact.device)] = exact
@@ -231,9 +229,7 @@ class Drafter:
                     state = self.decoder.run_sublayer(layer, part, positions, state)
                 else:  # some rows skip it: run it for all, keep their states
                     delta, residual = state
-                    ran = self.decoder.run_sublayer(
-                        layer, part, positions, (delta.clone(), residual.clone())
-                    )
+                    ran = self.decoder.run_sublayer(layer, part, positions, (delta.clone(), residual.clone()))
                     state = torch.where(skip, delta, ran[0]), torch.where(skip, residual, ran[1])
         return self.decoder.finish(state)
 
@@ -241,9 +237,7 @@ class Drafter:
         # Past the end there is nothing to draft, but the rotary table must still hold the position.
         return positions.clamp(max=self.attention.max_model_len - 1)
 
-    def _sublayers(
-        self, slots: np.ndarray, device: torch.device
-    ) -> list[tuple[int, int, Tensor | None]]:
+    def _sublayers(self, slots: np.ndarray, device: torch.device) -> list[tuple[int, int, Tensor | None]]:
         """The sub-layers that any row runs, each with the rows that skip it ([rows, 1] or None)."""
         key = (slots.tobytes(), self.sequences.version)
         if key != self._plan_key:

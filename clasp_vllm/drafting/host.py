@@ -23,8 +23,7 @@ class _Copy:
         else:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._event = torch.cuda.current_stream().record_event()
 
     def get(self) -> Tensor:
         if self._event is not None:

@@ -19,8 +19,9 @@ class ScratchBlocks:
     Block ids run from ``first_block`` on: ``columns`` blocks for each row.
     """
 
-    def __init__(self, first_block: int, max_rows: int, columns: int, block_size: int,
-                 device: torch.device) -> None:
+    def __init__(
+        self, first_block: int, max_rows: int, columns: int, block_size: int, device: torch.device
+    ) -> None:
         ids = torch.arange(max_rows * columns, dtype=torch.int32, device=device) + first_block
         self._ids = ids.view(columns, max_rows)
         self.block_size = block_size

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 NEVER = np.iinfo(np.int64).max

@@ -14,6 +14,8 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, init_attn_backend
 
+from clasp_vllm.engine.eager import eager_kernels
+
 
 class TargetAttention:
     """Builds the forward context in which the target's layers decode a batch of rows.
@@ -62,11 +64,14 @@ class TargetAttention:
             positions=positions,
             is_prefilling=self._not_prefilling[:rows],
         )
-        with set_forward_context(
-            metadata,
-            self._vllm_config,
-            num_tokens=rows,
-            slot_mapping=dict.fromkeys(self._layer_names, slots),
+        with (
+            eager_kernels(),
+            set_forward_context(
+                metadata,
+                self._vllm_config,
+                num_tokens=rows,
+                slot_mapping=dict.fromkeys(self._layer_names, slots),
+            ),
         ):
             yield
 

@@ -17,6 +17,7 @@ from clasp_vllm.drafting.drafter import Drafter, DrafterOptions
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.engine.attention import TargetAttention
+from clasp_vllm.engine.eager import eager_view
 from clasp_vllm.engine.speculative_config import layer_skip_config
 from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
 
@@ -79,9 +80,7 @@ def build_decoder(model: nn.Module) -> Decoder:
     Raises:
         UnsupportedArchitectureError: it has not the form of a Llama.
     """
-    return Decoder(
-        model, (LlamaDecoderLayer, Qwen2DecoderLayer), (LlamaModel, Qwen2Model), WORKS
-    )
+    return Decoder(model, (LlamaDecoderLayer, Qwen2DecoderLayer), (LlamaModel, Qwen2Model), WORKS, eager_view)
 
 
 def build_drafter(
@@ -100,7 +99,10 @@ def build_drafter(
     if optimized:
         scratch = ScratchBlocks(
             kv_cache_config.num_blocks - num_scratch_blocks(vllm_config),
-            optimized, budget, attention.block_size, device,
+            optimized,
+            budget,
+            attention.block_size,
+            device,
         )
     skip_layers = config.skip_layers
     if skip_layers is None:

@@ -12,8 +12,10 @@ plugins; a runner's hook follows in a worker that uses us, so that others never 
 | worker                | installs its runner's hook               | late, and only where we are used |
 | speculator_v2         | our speculator in Model Runner V2        | its list of methods is closed    |
 | proposer_v1           | our proposer in Model Runner V1          | likewise                         |
+| expand_batch (V1)     | temperature, top-k, top-p per draft token| vLLM issue 55005: garbage on CPU |
 
-vLLM versions: see ``SUPPORTED``. Each can go when vLLM lets a plugin register a speculative method.
+vLLM versions: see ``SUPPORTED``. The last can go when that issue is fixed, the others when vLLM lets a
+plugin register a speculative method.
 """
 
 from __future__ import annotations
@@ -107,9 +109,7 @@ def parse_cli_argument(value: str) -> CommandLineSettings | None:
 
 
 def _speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    def create_speculative_config(
-        self: Any, target_model_config: Any, target_parallel_config: Any
-    ) -> Any:
+    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
         from_command_line = isinstance(self.speculative_config, CommandLineSettings)
         try:
             settings = self.speculative_config
@@ -171,9 +171,11 @@ def install_runner_hook(v2: bool) -> None:
         wrap(spec_decode, "init_speculator", _speculator_v2)
         wrap(runner, "init_speculator", _speculator_v2)  # it imported the function by name
     else:
+        import vllm.v1.sample.rejection_sampler as rejection_sampler
         from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
         wrap(DraftModelProposer, "__new__", _proposer_v1)
+        wrap(rejection_sampler, "expand_batch_to_tokens", _expand_batch)
 
 
 def _speculator_v2(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,3 +201,14 @@ def _proposer_v1(original: Callable[..., Any]) -> Callable[..., Any]:
     return __new__
 
 
+def _expand_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    def expand_batch_to_tokens(
+        x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> Any:
+        if x.device.type != "cpu":
+            return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
+        # vLLM's CPU kernel fills a copy and leaves the result as it was allocated.
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
+
+    return expand_batch_to_tokens

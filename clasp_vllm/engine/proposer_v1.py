@@ -18,7 +18,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from clasp_vllm.drafting.drafter import DraftBatch, Drafter
 from clasp_vllm.engine.build import build_decoder, build_drafter, top_probability
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings hold
 
 
 class LayerSkipProposer(DraftModelProposer):
@@ -38,9 +38,7 @@ class LayerSkipProposer(DraftModelProposer):
     def initialize_attn_backend(
         self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None
     ) -> None:
-        self.drafter, attention = build_drafter(
-            self.vllm_config, kv_cache_config, self.decoder, self.device
-        )
+        self.drafter, attention = build_drafter(self.vllm_config, kv_cache_config, self.decoder, self.device)
         self.draft_attn_groups = [g for groups in attention.attn_groups for g in groups]
         self.kv_cache_gid = 0
         # Positions that do not fit are handled row by row; the runner would drop the whole batch.

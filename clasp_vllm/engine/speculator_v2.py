@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from clasp_vllm.drafting.drafter import DraftBatch, Drafter
 from clasp_vllm.engine.build import build_decoder, build_drafter, top_probability
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings hold
 
 
 class LayerSkipSpeculator(DraftModelSpeculator):
@@ -45,9 +45,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     ) -> None:
         # The base class would build metadata for draft layers, of which there are none.
         self.block_tables = block_tables
-        self.drafter, attention = build_drafter(
-            self.vllm_config, kv_cache_config, self.decoder, self.device
-        )
+        self.drafter, attention = build_drafter(self.vllm_config, kv_cache_config, self.decoder, self.device)
         self.attn_groups = attention.attn_groups
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -85,9 +83,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     ) -> Tensor:
         """[num_reqs, num_speculative_steps] drafts."""
         num_reqs = input_batch.num_reqs
-        num_tokens = (
-            self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
-        )
+        num_tokens = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         drafts = self.draft_tokens[:num_reqs]
         # Rows that have not sampled yet (chunked prefill) neither draft nor write, and in a dummy
         # run the block tables are stale.

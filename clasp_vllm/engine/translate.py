@@ -42,26 +42,39 @@ def speculative_config(
     )
 
 
-def refuse_unsupported(
-    engine_args: Any, model_config: ModelConfig, parallel_config: ParallelConfig
-) -> None:
+def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_config: ParallelConfig) -> None:
     """Raises ConfigError for the first feature that layer skipping cannot serve."""
     refusals = (
-        (engine_args.spec_model is not None, "--spec-model",
-         "the target model drafts for itself; leave it out"),
-        (parallel_config.pipeline_parallel_size > 1, "pipeline parallelism",
-         "use tensor parallelism (--tensor-parallel-size)"),
-        (parallel_config.decode_context_parallel_size > 1, "decode context parallelism",
-         "use tensor parallelism (--tensor-parallel-size)"),
-        (parallel_config.prefill_context_parallel_size > 1, "prefill context parallelism",
-         "use tensor parallelism (--tensor-parallel-size)"),
+        (
+            engine_args.spec_model is not None,
+            "--spec-model",
+            "the target model drafts for itself; leave it out",
+        ),
+        (
+            parallel_config.pipeline_parallel_size > 1,
+            "pipeline parallelism",
+            "use tensor parallelism (--tensor-parallel-size)",
+        ),
+        (
+            parallel_config.decode_context_parallel_size > 1,
+            "decode context parallelism",
+            "use tensor parallelism (--tensor-parallel-size)",
+        ),
+        (
+            parallel_config.prefill_context_parallel_size > 1,
+            "prefill context parallelism",
+            "use tensor parallelism (--tensor-parallel-size)",
+        ),
         (engine_args.enable_lora, "LoRA", "serve the merged model, or leave out --enable-lora"),
         (model_config.runner_type != "generate", "pooling models", "use a generative model"),
         (model_config.is_encoder_decoder, "encoder-decoder models", "use a decoder-only model"),
         (model_config.is_multimodal_model, "multimodal models", "use a text model"),
         (model_config.use_mla, "multi-head latent attention", "use a Llama-like model"),
-        (model_config.is_hybrid or model_config.is_attention_free,
-         "models with state-space layers", "use a Llama-like model"),
+        (
+            model_config.is_hybrid or model_config.is_attention_free,
+            "models with state-space layers",
+            "use a Llama-like model",
+        ),
     )
     for present, feature, way_out in refusals:
         if present:

@@ -11,8 +11,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Server:
     port: int
     log: Path
     model: str
+    arguments: tuple[str, ...]
 
     @property
     def url(self) -> str:
@@ -53,7 +54,9 @@ class Server:
 
     def skipped_layers(self) -> str | None:
         """What the drafter's last report in the log says of the layers."""
-        reports = re.findall(r"Layer skipping: .*?(mean layers skipped: .*)", self.log.read_text(errors="replace"))
+        reports = re.findall(
+            r"Layer skipping: .*?(mean layers skipped: .*)", self.log.read_text(errors="replace")
+        )
         return reports[-1] if reports else None
 
 
@@ -92,12 +95,17 @@ def serve(
         ServerError: it ended or was not ready in time.
     """
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
-    server = Server(free_port(port), log, str(model))
+    server = Server(free_port(port), log, str(model), arguments)
     command += ["--host", "127.0.0.1", "--port", str(server.port), *arguments]
     with log.open("w") as output:
         # A session of its own, so that all its processes can be stopped together.
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env=os.environ | _environment(model))
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | _environment(model),
+        )
     try:
         _wait(server, process, timeout_s, on_wait)
         yield server
@@ -116,7 +124,11 @@ def _wait(
     while True:
         waited = time.monotonic() - started
         if process.poll() is not None or waited > timeout_s:
-            why = f"ended with status {process.returncode}" if process.returncode is not None else "is not ready"
+            why = (
+                f"ended with status {process.returncode}"
+                if process.returncode is not None
+                else "is not ready"
+            )
             tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-15:])
             raise ServerError(f"the server {why} after {waited:.0f} s; the end of {server.log}:\n{tail}")
         try:
@@ -137,7 +149,5 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait(patience)
         except subprocess.TimeoutExpired:
             continue
-    try:  # children that outlived it
+    with suppress(ProcessLookupError):  # children that outlived it
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

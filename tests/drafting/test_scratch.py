@@ -1,10 +1,13 @@
 import torch
+
 from clasp_vllm.drafting.scratch import ScratchBlocks
 
 
 def test_columns_differ_from_the_request_in_its_last_block_only():
     columns, rows, block_size = 3, 2, 16
-    scratch = ScratchBlocks(100, max_rows=4, columns=columns, block_size=block_size, device=torch.device("cpu"))
+    scratch = ScratchBlocks(
+        100, max_rows=4, columns=columns, block_size=block_size, device=torch.device("cpu")
+    )
     block_table = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]], dtype=torch.int32)
     positions = torch.tensor([33, 16])  # in the third block, at the start of the second
     tables, source, target = scratch.virtual_requests(block_table, positions)
@@ -24,7 +27,8 @@ def test_columns_differ_from_the_request_in_its_last_block_only():
     copies = dict(zip(target.tolist(), source.tolist(), strict=True))
     assert all(
         copies[int(tables[column, row, last[row]])] == int(block_table[row, last[row]])
-        for column in range(1, columns + 1) for row in range(rows)
+        for column in range(1, columns + 1)
+        for row in range(rows)
     )
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import torch
+
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.skipping.mask import layers_mask
 

@@ -9,8 +9,13 @@ import pytest
 import torch
 from engines import DEMO_MODEL, PROMPTS, drafter, engine_process, generate, running
 
-CLASP = {"method": "clasp", "num_speculative_tokens": 4, "optimization_interval": 3,
-         "num_skipped_layers": 10, "draft_exit_threshold": 0.0}
+CLASP = {
+    "method": "clasp",
+    "num_speculative_tokens": 4,
+    "optimization_interval": 3,
+    "num_skipped_layers": 10,
+    "draft_exit_threshold": 0.0,
+}
 # Lengths on both sides of a block boundary (blocks of 32), among them the first token of a block.
 LENGTHS = [2, 31, 32, 33, 70]
 
@@ -27,12 +32,17 @@ def recorded_passes(runner_block_size: int) -> list[dict]:
         def run_programme(batch):
             programme, hidden = original(batch)
             for row, request_id in enumerate(batch.request_ids):
-                passes.append({
-                    "request": request_id.split("-")[0], "token": int(batch.tokens[row]),
-                    "position": int(batch.positions[row]), "skipped": programme.skipped[:, :, row],
-                    "states": (programme.states[0] + programme.states[1])[:, row],
-                    "similarity": programme.similarity[:, row], "mask": programme.mask(10)[row],
-                })
+                passes.append(
+                    {
+                        "request": request_id.split("-")[0],
+                        "token": int(batch.tokens[row]),
+                        "position": int(batch.positions[row]),
+                        "skipped": programme.skipped[:, :, row],
+                        "states": (programme.states[0] + programme.states[1])[:, row],
+                        "similarity": programme.similarity[:, row],
+                        "mask": programme.mask(10)[row],
+                    }
+                )
             return programme, hidden
 
         ours.run_programme = run_programme
@@ -56,8 +66,9 @@ class Oracle:
     def __init__(self):
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32,
-                                                          attn_implementation="eager")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            DEMO_MODEL, dtype=torch.float32, attn_implementation="eager"
+        )
         self.layers = self.model.model.layers
 
     @torch.inference_mode()
@@ -80,8 +91,9 @@ class Oracle:
 
         def apply(i: int, x: torch.Tensor) -> torch.Tensor:
             own = copy.deepcopy(cache)  # nobody else's key at this position
-            out = self.layers[i](x, position_embeddings=rotary, attention_mask=None,
-                                 past_key_values=own, position_ids=position)
+            out = self.layers[i](
+                x, position_embeddings=rotary, attention_mask=None, past_key_values=own, position_ids=position
+            )
             return out[0] if isinstance(out, tuple) else out
 
         columns, full, agreed = {0: x0}, x0, []
@@ -94,8 +106,10 @@ class Oracle:
                     candidates[False] = apply(i, columns[j])
                 if j - 1 in columns:
                     candidates[True] = columns[j - 1]
-                cosine = {skip: torch.cosine_similarity(x[0], full[0], dim=-1).item()
-                          for skip, x in candidates.items()}
+                cosine = {
+                    skip: torch.cosine_similarity(x[0], full[0], dim=-1).item()
+                    for skip, x in candidates.items()
+                }
                 choice = bool(skipped[i, j])
                 assert choice in candidates, (i, j)
                 assert cosine[choice] >= max(cosine.values()) - 1e-5, (i, j, cosine)

@@ -5,7 +5,12 @@ import random
 import pytest
 from engines import PROMPTS, Outcome, drafter, engine_process, generate, running
 
-HALF = {"method": "clasp", "num_speculative_tokens": 5, "optimization_interval": 4, "draft_exit_threshold": 0.0}
+HALF = {
+    "method": "clasp",
+    "num_speculative_tokens": 5,
+    "optimization_interval": 4,
+    "draft_exit_threshold": 0.0,
+}
 
 
 def outcome(speculative_config: object, **settings) -> Outcome:
@@ -43,8 +48,10 @@ def test_output_varies(plain):
 
 
 def test_empty_skip_set_is_always_accepted(call, plain):
-    got = call(outcome, {"method": "layer_skip", "skip_layers": [], "num_speculative_tokens": 5,
-                         "draft_exit_threshold": 0.0})
+    got = call(
+        outcome,
+        {"method": "layer_skip", "skip_layers": [], "num_speculative_tokens": 5, "draft_exit_threshold": 0.0},
+    )
     assert got.token_ids == plain.token_ids
     assert got.num_accepted_tokens == got.num_draft_tokens > 0
 
@@ -58,8 +65,15 @@ def test_first_draft_of_an_optimising_round_is_always_accepted(call, plain):
 def test_chosen_layers_beat_random_ones(call, clasp):
     """Half the layers skipped: CLaSp's choice against a random one, at the positions both draft."""
     skip_layers = random.Random(0).sample(range(24), 12)
-    got = call(outcome, {"method": "layer_skip", "skip_layers": skip_layers,
-                         "num_speculative_tokens": 5, "draft_exit_threshold": 0.0})
+    got = call(
+        outcome,
+        {
+            "method": "layer_skip",
+            "skip_layers": skip_layers,
+            "num_speculative_tokens": 5,
+            "draft_exit_threshold": 0.0,
+        },
+    )
     assert got.num_drafts > 0
     mean = got.num_accepted_tokens / got.num_drafts
     assert clasp.num_accepted_tokens / clasp.num_drafts > 2 * mean
@@ -75,3 +89,22 @@ def test_early_exit_is_lossless_and_drafts_less(call, plain):
     early, early_steps = call(draft_steps, HALF | {"draft_exit_threshold": 0.9})
     assert every.token_ids == early.token_ids == plain.token_ids[:4]
     assert early_steps / early.num_drafts < 0.9 * steps / every.num_drafts
+
+
+def mixed_batch(speculative_config: object) -> list[list[int]]:
+    """Greedy requests that share their batch with sampled ones."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+    sampled = [
+        SamplingParams(temperature=1.0, top_p=0.9, top_k=50, seed=seed, max_tokens=24) for seed in range(4)
+    ]
+    with running(speculative_config=speculative_config) as llm:
+        outputs = llm.generate(PROMPTS[:4] + PROMPTS[:4], [greedy] * 4 + sampled, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_greedy_requests_beside_sampled_ones(call, plain):
+    got = call(mixed_batch, HALF)
+    assert got[:4] == [ids[:32] for ids in plain.token_ids[:4]]
+    assert len({tuple(ids) for ids in got}) == 8

@@ -5,17 +5,24 @@ import random
 import pytest
 from engines import PROMPTS, drafter, engine_process, generate, running
 
-SETTINGS = {"method": "layer_skip", "skip_layers": [], "num_speculative_tokens": 4,
-            "draft_exit_threshold": 0.0}
+SETTINGS = {
+    "method": "layer_skip",
+    "skip_layers": [],
+    "num_speculative_tokens": 4,
+    "draft_exit_threshold": 0.0,
+}
 
 
 def forced_drafts(together: bool) -> tuple[list[list[int]], list[list[tuple]]]:
     """Outputs and drafts (position, tokens) of six requests, each with a mask of its own."""
     import torch
+
     from clasp_vllm.skipping.mask import layers_mask
 
-    masks = [layers_mask(24, random.Random(i).sample(range(24), count))
-             for i, count in enumerate([0, 4, 8, 12, 12, 16])]
+    masks = [
+        layers_mask(24, random.Random(i).sample(range(24), count))
+        for i, count in enumerate([0, 4, 8, 12, 12, 16])
+    ]
     masks[1][7] = torch.tensor([True, False])  # a single sub-layer skipped
     masks[2][11] = torch.tensor([False, True])
     with running(speculative_config=SETTINGS) as llm:

@@ -12,8 +12,14 @@ VLLM = os.path.join(os.path.dirname(sys.executable), "vllm")
 
 
 def vllm(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([VLLM, *arguments], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
+    return subprocess.run(
+        [VLLM, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,8 +76,9 @@ def build_configs(tmp: str) -> dict[str, str]:
 def refusals() -> dict[str, str]:
     """Messages of EngineArgs for what is not supported."""
     import vllm
-    from clasp_vllm.config import ConfigError
     from vllm.engine.arg_utils import EngineArgs
+
+    from clasp_vllm.config import ConfigError
 
     def message(**arguments) -> str:
         settings = {"model": str(DEMO_MODEL), "speculative_config": {"method": "clasp"}} | arguments
@@ -143,15 +150,19 @@ def test_engines_that_do_not_use_us_are_untouched(speculative_config, monkeypatc
     assert without.pop("ours") == []
     # The entry point and the hooks are there; nothing that drafts, and no runner hook, was loaded.
     assert installed.pop("ours") == [
-        "clasp_vllm.config", "clasp_vllm.engine", "clasp_vllm.engine.hooks", "clasp_vllm.plugin"
+        "clasp_vllm.config",
+        "clasp_vllm.engine",
+        "clasp_vllm.engine.hooks",
+        "clasp_vllm.plugin",
     ]
     assert installed == without
 
 
 def register_with_a_changed_vllm() -> str:
     """register() in a vLLM that has lost what a hook wraps."""
-    from clasp_vllm.plugin import register
     from vllm.engine.arg_utils import EngineArgs
+
+    from clasp_vllm.plugin import register
 
     del EngineArgs.create_speculative_config
     register()
@@ -166,8 +177,9 @@ def test_register_never_raises():
 
 def hooks_installed_twice() -> int:
     """How many layers of wrapping a hook has after registering three times."""
-    from clasp_vllm.plugin import register
     from vllm.engine.arg_utils import EngineArgs
+
+    from clasp_vllm.plugin import register
 
     for _ in range(3):
         register()

@@ -3,8 +3,12 @@
 import pytest
 from engines import PROMPTS, drafter, engine_process, generate, model_runner, running
 
-CLASP = {"method": "clasp", "num_speculative_tokens": 4, "num_skipped_layers": 10,
-         "max_optimized_requests": 3}
+CLASP = {
+    "method": "clasp",
+    "num_speculative_tokens": 4,
+    "num_skipped_layers": 10,
+    "max_optimized_requests": 3,
+}
 
 
 def resources(speculative_config: object) -> dict:

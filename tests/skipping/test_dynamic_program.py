@@ -4,10 +4,11 @@ from itertools import combinations
 
 import pytest
 import torch
-from clasp_vllm.skipping.dynamic_program import run_programme
-from clasp_vllm.skipping.reference import best_skip_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from clasp_vllm.skipping.dynamic_program import run_programme
+from clasp_vllm.skipping.reference import best_skip_set
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -19,8 +20,10 @@ class ToyModel:
         generator = torch.Generator().manual_seed(seed)
         self.num_layers = num_layers
         self.weights = [
-            (torch.randn(hidden, hidden, generator=generator, dtype=torch.float64) * gain / hidden**0.5)
-            .to(device) for _ in range(num_layers)
+            (torch.randn(hidden, hidden, generator=generator, dtype=torch.float64) * gain / hidden**0.5).to(
+                device
+            )
+            for _ in range(num_layers)
         ]
         self.x0 = torch.randn(3, hidden, generator=generator, dtype=torch.float64).to(device)
 
@@ -113,8 +116,10 @@ def test_close_to_brute_force(budget, record_property):
     assert min(gaps) >= 0
     mean_gap, mean_rank = sum(gaps) / len(gaps), sum(ranks) / len(ranks)
     record_property("mean_gap", mean_gap)
-    print(f"budget {budget} of 8: cosine {mean_gap:.4f} below the optimum, better than "
-          f"{1 - mean_rank:.1%} of all sets")
+    print(
+        f"budget {budget} of 8: cosine {mean_gap:.4f} below the optimum, better than "
+        f"{1 - mean_rank:.1%} of all sets"
+    )
     assert mean_rank < 0.15
 
 

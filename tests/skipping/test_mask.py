@@ -1,7 +1,10 @@
+from itertools import pairwise
+
 import pytest
-from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
 from hypothesis import given
 from hypothesis import strategies as st
+
+from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
 
 
 @given(st.integers(2, 100), st.data())
@@ -13,7 +16,7 @@ def test_evenly_spaced(num_layers, data):
     if count <= num_layers - 2:
         assert 0 not in layers
         assert num_layers - 1 not in layers
-        gaps = [b - a for a, b in zip(layers, layers[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(layers)]
         assert not gaps or max(gaps) - min(gaps) <= 1
 
 

@@ -1,0 +1,105 @@
+"""The Llama family is recognised by its form; everything else is refused with what works."""
+
+import pytest
+from engines import engine_process, generate, running
+
+PROMPTS = [{"prompt_token_ids": [1, *range(i, i + 3 * i)]} for i in range(3, 11)]
+CLASP = {
+    "method": "clasp",
+    "num_speculative_tokens": 3,
+    "optimization_interval": 2,
+    "num_skipped_layers": 2,
+    "draft_exit_threshold": 0.0,
+}
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.12,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+SUPPORTED = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+}
+REFUSED = {
+    "gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 128},
+    "granite": {},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 2, "n_positions": 256},
+}
+
+
+def save(kind: str, settings: dict, folder: str) -> str:
+    """A random checkpoint. Weights this large keep the output from being one token repeated."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    own = settings if kind == "gpt2" else SMALL | settings
+    config = AutoConfig.for_model(kind, **({"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2} | own))
+    path = f"{folder}/{kind}"
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
+    return path
+
+
+def outcomes(kind: str, folder: str) -> tuple:
+    path = save(kind, SUPPORTED[kind], folder)
+    found = []
+    for spec in (
+        None,
+        CLASP,
+        CLASP | {"optimization_interval": 1, "max_optimized_requests": 8},
+        {"method": "layer_skip", "skip_layers": [], "num_speculative_tokens": 3},
+    ):
+        with running(
+            path, spec, max_model_len=256, skip_tokenizer_init=True, kv_cache_memory_bytes=64 << 20
+        ) as llm:
+            found.append(generate(llm, PROMPTS, max_tokens=24, detokenize=False))
+    return tuple(found)
+
+
+def refusal(kind: str, folder: str) -> str:
+    path = save(kind, REFUSED[kind], folder)
+    try:
+        with running(
+            path, CLASP, max_model_len=128, skip_tokenizer_init=True, kv_cache_memory_bytes=64 << 20
+        ):
+            return "started"
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="module")
+def call():
+    with engine_process("v1") as call:
+        yield call
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_supported(call, kind, tmp_path):
+    plain, clasp, optimising, nothing_skipped = call(outcomes, kind, str(tmp_path))
+    assert len({tuple(ids) for ids in plain.token_ids}) == len(PROMPTS)
+    assert clasp.token_ids == plain.token_ids
+    assert optimising.token_ids == plain.token_ids
+    assert optimising.accepted_per_position[0] == optimising.num_drafts > 0
+    assert nothing_skipped.token_ids == plain.token_ids
+    assert nothing_skipped.num_accepted_tokens == nothing_skipped.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused(call, kind, tmp_path):
+    message = call(refusal, kind, str(tmp_path))
+    assert "layer skipping does not support" in message
+    assert "Llama, Mistral, Qwen2, Qwen3" in message
