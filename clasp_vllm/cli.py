@@ -79,7 +79,7 @@ def _allowed(name: str, field: FieldInfo) -> str:
                 return f"{low:g} to below {option['exclusiveMaximum']:g}"
             return f"{low} to {option['maximum']}" if "maximum" in option else f"from {low} on"
         if option.get("type") == "array":
-            return "a list of layer numbers"
+            return "a list"
     return "as in vLLM"
 
 

@@ -80,9 +80,10 @@ class LayerSkipConfig(BaseModel):
         description="Stop drafting for a request after a token less probable than this under the "
         "draft; 0 = off.",
     )
-    # vLLM checks the values of its own keys; they are listed so that others are refused.
-    num_speculative_tokens_per_batch_size: Any = Field(
-        default=None, description="Draft length by batch size (vLLM's key)."
+    num_speculative_tokens_per_batch_size: list[list[int]] | None = Field(
+        default=None,
+        description="Draft length by batch size: triples of first and last batch size and draft length "
+        "(vLLM's key).",
     )
     draft_sample_method: Literal["greedy", "probabilistic"] = Field(
         default="greedy", description="How draft tokens are drawn (vLLM's key)."
@@ -90,11 +91,11 @@ class LayerSkipConfig(BaseModel):
     rejection_sample_method: Literal["standard", "synthetic", "block"] = Field(
         default="standard", description="How drafts are verified (vLLM's key)."
     )
-    synthetic_acceptance_rates: Any = Field(
-        default=None, description="For synthetic verification (vLLM's key)."
+    synthetic_acceptance_rates: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
+        default=None, description="Acceptance by position, for synthetic verification (vLLM's key)."
     )
-    synthetic_acceptance_length: Any = Field(
-        default=None, description="For synthetic verification (vLLM's key)."
+    synthetic_acceptance_length: float | None = Field(
+        default=None, ge=1, description="Mean accepted length, for synthetic verification (vLLM's key)."
     )
 
     @model_validator(mode="after")

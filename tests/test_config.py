@@ -45,6 +45,12 @@ BAD = [
     ({"method": "layer_skip", "skip_layers": [1], "skip_ratio": 0.5}, ["skip_ratio and skip_layers"]),
     ({"method": "layer_skip", "optimization_interval": 4}, ["optimization_interval=4", "method: clasp"]),
     ({"skip_ratio": 0.5}, ["method=None", "required"]),
+    (
+        {"method": "clasp", "num_speculative_tokens_per_batch_size": [[1, 2, "3"]]},
+        ["num_speculative_tokens_per_batch_size", "integer"],
+    ),
+    ({"method": "clasp", "synthetic_acceptance_rates": [2.0]}, ["synthetic_acceptance_rates=[2.0]"]),
+    ({"method": "clasp", "synthetic_acceptance_length": 0.5}, ["synthetic_acceptance_length=0.5"]),
 ]
 
 

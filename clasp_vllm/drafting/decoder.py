@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from clasp_vllm.skipping.dynamic_program import State
 from clasp_vllm.skipping.mask import ATTENTION
 
+LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
 
 class UnsupportedArchitectureError(ValueError):
     """The model's layers are not of the form that layer skipping knows how to run one by one."""
@@ -93,8 +95,8 @@ def _form_error(
 ) -> str | None:
     """Why ``model`` has not the Llama form, or None if it has.
 
-    Structural: a forward that refers to nothing beyond what a reference's forward refers to can do
-    nothing beyond it. Names that are None on the instance are switched off.
+    Judged by the names that each forward refers to: nothing beyond a reference's, and of a layer's four
+    parts every one, in their order. A name that is None on the instance is switched off.
     """
     inner: Any = getattr(model, "model", None)
     for name in ("embed_input_ids", "layers", "norm"):
@@ -110,6 +112,11 @@ def _form_error(
         unknown = _extra_names(layer, reference_layers)
         if unknown:
             return f"{type(layer).__name__}.forward uses {', '.join(unknown)}"
+        used = [name for name in type(layer).forward.__code__.co_names if name in LAYER_PARTS]
+        if used != list(LAYER_PARTS):
+            return f"{type(layer).__name__}.forward runs {', '.join(used)}"
+        if not {"positions", "hidden_states"} <= set(inspect.signature(layer.self_attn.forward).parameters):
+            return f"{type(layer.self_attn).__name__}.forward takes no positions or no hidden_states"
     return None
 
 

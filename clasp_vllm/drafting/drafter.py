@@ -86,6 +86,10 @@ class DraftBatch:
 Sample = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
 
 
+# The sub-layers to run: layer, part, and the rows that skip it ([rows, 1] bool) or None.
+Plan = list[tuple[int, int, Tensor | None]]
+
+
 @dataclass(frozen=True)
 class DrafterOptions:
     """How to draft.
@@ -124,8 +128,9 @@ class Drafter:
         self.statistics = DraftStatistics(decoder.num_layers)
         self._share = share
         self._new_masks = HostMasks()
-        self._plan_key: tuple[object, ...] | None = None
-        self._plan: list[tuple[int, int, Tensor | None]] = []
+        # What to run for the rows of a batch, until a mask changes.
+        self._plans: dict[bytes, Plan] = {}
+        self._plans_version = -1
 
     def draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> tuple[Tensor, Tensor]:
         """Draft up to ``num_tokens`` tokens for every sequence of the batch.
@@ -206,8 +211,8 @@ class Drafter:
             programme = run_programme(
                 self.decoder.embed(batch.tokens), layer, self.decoder.num_layers, columns - 1
             )
-        delta, residual = programme.states
-        return programme, self.decoder.finish((delta[0].contiguous(), residual[0].contiguous()))
+            delta, residual = (x[0].clone() for x in programme.states)
+            return programme, self.decoder.finish((delta, residual))
 
     def _first_hidden(self, batch: DraftBatch, slots: np.ndarray, due: np.ndarray, exact: Tensor) -> Tensor:
         """[rows, hidden_size]: the full model's states where optimised, the draft's elsewhere."""
@@ -231,7 +236,7 @@ class Drafter:
                     delta, residual = state
                     ran = self.decoder.run_sublayer(layer, part, positions, (delta.clone(), residual.clone()))
                     state = torch.where(skip, delta, ran[0]), torch.where(skip, residual, ran[1])
-        return self.decoder.finish(state)
+            return self.decoder.finish(state)
 
     def _rotary(self, positions: Tensor) -> Tensor:
         # Past the end there is nothing to draft, but the rotary table must still hold the position.
@@ -239,19 +244,21 @@ class Drafter:
 
     def _sublayers(self, slots: np.ndarray, device: torch.device) -> list[tuple[int, int, Tensor | None]]:
         """The sub-layers that any row runs, each with the rows that skip it ([rows, 1] or None)."""
-        key = (slots.tobytes(), self.sequences.version)
-        if key != self._plan_key:
+        if self._plans_version != self.sequences.version:
+            self._plans.clear()
+            self._plans_version = self.sequences.version
+        plan = self._plans.get(slots.tobytes())
+        if plan is None:
             masks = self.sequences.masks[torch.from_numpy(slots)]  # [rows, num_layers, 2]
             some, every = masks.any(0).tolist(), masks.all(0).tolist()
             on_device = masks.to(device, non_blocking=True)
-            self._plan = [
+            plan = self._plans[slots.tobytes()] = [
                 (layer, part, on_device[:, layer, part, None] if some[layer][part] else None)
                 for layer in range(masks.shape[1])
                 for part in range(2)
                 if not every[layer][part]
             ]
-            self._plan_key = key
-        return self._plan
+        return plan
 
 
 def _index(rows: np.ndarray, device: torch.device) -> Tensor:

@@ -79,7 +79,9 @@ def install() -> None:
 def _cli_argument(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
-        action = parser._option_string_actions["--speculative-config"]
+        action = parser._option_string_actions.get("--speculative-config")
+        if action is None:
+            return parser
         action.type = parse_cli_argument
         action.help = (
             f"{action.help or ''} With clasp_vllm also the path of a YAML or JSON file, and the "
@@ -109,7 +111,7 @@ def parse_cli_argument(value: str) -> CommandLineSettings | None:
 
 
 def _speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+    def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         from_command_line = isinstance(self.speculative_config, CommandLineSettings)
         try:
             settings = self.speculative_config
@@ -121,14 +123,14 @@ def _speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 check_version()
                 from clasp_vllm.engine.translate import speculative_config
 
-                return speculative_config(self, target_model_config, target_parallel_config)
+                return speculative_config(self, *args, **kwargs)
             if settings is not None:
                 _check_method(settings.get("method"))
         except ConfigError as error:
             if from_command_line:
                 sys.exit(f"vllm: error: {error}")
             raise
-        return original(self, target_model_config, target_parallel_config)
+        return original(self, *args, **kwargs)
 
     return create_speculative_config
 

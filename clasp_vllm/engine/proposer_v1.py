@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ class LayerSkipProposer(DraftModelProposer):
         on_device = torch.from_numpy(rows).to(self.device, non_blocking=True)
         drafts[on_device] = tokens
         if probs:
-            self._last_draft_probs = self._scatter_probs(probs, on_device, drafts)
+            self._last_draft_probs = self._draft_probs(probs, on_device, drafts)
         report = self.drafter.statistics.report()
         if report is not None:
             logger.info(report)
@@ -117,12 +118,19 @@ class LayerSkipProposer(DraftModelProposer):
             short[row] = ids[:length]
         return short
 
-    def _scatter_probs(self, probs: list[Tensor], rows: Tensor, drafts: Tensor) -> Tensor:
-        """[num_reqs, num_speculative_tokens, vocab]; steps not drafted put all on their token."""
-        vocab = probs[0].shape[-1]
-        out = torch.nn.functional.one_hot(drafts, vocab).to(probs[0].dtype)
-        out[rows, : len(probs)] = torch.stack(probs, dim=1)
-        return out
+    def _draft_probs(self, probs: list[Tensor], rows: Tensor, drafts: Tensor) -> Tensor:
+        """[num_reqs, num_speculative_tokens, vocab] float32: the law each draft token was drawn from.
+
+        Tokens that filled up a draft stopped early were certain.
+        """
+        num_reqs, num_tokens = drafts.shape
+        drawn = torch.stack(probs, dim=1)
+        if len(rows) == num_reqs and len(probs) == num_tokens:
+            return drawn
+        law = drawn.new_zeros(num_reqs, num_tokens, drawn.shape[-1])
+        law[rows, : len(probs)] = drawn
+        law[:, len(probs) :].scatter_(2, drafts[:, len(probs) :].unsqueeze(2), 1.0)
+        return law
 
 
 def _select_rows(
@@ -131,7 +139,5 @@ def _select_rows(
     """The sampling metadata of some rows, as far as drafting reads it (the temperature)."""
     if rows.size == num_reqs or metadata.temperature is None:
         return metadata
-    import dataclasses
-
     index = torch.from_numpy(rows).to(device, non_blocking=True)
-    return dataclasses.replace(metadata, temperature=metadata.temperature[index])
+    return replace(metadata, temperature=metadata.temperature[index])

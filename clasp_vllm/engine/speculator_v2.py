@@ -137,6 +137,6 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         these steps is another round's.
         """
         assert self.draft_logits is not None
-        law = self.draft_logits.new_full((*tokens.shape, self.draft_logits.shape[-1]), -torch.inf)
-        law.scatter_(2, tokens.unsqueeze(2), 0.0)
-        self.draft_logits[idx_mapping, first_step : first_step + tokens.shape[1]] = law
+        for step, certain in enumerate(tokens.unbind(1), start=first_step):
+            self.draft_logits[idx_mapping, step] = -torch.inf
+            self.draft_logits[idx_mapping, step, certain] = 0.0

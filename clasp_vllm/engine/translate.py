@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
 from vllm.config import ModelConfig, ParallelConfig
+from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from clasp_vllm.config import ConfigError, parse_config
 from clasp_vllm.engine.speculative_config import LayerSkipSpeculativeConfig
 
 
 def speculative_config(
-    engine_args: Any, model_config: ModelConfig, parallel_config: ParallelConfig
+    engine_args: Any, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
 ) -> LayerSkipSpeculativeConfig:
     """The SpeculativeConfig of engine arguments that ask for one of our methods.
 
@@ -32,14 +34,23 @@ def speculative_config(
                 )
             settings[key] = value
     config = parse_config(settings)
-    config.budget(model_config.get_total_num_hidden_layers())
-    refuse_unsupported(engine_args, model_config, parallel_config)
-    return LayerSkipSpeculativeConfig(
-        **config.vllm_settings(),
-        target_model_config=model_config,
-        target_parallel_config=parallel_config,
-        layer_skip=config,
-    )
+    config.budget(target_model_config.get_total_num_hidden_layers())
+    if config.num_speculative_tokens_per_batch_size is not None:
+        try:
+            validate_and_normalize_dynamic_sd_schedule(config.num_speculative_tokens_per_batch_size)
+        except ValueError as error:
+            raise ConfigError(f"speculative configuration: {error}") from None
+    refuse_unsupported(engine_args, target_model_config, target_parallel_config)
+    try:
+        return LayerSkipSpeculativeConfig(
+            **config.vllm_settings(),
+            target_model_config=target_model_config,
+            target_parallel_config=target_parallel_config,
+            layer_skip=config,
+        )
+    except ValidationError as error:  # of vLLM's own keys
+        reasons = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+        raise ConfigError(f"speculative configuration: {reasons}") from None
 
 
 def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_config: ParallelConfig) -> None:
@@ -65,6 +76,12 @@ def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_con
             "prefill context parallelism",
             "use tensor parallelism (--tensor-parallel-size)",
         ),
+        (
+            parallel_config.data_parallel_size > 1 and model_config.is_moe,
+            "data parallelism of mixture-of-experts models",
+            "use tensor parallelism (--tensor-parallel-size), or one server per replica",
+        ),
+        (parallel_config.enable_eplb, "expert load balancing", "leave out --enable-eplb"),
         (engine_args.enable_lora, "LoRA", "serve the merged model, or leave out --enable-lora"),
         (model_config.runner_type != "generate", "pooling models", "use a generative model"),
         (model_config.is_encoder_decoder, "encoder-decoder models", "use a decoder-only model"),

@@ -37,6 +37,7 @@ class Run:
     """What one server answered."""
 
     texts: dict[str, str]
+    repeatable: bool
     tokens: int
     seconds: float
     counters: dict[str, float]
@@ -120,13 +121,12 @@ def _ask(server: Server, args: argparse.Namespace) -> Run:
     texts = {
         domain: _stream(client, server, prompt, args)[0] for domain, prompt in PROMPTS.items()
     }  # warm-up
-    tokens, started = 0, time.perf_counter()
+    tokens, repeatable, started = 0, True, time.perf_counter()
     for _ in range(args.repeats):
         for domain, prompt in PROMPTS.items():
             text, count = _stream(client, server, prompt, args)
             tokens += count
-            if text != texts[domain]:
-                raise ServerError(f"two greedy answers to the same {domain} prompt differ")
+            repeatable &= text == texts[domain]
     seconds = time.perf_counter() - started
     deadline = time.monotonic() + 15  # the drafter reports every 10 s, when it drafts
     while (
@@ -135,7 +135,7 @@ def _ask(server: Server, args: argparse.Namespace) -> Run:
         and time.monotonic() < deadline
     ):
         _stream(client, server, PROMPTS["maths"], args)
-    return Run(texts, tokens, seconds, server.counters(), server.skipped_layers())
+    return Run(texts, repeatable, tokens, seconds, server.counters(), server.skipped_layers())
 
 
 def _stream(client: openai.OpenAI, server: Server, prompt: str, args: argparse.Namespace) -> tuple[str, int]:
@@ -179,7 +179,7 @@ def _report(console: Console, plain: Run, clasp: Run, args: argparse.Namespace) 
     table.add_row(
         "mean accepted length", f"{1 + accepted / drafts:.2f} tokens per verification" if drafts else "none"
     )
-    table.add_row("acceptance by position", " ".join(by_position))
+    table.add_row("accepted per draft, by position", " ".join(by_position))
     table.add_row("layers", clasp.skipped or "no report in the log yet")
     table.add_row("plain vLLM", f"{plain.tokens_per_second:.1f} tokens per second")
     table.add_row("CLaSp", f"{clasp.tokens_per_second:.1f} tokens per second")
@@ -189,7 +189,8 @@ def _report(console: Console, plain: Run, clasp: Run, args: argparse.Namespace) 
         console.print(
             "The demo model is tiny and flatters layer skipping: the ratio says nothing about a real model."
         )
-    return 0 if equal == len(PROMPTS) else 1
+    must_be_equal = Path(args.model) == DEMO_MODEL and args.dtype in (None, "float32")
+    return 1 if must_be_equal and equal < len(PROMPTS) else 0
 
 
 if __name__ == "__main__":

@@ -90,6 +90,11 @@ def refusals() -> dict[str, str]:
         "pipeline": message(pipeline_parallel_size=2),
         "lora": message(enable_lora=True),
         "flag": message(spec_tokens=3, speculative_config={"method": "clasp", "num_speculative_tokens": 4}),
+        "synthetic": message(speculative_config={"method": "clasp", "rejection_sample_method": "synthetic"}),
+        "schedule": message(
+            speculative_config={"method": "clasp", "num_speculative_tokens_per_batch_size": [[2, 4, 3]]}
+        ),
+        "context": message(decode_context_parallel_size=2, tensor_parallel_size=2),
         "list": message(speculative_config=str(ROOT / "tests" / "data" / "list.yaml")),
     }
     version = vllm.__version__
@@ -118,6 +123,9 @@ def test_refusals(call):
     assert "pipeline parallelism" in found["pipeline"]
     assert "--tensor-parallel-size" in found["pipeline"]
     assert "LoRA" in found["lora"]
+    assert "decode context parallelism" in found["context"]
+    assert "num_speculative_tokens_per_batch_size" in found["schedule"]
+    assert "synthetic_acceptance_rates" in found["synthetic"]
     assert "--spec-tokens=3" in found["flag"]
     assert "a list" in found["list"]
     assert "supports vLLM 0.32.*, but vLLM 0.99.1 is installed" in found["version"]

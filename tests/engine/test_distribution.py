@@ -1,0 +1,149 @@
+"""Sampled output has the target's law: chi-square tests against exact probabilities.
+
+The target has 12 tokens, so that its law over three tokens can be computed exactly, by transformers.
+The first token comes from the prompt; the next ones go through drafting and rejection sampling.
+"""
+
+import math
+from collections import Counter
+
+import pytest
+from engines import engine_process, running
+
+VOCAB = 12
+PROMPT = [1, 5, 3, 7, 4]
+CLASP = {
+    "method": "clasp",
+    "num_speculative_tokens": 3,
+    "num_skipped_layers": 2,
+    "optimization_interval": 2,
+    "draft_exit_threshold": 0.0,
+}
+
+
+def save_model(folder: str) -> str:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=64, initializer_range=0.1,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).float()
+    model.save_pretrained(folder)
+    return folder
+
+
+def exact_law(folder: str, horizon: int, temperature: float, top_p: float) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation of ``horizon`` tokens."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def next_law(prefixes: list[tuple[int, ...]]) -> torch.Tensor:
+        logits = model(torch.tensor([[*PROMPT, *prefix] for prefix in prefixes])).logits[:, -1]
+        probs = (logits.double() / temperature).softmax(-1)
+        ordered, index = probs.sort(-1, descending=True)
+        keep = ordered.cumsum(-1) - ordered < top_p
+        kept = torch.zeros_like(probs).scatter(-1, index, ordered * keep)
+        return kept / kept.sum(-1, keepdim=True)
+
+    law: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(horizon):
+        prefixes = list(law)
+        rows = next_law(prefixes)
+        law = {
+            (*prefix, token): law[prefix] * float(row[token])
+            for prefix, row in zip(prefixes, rows, strict=True)
+            for token in range(VOCAB)
+        }
+    return law
+
+
+def sample(
+    folder: str,
+    samples: int,
+    horizon: int,
+    speculative_config: object,
+    temperature: float,
+    top_p: float,
+    broken: bool,
+) -> tuple[list[tuple[int, ...]], int]:
+    """Continuations, and how many tokens were accepted from drafts."""
+    from vllm import SamplingParams
+
+    settings = {"max_model_len": 64, "skip_tokenizer_init": True, "kv_cache_memory_bytes": 32 << 20,
+                "max_num_seqs": 64, "seed": 7}  # fmt: skip
+    with running(folder, speculative_config, **settings) as llm:
+        if broken:
+            _accept_too_much()
+        params = SamplingParams(
+            temperature=temperature, top_p=top_p, max_tokens=horizon + 3, ignore_eos=True, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": PROMPT}] * samples
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        metrics = {m.name: m for m in llm.get_metrics()}
+        accepted = metrics["vllm:spec_decode_num_accepted_tokens"].value
+        return [tuple(o.outputs[0].token_ids[:horizon]) for o in outputs], int(accepted)
+
+
+def _accept_too_much() -> None:
+    """Halve the uniform numbers that acceptance compares with (V1)."""
+    import vllm.v1.sample.rejection_sampler as module
+
+    original = module.generate_uniform_probs
+    module.generate_uniform_probs = lambda *args: original(*args) * 0.5
+
+
+def p_value(samples: list[tuple[int, ...]], law: dict[tuple[int, ...], float]) -> float:
+    """Chi-square over all continuations, those expected fewer than five times taken together."""
+    counts, rest_expected, rest_seen, statistic, cells = Counter(samples), 0.0, 0, 0.0, 0
+    for continuation in law:
+        expected, seen = law[continuation] * len(samples), counts[continuation]
+        if expected == 0 and seen:
+            return 0.0
+        if expected < 5:
+            rest_expected, rest_seen = rest_expected + expected, rest_seen + seen
+        else:
+            statistic, cells = statistic + (seen - expected) ** 2 / expected, cells + 1
+    if rest_expected > 0:
+        statistic, cells = statistic + (rest_seen - rest_expected) ** 2 / rest_expected, cells + 1
+    assert cells > 20, "too few cells for power"
+    # Wilson-Hilferty: (chi2 / k)^(1/3) is nearly normal.
+    freedom = cells - 1
+    mean, deviation = 1 - 2 / (9 * freedom), math.sqrt(2 / (9 * freedom))
+    return 0.5 * math.erfc(((statistic / freedom) ** (1 / 3) - mean) / deviation / math.sqrt(2))
+
+
+CASES = [
+    ("v1", "greedy", 1.0, 1.0),
+    ("v1", "greedy", 0.7, 0.8),
+    ("v1", "probabilistic", 1.0, 1.0),
+    ("v1", "probabilistic", 0.7, 0.8),
+    # V2 under the interpreter is slow, and it can run neither top-p nor probabilistic drafts there.
+    pytest.param("v2", "greedy", 1.0, 1.0, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("runner", "draft", "temperature", "top_p"), CASES)
+def test_law_is_the_targets(runner, draft, temperature, top_p, tmp_path):
+    samples, horizon = (5000, 3) if runner == "v1" else (800, 2)
+    with engine_process(runner) as call:
+        folder = call(save_model, str(tmp_path))
+        spec = CLASP | {"draft_sample_method": draft}
+        got, accepted = call(sample, folder, samples, horizon, spec, temperature, top_p, False)
+    assert accepted > samples / 2
+    assert p_value(got, exact_law(folder, horizon, temperature, top_p)) > 1e-3
+
+
+@pytest.mark.parametrize("draft", ["greedy", "probabilistic"])
+def test_the_test_sees_broken_acceptance(draft, tmp_path):
+    with engine_process("v1") as call:
+        folder = call(save_model, str(tmp_path))
+        spec = CLASP | {"draft_sample_method": draft}
+        got, _ = call(sample, folder, 5000, 3, spec, 1.0, 1.0, True)
+    assert p_value(got, exact_law(folder, 3, 1.0, 1.0)) < 1e-6
