@@ -4,7 +4,15 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "openai>=1.60", "ruff==0.17.*", "mypy>=1.14", "types-PyYAML"]
+TEST = [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "openai>=1.60",
+    "psutil",
+    "ruff==0.17.*",
+    "mypy>=1.14",
+    "types-PyYAML",
+]
 
 setup(
     name="clasp-vllm",

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = ["test_config", "skipping", "drafting", "test_cli", "engine", "test_server"]
+    order = ["test_config", "skipping", "drafting", "test_cli", "engine", "test_server", "test_demo"]
 
     def rank(item: pytest.Item) -> int:
         path = str(item.path.relative_to(ROOT / "tests"))

@@ -27,7 +27,7 @@ _COMMON = {
 _V2 = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "TRITON_INTERPRET": "1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "harness"), os.environ.get("PYTHONPATH", "")]),
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "harness"), str(ROOT / "tests")]),
 }
 
 # One request of each of the demo model's domains, and odd shapes.

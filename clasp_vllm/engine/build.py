@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
 from vllm.v1.core.kv_cache_utils import update_kv_cache_capacity
@@ -20,6 +21,8 @@ from clasp_vllm.engine.attention import TargetAttention
 from clasp_vllm.engine.eager import eager_view
 from clasp_vllm.engine.speculative_config import layer_skip_config
 from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings hold
 
 WORKS = "Llama, Mistral, Qwen2, Qwen3 and others whose decoder layers have the same form"
 
@@ -107,6 +110,14 @@ def build_drafter(
     skip_layers = config.skip_layers
     if skip_layers is None:
         skip_layers = evenly_spaced_layers(decoder.num_layers, budget)
+    logger.info_once(
+        "Layer skipping (%s): drafting with %d of %d layers, up to %d tokens a round%s",
+        config.method,
+        decoder.num_layers - budget,
+        decoder.num_layers,
+        config.num_speculative_tokens,
+        f"; layers chosen anew every {config.interval} rounds" if config.interval else "",
+    )
     drafter = Drafter(
         decoder,
         attention,

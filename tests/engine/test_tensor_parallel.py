@@ -1,0 +1,77 @@
+"""Two tensor-parallel ranks, each a process of its own: same output, same masks, no hang if they disagree."""
+
+import os
+
+import pytest
+from engines import PROMPTS, engine_process, generate, running
+
+CLASP = {
+    "method": "clasp",
+    "num_speculative_tokens": 4,
+    "optimization_interval": 2,
+    "draft_exit_threshold": 0.3,
+}
+
+
+def _drafter(worker):
+    runner = worker.model_runner
+    return (runner.speculator if hasattr(runner, "speculator") else runner.drafter).drafter
+
+
+def masks_of(worker) -> list:
+    """Every sequence's mask on this rank."""
+    return _drafter(worker).sequences.masks.int().tolist()
+
+
+def disagree(worker) -> None:
+    """Make rank 1 find masks of its own."""
+    from dataclasses import replace
+
+    if worker.rank == 1:
+        ours = _drafter(worker)
+        original = ours.run_programme
+
+        def run_programme(batch):
+            programme, hidden = original(batch)
+            other = replace(programme, skipped=programme.skipped.roll(3, dims=0))
+            ours.disagreements += int((other.mask(12) != programme.mask(12)).any())
+            return other, hidden
+
+        ours.run_programme, ours.disagreements = run_programme, 0
+
+
+def disagreements_of(worker) -> int:
+    """How many passes gave this rank another mask."""
+    return getattr(_drafter(worker), "disagreements", 0)
+
+
+def parallel(speculative_config: object, forced: bool = False) -> tuple:
+    settings = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 256 << 20}
+    with running(speculative_config=speculative_config, **settings) as llm:
+        if forced:
+            llm.collective_rpc(disagree)
+        outcome = generate(llm, PROMPTS[:6], max_tokens=24)
+        if not speculative_config:
+            return outcome, None
+        if forced:
+            assert llm.collective_rpc(disagreements_of)[1] > 0
+        return outcome, llm.collective_rpc(masks_of)
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_ranks_agree(runner, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(os.path.dirname(__file__))]))
+    if runner == "v2":
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with engine_process(runner) as call:
+        plain, _ = call(parallel, None)
+        clasp, masks = call(parallel, CLASP)
+        forced, forced_masks = call(parallel, CLASP, True)
+    assert clasp.token_ids == plain.token_ids
+    assert masks[0] == masks[1]
+    assert clasp.num_accepted_tokens > 0
+    # Rank 0 overrules: the same masks, and so the same drafts, as without the disagreement.
+    assert forced_masks[0] == forced_masks[1] == masks[0]
+    assert forced == clasp
