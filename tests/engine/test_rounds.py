@@ -1,0 +1,82 @@
+"""What a round does on the real engine: which layers run, and what its first drafts are worth."""
+
+import pytest
+from engines import PROMPTS, drafter, engine_process, generate, running
+
+MIXED = {
+    "method": "clasp",
+    "num_speculative_tokens": 4,
+    "optimization_interval": 3,
+    "max_optimized_requests": 3,
+    "draft_exit_threshold": 0.0,
+}
+
+
+def first_drafts() -> tuple[list[tuple[bool, bool]], int]:
+    """(optimised, accepted) of every first draft, and the rounds in which only some were optimised."""
+    with running(speculative_config=MIXED) as llm:
+        ours = drafter(llm)
+        optimised: set[tuple[str, int]] = set()
+        drafts: dict[tuple[str, int], int] = {}
+        mixed_rounds = 0
+        original_programme, original_draft = ours.run_programme, ours.draft
+
+        def run_programme(batch):
+            optimised.update(zip(batch.request_ids, batch.positions.tolist(), strict=True))
+            return original_programme(batch)
+
+        def draft(batch, num_tokens, sample):
+            nonlocal mixed_rounds
+            before = len(optimised)
+            tokens, lengths = original_draft(batch, num_tokens, sample)
+            mixed_rounds += 0 < len(optimised) - before < len(batch)
+            keys = zip(batch.request_ids, batch.positions.tolist(), strict=True)
+            drafts.update(zip(keys, tokens[:, 0].tolist(), strict=True))
+            return tokens, lengths
+
+        ours.run_programme, ours.draft = run_programme, draft
+        tokenizer = llm.get_tokenizer()
+        outcome = generate(llm, PROMPTS[:8], max_tokens=40)
+        texts = [tokenizer.encode(p) + ids for p, ids in zip(PROMPTS, outcome.token_ids, strict=False)]
+    found = []
+    for (request, position), token in drafts.items():
+        text = texts[int(request.split("-")[0])]
+        if position + 1 < len(text):
+            found.append(((request, position) in optimised, text[position + 1] == token))
+    return found, mixed_rounds
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_column_zero_is_certain_in_mixed_rounds(runner):
+    with engine_process(runner) as call:
+        found, mixed_rounds = call(first_drafts)
+    assert mixed_rounds > 5
+    exact = [accepted for was_optimised, accepted in found if was_optimised]
+    drafted = [accepted for was_optimised, accepted in found if not was_optimised]
+    assert len(exact) > 20
+    assert all(exact)
+    assert not all(drafted)  # so the other rows' drafts are of another kind
+
+
+def layers_run(skip_layers: list[int]) -> dict[int, int]:
+    """How often drafting ran each layer's parts, per draft step."""
+    settings = {"method": "layer_skip", "skip_layers": skip_layers, "num_speculative_tokens": 3}
+    with running(speculative_config=settings) as llm:
+        ours = drafter(llm)
+        runs = dict.fromkeys(range(24), 0)
+        original = ours.decoder.run_sublayer
+
+        def run_sublayer(layer, part, positions, state):
+            runs[layer] += 1
+            return original(layer, part, positions, state)
+
+        ours.decoder.run_sublayer = run_sublayer
+        generate(llm, PROMPTS[:4], max_tokens=16)
+        steps = ours.statistics.total.steps
+    return {layer: count // steps for layer, count in runs.items() if count % steps == 0}
+
+
+def test_a_layer_skipped_by_all_is_not_run():
+    with engine_process("v1") as call:
+        runs = call(layers_run, [3, 7, 23])
+    assert runs == {layer: 0 if layer in (3, 7, 23) else 2 for layer in range(24)}

@@ -1,0 +1,27 @@
+"""The command clasp-vllm."""
+
+import pytest
+from clasp_vllm.cli import main
+from engines import ROOT
+
+
+def test_check_explains(capsys):
+    assert main(["check", str(ROOT / "configs" / "clasp.yaml"), "--num-layers", "24"]) == 0
+    output = capsys.readouterr().out
+    assert "layers skipped: 12 of 24" in output
+    assert "every 8 rounds" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["nowhere.yaml"], "no such file"),
+        (['{"method": "clasp", "num_skipped_layers": 24}', "--num-layers", "24"], "0 to 23"),
+        (['{"method": "ngram"}'], "'clasp' or 'layer_skip'"),
+    ],
+)
+def test_check_refuses(arguments, part, capsys):
+    assert main(["check", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert error.count("\n") == 1
