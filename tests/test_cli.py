@@ -1,8 +1,9 @@
 """The command clasp-vllm."""
 
 import pytest
-from clasp_vllm.cli import main
 from engines import ROOT
+
+from clasp_vllm.cli import main
 
 
 def test_check_explains(capsys):
