@@ -153,6 +153,7 @@ class Drafter:
         for step in range(num_tokens):
             if step == 0 and exact is not None:
                 hidden = self._first_hidden(batch, slots, due, exact)
+                draft_steps += due.size < rows
             else:
                 hidden = self._draft_step(batch, slots)
                 draft_steps += 1
@@ -242,7 +243,7 @@ class Drafter:
         # Past the end there is nothing to draft, but the rotary table must still hold the position.
         return positions.clamp(max=self.attention.max_model_len - 1)
 
-    def _sublayers(self, slots: np.ndarray, device: torch.device) -> list[tuple[int, int, Tensor | None]]:
+    def _sublayers(self, slots: np.ndarray, device: torch.device) -> Plan:
         """The sub-layers that any row runs, each with the rows that skip it ([rows, 1] or None)."""
         if self._plans_version != self.sequences.version:
             self._plans.clear()

@@ -35,11 +35,12 @@ def speculative_config(
             settings[key] = value
     config = parse_config(settings)
     config.budget(target_model_config.get_total_num_hidden_layers())
-    if config.num_speculative_tokens_per_batch_size is not None:
+    schedule = config.num_speculative_tokens_per_batch_size
+    if schedule is not None:
         try:
-            validate_and_normalize_dynamic_sd_schedule(config.num_speculative_tokens_per_batch_size)
+            validate_and_normalize_dynamic_sd_schedule(schedule)
         except ValueError as error:
-            raise ConfigError(f"speculative configuration: {error}") from None
+            raise ConfigError(f"num_speculative_tokens_per_batch_size={schedule!r}: {error}") from None
     refuse_unsupported(engine_args, target_model_config, target_parallel_config)
     try:
         return LayerSkipSpeculativeConfig(
