@@ -48,6 +48,10 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..
     setattr(owner, name, staticmethod(wrapper) if static else wrapper)
 
 
+def _uses_us(vllm_config: Any) -> bool:
+    return getattr(vllm_config.speculative_config, "layer_skip", None) is not None
+
+
 def check_version() -> None:
     """Raises ConfigError when the installed vLLM is not one of the supported versions."""
     import vllm
@@ -146,7 +150,7 @@ def _check_method(method: object) -> None:
 def _scratch_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
     def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
         scheduler_kv_cache_config = original(self, vllm_config)
-        if getattr(vllm_config.speculative_config, "layer_skip", None) is not None:
+        if _uses_us(vllm_config):
             from clasp_vllm.engine.build import hold_back_scratch_blocks
 
             hold_back_scratch_blocks(vllm_config, scheduler_kv_cache_config)
@@ -157,7 +161,7 @@ def _scratch_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _worker(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        if getattr(vllm_config.speculative_config, "layer_skip", None) is not None:
+        if _uses_us(vllm_config):
             install_runner_hook(vllm_config.use_v2_model_runner)
         original(self, vllm_config, *args, **kwargs)
 
@@ -182,7 +186,7 @@ def install_runner_hook(v2: bool) -> None:
 
 def _speculator_v2(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
-        if getattr(vllm_config.speculative_config, "layer_skip", None) is None:
+        if not _uses_us(vllm_config):
             return original(vllm_config, device, req_states)
         from clasp_vllm.engine.speculator_v2 import LayerSkipSpeculator
 
@@ -193,7 +197,7 @@ def _speculator_v2(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _proposer_v1(original: Callable[..., Any]) -> Callable[..., Any]:
     def __new__(cls: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(vllm_config.speculative_config, "layer_skip", None) is not None:
+        if _uses_us(vllm_config):
             # A subclass, so that the runner's isinstance checks hold.
             from clasp_vllm.engine.proposer_v1 import LayerSkipProposer
 

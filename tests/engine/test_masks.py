@@ -28,7 +28,6 @@ def forced_drafts(together: bool) -> tuple[list[list[int]], list[list[tuple]]]:
     with running(speculative_config=SETTINGS) as llm:
         ours = drafter(llm)
         drafts: dict[int, list[tuple]] = {i: [] for i in range(len(masks))}
-        alone = [0]
         original = ours.draft
 
         def draft(batch, num_tokens, sample):
@@ -46,7 +45,6 @@ def forced_drafts(together: bool) -> tuple[list[list[int]], list[list[tuple]]]:
             outputs = generate(llm, prompts, max_tokens=24).token_ids
         else:
             outputs = [generate(llm, [prompt], max_tokens=24).token_ids[0] for prompt in prompts]
-        del alone
     return outputs, [drafts[i] for i in range(len(masks))]
 
 
