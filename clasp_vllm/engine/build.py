@@ -134,6 +134,13 @@ def _share_rank_zero(mask: Tensor) -> Tensor:
     return get_tp_group().broadcast(mask.to(torch.uint8), src=0).bool()
 
 
+def log_statistics(drafter: Drafter) -> None:
+    """Say now and then what drafting did."""
+    report = drafter.statistics.report()
+    if report is not None:
+        logger.info(report)
+
+
 def top_probability(logits: Tensor) -> Tensor:
     """[rows, vocab] logits to the [rows] float32 probability of the most likely token."""
     logits = logits.float()

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from clasp_vllm.drafting.drafter import DraftBatch, Drafter
-from clasp_vllm.engine.build import build_decoder, build_drafter, top_probability
-
-logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings hold
+from clasp_vllm.engine.build import build_decoder, build_drafter, log_statistics, top_probability
 
 
 class LayerSkipProposer(DraftModelProposer):
@@ -107,9 +104,7 @@ class LayerSkipProposer(DraftModelProposer):
         drafts[on_device] = tokens
         if probs:
             self._last_draft_probs = self._draft_probs(probs, on_device, drafts)
-        report = self.drafter.statistics.report()
-        if report is not None:
-            logger.info(report)
+        log_statistics(self.drafter)
         if probs or self.runner.use_async_scheduling or not self.drafter.options.draft_exit_threshold:
             return drafts
         # The scheduler is waiting for the tokens: give it no more than are worth verifying.

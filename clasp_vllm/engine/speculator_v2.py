@@ -9,16 +9,13 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from clasp_vllm.drafting.drafter import DraftBatch, Drafter
-from clasp_vllm.engine.build import build_decoder, build_drafter, top_probability
-
-logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings hold
+from clasp_vllm.engine.build import build_decoder, build_drafter, log_statistics, top_probability
 
 
 class LayerSkipSpeculator(DraftModelSpeculator):
@@ -125,9 +122,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         drafts[on_device, :num_tokens] = tokens
         if self.draft_logits is not None and steps < num_tokens:
             self._mark_certain(idx_mapping, steps, tokens[:, steps:])
-        report = self.drafter.statistics.report()
-        if report is not None:
-            logger.info(report)
+        log_statistics(self.drafter)
         return drafts
 
     def _mark_certain(self, idx_mapping: Tensor, first_step: int, tokens: Tensor) -> None:
