@@ -6,6 +6,7 @@ import openai
 import pytest
 from engines import DEMO_MODEL, PROMPTS, ROOT, engine_process, generate, running
 from servers import Server, serve
+from traffic import drive, shapes
 
 MODEL = str(DEMO_MODEL)
 ARGUMENTS = [
@@ -120,3 +121,38 @@ def test_a_bad_request_leaves_the_server_serving(client, plain):
     next(iter(stream))
     stream.close()  # the client goes away
     assert complete(client, PROMPTS[0], False) == plain[0]
+
+
+def greedy_texts(requests: list[dict]) -> list[str]:
+    """Plain vLLM's answers to requests of tests/traffic.py."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            max_tokens=shape["max_tokens"],
+            temperature=0.0,
+            stop=shape.get("stop"),
+            frequency_penalty=shape.get("frequency_penalty", 0.0),
+            **shape["extra_body"],
+        )
+        for shape in requests
+    ]
+    with running() as llm:
+        outputs = llm.generate([shape["prompt"] for shape in requests], params, use_tqdm=False)
+    return [output.outputs[0].text for output in outputs]
+
+
+def test_random_traffic_with_clients_that_leave(server):
+    """A short form of test_soak."""
+    requests = [shape | {"max_tokens": min(shape["max_tokens"], 40)} for shape in shapes(60)]
+    traffic = drive(server.url, MODEL, requests, concurrency=30)
+    assert traffic.errors == []
+    assert traffic.counts["answered"] + traffic.counts["left"] == 60
+    assert traffic.counts["left"] > 3
+    with engine_process("v1") as call:
+        plain = call(greedy_texts, [requests[index] for index in traffic.texts])
+    assert len(plain) > 20
+    assert list(traffic.texts.values()) == [{text} for text in plain]
+    metrics = server.metrics()
+    assert metrics["layer_skip_failures"] == 0
+    assert metrics["layer_skip_optimized"] > 0

@@ -118,8 +118,14 @@ class Drafter:
         sequences: SequenceTable,
         options: DrafterOptions,
         share: Callable[[Tensor], Tensor] = lambda mask: mask,
+        on_failure: Callable[[Exception, int], None] | None = None,
     ) -> None:
-        """``share`` makes a decision the same on all ranks that run the layers together."""
+        """
+        Args:
+            share: makes a decision the same on all ranks that run the layers together.
+            on_failure: told of an exception while drafting and how many there were before; raises it
+                where the engine cannot go on. None: all are raised.
+        """
         self.decoder = decoder
         self.attention = attention
         self.scratch = scratch
@@ -127,19 +133,31 @@ class Drafter:
         self.options = options
         self.statistics = DraftStatistics(decoder.num_layers)
         self._share = share
+        self._on_failure = on_failure
         self._new_masks = HostMasks()
         # What to run for the rows of a batch, until a mask changes.
         self._plans: dict[bytes, Plan] = {}
         self._plans_version = -1
 
-    def draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> tuple[Tensor, Tensor]:
+    def draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> tuple[Tensor, Tensor] | None:
         """Draft up to ``num_tokens`` tokens for every sequence of the batch.
 
-        Returns:
+        Returns None if that failed and the engine can go on: a draft writes nothing that verification
+        reads, so a step without drafts is as good as any other. Else:
             tokens: [rows, num_tokens] int64. All of them are valid to verify, those past a row's
                 length merely unlikely to be accepted.
             lengths: [rows] int64, how many of a row's tokens are worth verifying.
         """
+        try:
+            return self._draft(batch, num_tokens, sample)
+        except Exception as error:
+            if self._on_failure is None:
+                raise
+            self._on_failure(error, self.statistics.total.failures)
+            self.statistics.total.failures += 1
+            return None
+
+    def _draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> tuple[Tensor, Tensor]:
         rows, device = len(batch), batch.tokens.device
         slots = self.sequences.slots(batch.request_ids)
         self._apply_new_masks()

@@ -8,6 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+# The counts that are metrics, and what they mean there.
+COUNTERS = {
+    "rounds": "Drafting rounds of the batch.",
+    "steps": "Forward passes of the draft.",
+    "optimized": "Skip masks found, one per sequence and optimisation pass.",
+    "failures": "Drafting rounds that failed and went without drafts.",
+}
+
 
 @dataclass
 class DraftCounts:
@@ -18,6 +26,7 @@ class DraftCounts:
         sequences: drafts, one per sequence and round.
         steps: forward passes of the draft.
         optimized: masks found, one per sequence and optimisation pass.
+        failures: rounds that failed and went without drafts.
         skips: [num_layers] float32, drafts that skipped the layer (a half for half a layer).
     """
 
@@ -25,6 +34,7 @@ class DraftCounts:
     sequences: int
     steps: int
     optimized: int
+    failures: int
     skips: Tensor
 
 
@@ -33,8 +43,9 @@ class DraftStatistics:
 
     def __init__(self, num_layers: int, interval_s: float = 10.0) -> None:
         self.interval_s = interval_s
-        self.total = DraftCounts(0, 0, 0, 0, torch.zeros(num_layers))
+        self.total = DraftCounts(0, 0, 0, 0, 0, torch.zeros(num_layers))
         self._reported = self._copy()
+        self._taken = dict.fromkeys(COUNTERS, 0)
         self._reported_at = time.monotonic()
 
     def _copy(self) -> DraftCounts:
@@ -47,6 +58,12 @@ class DraftStatistics:
         self.total.steps += steps
         self.total.optimized += optimized
         self.total.skips += masks.float().mean(2).sum(0)
+
+    def take(self) -> dict[str, int]:
+        """What has been counted since the last call, by name; what has not is left out."""
+        now = {name: getattr(self.total, name) for name in COUNTERS}
+        taken, self._taken = self._taken, now
+        return {name: count - taken[name] for name, count in now.items() if count > taken[name]}
 
     def report(self) -> str | None:
         """A line for the log, or None if it is too early or nothing was drafted."""

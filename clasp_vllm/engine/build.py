@@ -125,6 +125,7 @@ def build_drafter(
         SequenceTable(max_num_seqs, layers_mask(decoder.num_layers, skip_layers)),
         DrafterOptions(budget, config.interval, optimized, config.draft_exit_threshold),
         share=_share_rank_zero if get_tp_group().world_size > 1 else lambda mask: mask,
+        on_failure=_go_on_without_drafts,
     )
     return drafter, attention
 
@@ -132,6 +133,19 @@ def build_drafter(
 def _share_rank_zero(mask: Tensor) -> Tensor:
     """Rank 0 decides for all tensor-parallel ranks: they must run the same layers or they hang."""
     return get_tp_group().broadcast(mask.to(torch.uint8), src=0).bool()
+
+
+def _go_on_without_drafts(error: Exception, failures_before: int) -> None:
+    """Log the drafter's first failure. Raises it where drafting cannot simply be left out."""
+    # Other ranks would wait for this one for ever; and after an error of the device nothing works.
+    if get_tp_group().world_size > 1 or isinstance(error, torch.AcceleratorError):
+        raise error
+    if failures_before == 0:
+        logger.error(
+            "Layer skipping failed; this step goes without drafts. Further failures are only counted, "
+            "in vllm:layer_skip_failures.",
+            exc_info=error,
+        )
 
 
 def log_statistics(drafter: Drafter) -> None:

@@ -1,15 +1,17 @@
 """The ledger of every place where the plugin changes vLLM.
 
 Each entry wraps one function, leaves it as it is for configurations that are not ours, and can be
-installed any number of times. ``install`` sets the first four in every process when vLLM loads its
-plugins; a runner's hook follows in a worker that uses us, so that others never import our engine.
+installed any number of times. ``install`` sets the first five in every process when vLLM loads its
+plugins; a runner's hooks follow in a worker that uses us, so that others never import our engine.
 
 | hook                  | what it changes                          | why                              |
 |-----------------------|------------------------------------------|----------------------------------|
 | cli_argument          | --speculative-config takes a file's path | stock: JSON only                 |
 | speculative_config    | our methods become a SpeculativeConfig   | its list of methods is closed    |
 | scratch_blocks        | the scheduler gets fewer KV blocks       | the rest is scratch              |
-| worker                | installs its runner's hook               | late, and only where we are used |
+| worker                | installs its runner's hooks              | late, and only where we are used |
+| stat_loggers          | a logger of our counts, before the others| plugins' own loggers come last   |
+| sample_tokens         | our counts ride on the runner's output   | no slot for a speculator's own   |
 | speculator_v2         | our speculator in Model Runner V2        | its list of methods is closed    |
 | proposer_v1           | our proposer in Model Runner V1          | likewise                         |
 | expand_batch (V1)     | temperature, top-k, top-p per draft token| vLLM issue 55005: garbage on CPU |
@@ -74,10 +76,12 @@ def install() -> None:
     except ConfigError:
         return  # the configuration hook says so if one of our methods is asked for
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.worker.worker_base import WorkerBase
 
     wrap(EngineCore, "_initialize_kv_caches", _scratch_blocks)
     wrap(WorkerBase, "__init__", _worker)
+    wrap(StatLoggerManager, "__init__", _stat_loggers)
 
 
 def _cli_argument(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,26 +166,53 @@ def _scratch_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
 def _worker(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         if _uses_us(vllm_config):
-            install_runner_hook(vllm_config.use_v2_model_runner)
+            install_runner_hooks(vllm_config.use_v2_model_runner)
         original(self, vllm_config, *args, **kwargs)
 
     return __init__
 
 
-def install_runner_hook(v2: bool) -> None:
-    """Install the hook of a worker that uses us, before it builds its model runner."""
+def _stat_loggers(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if _uses_us(vllm_config):
+            from clasp_vllm.engine.metrics import LayerSkipStatLogger
+
+            self.stat_loggers.insert(0, LayerSkipStatLogger(vllm_config, self.engine_indexes))
+
+    return __init__
+
+
+def install_runner_hooks(v2: bool) -> None:
+    """Install the hooks of a worker that uses us, before it builds its model runner."""
     if v2:
         import vllm.v1.worker.gpu.model_runner as runner
         import vllm.v1.worker.gpu.spec_decode as spec_decode
 
         wrap(spec_decode, "init_speculator", _speculator_v2)
         wrap(runner, "init_speculator", _speculator_v2)  # it imported the function by name
+        wrap(runner.GPUModelRunner, "sample_tokens", _sample_tokens)
     else:
         import vllm.v1.sample.rejection_sampler as rejection_sampler
         from vllm.v1.spec_decode.draft_model import DraftModelProposer
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         wrap(DraftModelProposer, "__new__", _proposer_v1)
         wrap(rejection_sampler, "expand_batch_to_tokens", _expand_batch)
+        wrap(GPUModelRunner, "sample_tokens", _sample_tokens)
+
+
+def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        if not _uses_us(self.vllm_config):
+            return output
+        from clasp_vllm.engine.metrics import send_counts
+
+        ours = self.speculator if hasattr(self, "speculator") else self.drafter
+        return send_counts(ours.drafter.statistics, output)
+
+    return sample_tokens
 
 
 def _speculator_v2(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -99,7 +99,12 @@ class LayerSkipProposer(DraftModelProposer):
             return tokens, confidence
 
         metadata = _select_rows(sampling_metadata, rows, num_reqs, self.device)
-        tokens, lengths = self.drafter.draft(batch, num_speculative_tokens, sample)
+        drafted = self.drafter.draft(batch, num_speculative_tokens, sample)
+        short: list[list[int]] = [[] for _ in range(num_reqs)]
+        if drafted is None:
+            # With async scheduling the verification is under way: any tokens will do.
+            return drafts if self.runner.use_async_scheduling else short
+        tokens, lengths = drafted
         on_device = torch.from_numpy(rows).to(self.device, non_blocking=True)
         drafts[on_device] = tokens
         if probs:
@@ -108,7 +113,6 @@ class LayerSkipProposer(DraftModelProposer):
         if probs or self.runner.use_async_scheduling or not self.drafter.options.draft_exit_threshold:
             return drafts
         # The scheduler is waiting for the tokens: give it no more than are worth verifying.
-        short: list[list[int]] = [[] for _ in range(num_reqs)]
         for row, ids, length in zip(rows, tokens.tolist(), lengths.tolist(), strict=True):
             short[row] = ids[:length]
         return short

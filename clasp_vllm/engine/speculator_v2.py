@@ -117,9 +117,14 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             )
             return tokens, self._confidence
 
-        tokens, _ = self.drafter.draft(batch, num_tokens, sample)
+        drafted = self.drafter.draft(batch, num_tokens, sample)
         drafts.zero_()
-        drafts[on_device, :num_tokens] = tokens
+        if drafted is None:
+            # All that the verification under way needs is tokens of a known law.
+            tokens, steps = drafts[on_device, :num_tokens], 0
+        else:
+            tokens = drafted[0]
+            drafts[on_device, :num_tokens] = tokens
         if self.draft_logits is not None and steps < num_tokens:
             self._mark_certain(idx_mapping, steps, tokens[:, steps:])
         log_statistics(self.drafter)

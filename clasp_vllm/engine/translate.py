@@ -11,6 +11,9 @@ from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_
 from clasp_vllm.config import ConfigError, parse_config
 from clasp_vllm.engine.speculative_config import LayerSkipSpeculativeConfig
 
+# Of a quantised cache only those without scales of their own in it have been tested.
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+
 
 def speculative_config(
     engine_args: Any, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
@@ -83,10 +86,27 @@ def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_con
             "use tensor parallelism (--tensor-parallel-size), or one server per replica",
         ),
         (parallel_config.enable_eplb, "expert load balancing", "leave out --enable-eplb"),
+        (parallel_config.use_ubatching, "dual batch overlap", "leave out --enable-dbo and --ubatch-size"),
+        (
+            engine_args.enable_return_routed_experts,
+            "returning routed experts (drafts would be among them)",
+            "leave out --enable-return-routed-experts",
+        ),
+        (
+            engine_args.cpu_offload_gb > 0 or engine_args.offload_group_size > 0,
+            "weight offloading",
+            "leave out --cpu-offload-gb and --offload-group-size, or use more tensor parallelism",
+        ),
         (engine_args.enable_lora, "LoRA", "serve the merged model, or leave out --enable-lora"),
+        (
+            engine_args.kv_cache_dtype not in KV_CACHE_DTYPES,
+            f"--kv-cache-dtype {engine_args.kv_cache_dtype}",
+            f"use one of {', '.join(KV_CACHE_DTYPES)}",
+        ),
         (model_config.runner_type != "generate", "pooling models", "use a generative model"),
         (model_config.is_encoder_decoder, "encoder-decoder models", "use a decoder-only model"),
         (model_config.is_multimodal_model, "multimodal models", "use a text model"),
+        (model_config.is_diffusion, "diffusion language models", "use an autoregressive model"),
         (model_config.use_mla, "multi-head latent attention", "use a Llama-like model"),
         (
             model_config.is_hybrid or model_config.is_attention_free,

@@ -31,26 +31,33 @@ class Server:
     log: Path
     model: str
     arguments: tuple[str, ...]
+    pid: int = 0
 
     @property
     def url(self) -> str:
         """Base of the OpenAI-compatible API."""
         return f"http://127.0.0.1:{self.port}/v1"
 
-    def counters(self) -> dict[str, float]:
-        """Speculation's counters on /metrics; those by position as name[position]."""
+    def metrics(self) -> dict[str, float]:
+        """vLLM's counters and gauges on /metrics, summed; those by position as name[position]."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as response:
             text = response.read().decode()
         found: dict[str, float] = {}
         for family in text_string_to_metric_families(text):
-            if family.name.startswith("vllm:spec_decode_"):
+            if family.name.startswith("vllm:") and family.type in ("counter", "gauge"):
                 for sample in family.samples:
-                    if sample.name.endswith("_total"):
-                        name = sample.name.removeprefix("vllm:spec_decode_").removesuffix("_total")
-                        position = sample.labels.get("position")
-                        key = name if position is None else f"{name}[{position}]"
-                        found[key] = found.get(key, 0) + sample.value
+                    if sample.name.endswith("_created"):
+                        continue
+                    name = sample.name.removeprefix("vllm:").removesuffix("_total")
+                    position = sample.labels.get("position")
+                    key = name if position is None else f"{name}[{position}]"
+                    found[key] = found.get(key, 0) + sample.value
         return found
+
+    def counters(self) -> dict[str, float]:
+        """Speculation's counters on /metrics; those by position as name[position]."""
+        prefix = "spec_decode_"
+        return {k.removeprefix(prefix): v for k, v in self.metrics().items() if k.startswith(prefix)}
 
     def skipped_layers(self) -> str | None:
         """What the drafter's last report in the log says of the layers."""
@@ -106,6 +113,7 @@ def serve(
             start_new_session=True,
             env=os.environ | _environment(model),
         )
+    server.pid = process.pid
     try:
         _wait(server, process, timeout_s, on_wait)
         yield server

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from engines import DEMO_MODEL, PROMPTS, ROOT, engine_process, generate, model_runner, running
+from engines import DEMO_MODEL, PROMPTS, engine_process, generate, model_runner, running
 
 VLLM = os.path.join(os.path.dirname(sys.executable), "vllm")
 
@@ -73,39 +73,6 @@ def build_configs(tmp: str) -> dict[str, str]:
     }
 
 
-def refusals() -> dict[str, str]:
-    """Messages of EngineArgs for what is not supported."""
-    import vllm
-    from vllm.engine.arg_utils import EngineArgs
-
-    from clasp_vllm.config import ConfigError
-
-    def message(**arguments) -> str:
-        settings = {"model": str(DEMO_MODEL), "speculative_config": {"method": "clasp"}} | arguments
-        with pytest.raises(ConfigError) as error:
-            EngineArgs(**settings).create_engine_config()
-        return str(error.value)
-
-    found = {
-        "pipeline": message(pipeline_parallel_size=2),
-        "lora": message(enable_lora=True),
-        "flag": message(spec_tokens=3, speculative_config={"method": "clasp", "num_speculative_tokens": 4}),
-        "synthetic": message(speculative_config={"method": "clasp", "rejection_sample_method": "synthetic"}),
-        "schedule": message(
-            speculative_config={"method": "clasp", "num_speculative_tokens_per_batch_size": [[2, 4, 3]]}
-        ),
-        "context": message(decode_context_parallel_size=2, tensor_parallel_size=2),
-        "list": message(speculative_config=str(ROOT / "tests" / "data" / "list.yaml")),
-    }
-    version = vllm.__version__
-    vllm.__version__ = "0.99.1"
-    try:
-        found["version"] = message()
-    finally:
-        vllm.__version__ = version
-    return found
-
-
 @pytest.fixture(scope="module")
 def call():
     with engine_process("v1") as call:
@@ -116,19 +83,6 @@ def test_every_way_means_the_same(call, tmp_path):
     found = call(build_configs, str(tmp_path))
     assert len(set(found.values())) == 1, found
     assert "num_speculative_tokens=6" in found["LLM, dict"]
-
-
-def test_refusals(call):
-    found = call(refusals)
-    assert "pipeline parallelism" in found["pipeline"]
-    assert "--tensor-parallel-size" in found["pipeline"]
-    assert "LoRA" in found["lora"]
-    assert "decode context parallelism" in found["context"]
-    assert "num_speculative_tokens_per_batch_size" in found["schedule"]
-    assert "synthetic_acceptance_rates" in found["synthetic"]
-    assert "--spec-tokens=3" in found["flag"]
-    assert "a list" in found["list"]
-    assert "supports vLLM 0.32.*, but vLLM 0.99.1 is installed" in found["version"]
 
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}

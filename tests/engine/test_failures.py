@@ -1,0 +1,77 @@
+"""A failing drafter costs drafts, never an answer: its exceptions stay inside, logged once and counted."""
+
+import logging
+
+import pytest
+from engines import PROMPTS, Outcome, drafter, engine_process, generate, running
+
+CLASP = {
+    "method": "clasp",
+    "num_speculative_tokens": 4,
+    "optimization_interval": 2,
+    "max_optimized_requests": 2,
+    "draft_exit_threshold": 0.0,
+}
+
+
+class SabotageError(RuntimeError):
+    """Raised in the middle of drafting."""
+
+
+def fail_now_and_then(llm, every: int) -> None:
+    """Let every so many-th sub-layer that is run for a draft or for the programme raise."""
+    decoder = drafter(llm).decoder
+    original, calls = decoder.run_sublayer, 0
+
+    def run_sublayer(*args):
+        nonlocal calls
+        calls += 1
+        if calls % every == 0:
+            raise SabotageError(f"call {calls}")
+        return original(*args)
+
+    decoder.run_sublayer = run_sublayer
+
+
+def sabotaged(settings: dict, every: int) -> tuple[Outcome, Outcome, float, list[str]]:
+    """Outcomes with failures and afterwards without, the counter, and the log."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("vllm.clasp_vllm.engine.build").addHandler(handler)
+    with running(speculative_config=CLASP | settings) as llm:
+        fail_now_and_then(llm, every)
+        bad = generate(llm, PROMPTS[:6], max_tokens=32)
+        del drafter(llm).decoder.run_sublayer
+        good = generate(llm, PROMPTS[:6], max_tokens=32)
+        failures = next(m.value for m in llm.get_metrics() if m.name == "vllm:layer_skip_failures")
+        assert failures == drafter(llm).statistics.total.failures
+    return bad, good, failures, messages
+
+
+def plain() -> Outcome:
+    with running() as llm:
+        return generate(llm, PROMPTS[:6], max_tokens=32)
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_failures_are_contained(runner):
+    with engine_process(runner) as call:
+        expected = call(plain)
+        bad, good, failures, messages = call(sabotaged, {}, 331)
+    assert bad.token_ids == expected.token_ids
+    assert good.token_ids == expected.token_ids
+    assert failures > 2
+    assert bad.num_accepted_tokens > 0
+    assert good.num_accepted_tokens > 0
+    assert [m for m in messages if "this step goes without drafts" in m] == messages[:1]
+
+
+def test_a_drafter_that_always_fails():
+    with engine_process("v1") as call:
+        expected = call(plain)
+        bad, good, failures, _ = call(sabotaged, {}, 1)
+    assert bad.token_ids == good.token_ids == expected.token_ids
+    assert bad.num_draft_tokens == 0
+    assert failures > 10
+    assert good.num_accepted_tokens > 0
