@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,11 @@ VLLM_KEYS = (
     "synthetic_acceptance_rates",
     "synthetic_acceptance_length",
 )
+
+
+# Values in messages are cut: a few lines of YAML can stand for gigabytes.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 8, 8, 200, 200
 
 
 class ConfigError(ValueError):
@@ -218,7 +224,7 @@ def _describe(value: object) -> str:
         return "a list"
     if isinstance(value, dict):
         return "keys that are not text"
-    return "nothing" if value is None else f"{value!r}"
+    return "nothing" if value is None else _SHORT.repr(value)
 
 
 def parse_config(settings: Mapping[str, Any]) -> LayerSkipConfig:
@@ -239,9 +245,10 @@ def _explain(error: dict[str, Any], settings: Mapping[str, Any]) -> str:
     if not error["loc"]:
         return str(error["msg"]).removeprefix("Value error, ")
     key = str(error["loc"][0])
+    value = _SHORT.repr(settings.get(key))
     if error["type"] == "extra_forbidden":
         known = list(LayerSkipConfig.model_fields)
         close = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        return f"unknown key {key}={settings[key]!r}; {hint}allowed keys: {', '.join(known)}"
-    return f"{key}={settings.get(key)!r}: {str(error['msg']).lower()}"
+        return f"unknown key {key}={value}; {hint}allowed keys: {', '.join(known)}"
+    return f"{key}={value}: {str(error['msg']).lower()}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -50,6 +51,31 @@ PROMPTS = [
     "Text: Leo is a 31 year old pilot who lives in Oslo.\nJSON:",
     "a",
 ]
+
+
+def tiny_llama(folder: Path) -> Path:
+    """A random Llama of six layers with the demo model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=2048,
+        initializer_range=0.12,  # with less the output is one token repeated
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_MODEL / name, folder / name)
+    return folder
 
 
 @contextmanager

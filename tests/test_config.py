@@ -174,22 +174,44 @@ def test_any_settings_give_a_config_or_a_message(settings):
 
 
 @hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.text(max_size=200) | _VALUES.map(lambda v: yaml.safe_dump(v)))
-def test_any_file_gives_settings_or_a_message(content):
+@given(
+    st.binary(max_size=100)
+    | st.text(max_size=200).map(str.encode)
+    | _VALUES.map(lambda value: yaml.safe_dump(value).encode())
+    | st.dictionaries(st.sampled_from([*LayerSkipConfig.model_fields, "x"]), _VALUES).map(
+        lambda settings: yaml.safe_dump({"method": "clasp"} | settings).encode()
+    )
+)
+def test_any_file_is_understood_or_gets_a_message(content):
+    """Through the command: never a traceback, and one line that names the trouble."""
+    import contextlib
+    import io
     import tempfile
 
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8", errors="surrogateescape") as file:
-        try:
-            file.write(content)
-        except UnicodeError:
-            return
+    from clasp_vllm.cli import main
+
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        file.write(content)
         file.flush()
-        try:
-            settings = read_settings(file.name)
-        except ConfigError as error:
-            assert str(error)
-        else:
-            assert isinstance(settings, dict)
+        stdout, stderr = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            status = main(["check", file.name, "--num-layers", "24"])
+    if status == 0:
+        assert "method: " in stdout.getvalue()
+    else:
+        assert status == 2
+        assert stderr.getvalue().startswith("clasp-vllm: error: ")
+
+
+def test_a_file_that_stands_for_gigabytes(tmp_path):
+    """Each line of it is ten times the line before."""
+    lines = ["method: clasp", "a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    path = tmp_path / "config.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError) as error:
+        parse_config(read_settings(path))
+    assert len(str(error.value)) < 100_000
 
 
 def test_the_readme_describes_every_key():

@@ -49,9 +49,9 @@ def shapes(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 async def _one(
-    client: openai.AsyncOpenAI, model: str, index: int, shape: dict, rng: random.Random, traffic: Traffic
+    client: openai.AsyncOpenAI, model: str, index: int, shape: dict, leaves: bool, traffic: Traffic
 ) -> None:
-    leaves = rng.random() < 0.25
+    rng = random.Random(index)
     try:
         if not leaves and rng.random() < 0.5:
             response = await client.completions.create(model=model, **shape)
@@ -75,7 +75,9 @@ async def _one(
         traffic.texts.setdefault(index, set()).add(text)
 
 
-async def _drive(url: str, model: str, requests: list[dict], concurrency: int, seconds: float) -> Traffic:
+async def _drive(
+    url: str, model: str, requests: list[dict], concurrency: int, seconds: float, leaving: float
+) -> Traffic:
     traffic, rng = Traffic(), random.Random(1)
     until = time.monotonic() + seconds
     order = iter(range(10**9))
@@ -84,14 +86,22 @@ async def _drive(url: str, model: str, requests: list[dict], concurrency: int, s
         async def keep_asking() -> None:
             while (number := next(order)) < len(requests) or time.monotonic() < until:
                 index = number % len(requests)
-                await _one(client, model, index, requests[index], rng, traffic)
+                await _one(client, model, index, requests[index], rng.random() < leaving, traffic)
 
         await asyncio.gather(*(keep_asking() for _ in range(concurrency)))
     return traffic
 
 
 def drive(
-    url: str, model: str, requests: list[dict], concurrency: int = 200, seconds: float = 0.0
+    url: str,
+    model: str,
+    requests: list[dict],
+    concurrency: int = 200,
+    seconds: float = 0.0,
+    leaving: float = 0.25,
 ) -> Traffic:
-    """Send every request at least once, then again in turn until ``seconds`` are over."""
-    return asyncio.run(_drive(url, model, requests, concurrency, seconds))
+    """Send every request at least once, then again in turn until ``seconds`` are over.
+
+    ``leaving``: the share of clients that go away in the middle of a stream.
+    """
+    return asyncio.run(_drive(url, model, requests, concurrency, seconds, leaving))

@@ -27,7 +27,7 @@ SMALL = {
 
 SUPPORTED = {
     "llama": {},
-    "mistral": {"sliding_window": None},
+    "mistral": {"sliding_window": 16},
     "qwen2": {},
     "qwen3": {},
     "gemma": {},
@@ -39,6 +39,9 @@ REFUSED = {
     "granite": {},
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 2, "n_positions": 256},
 }
+
+
+ENGINE = {"max_model_len": 256, "skip_tokenizer_init": True, "kv_cache_memory_bytes": 64 << 20}
 
 
 def save(kind: str, settings: dict, folder: str) -> str:
@@ -54,8 +57,45 @@ def save(kind: str, settings: dict, folder: str) -> str:
     return path
 
 
-def outcomes(kind: str, folder: str) -> tuple:
+def quantise(path: str) -> None:
+    """Turn a saved checkpoint's linear layers into 8-bit integers, as compressed-tensors stores them."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = {}
+    for name, weight in load_file(f"{path}/model.safetensors").items():
+        if name.endswith("proj.weight"):
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            weights[name] = (weight / scale).round().to(torch.int8)
+            weights[f"{name}_scale"] = scale
+        else:
+            weights[name] = weight
+    save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
+    with open(f"{path}/config.json") as file:
+        config = json.load(file)
+    integers = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": integers | {"strategy": "channel"},
+                "input_activations": integers | {"strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    with open(f"{path}/config.json", "w") as file:
+        json.dump(config, file)
+
+
+def outcomes(kind: str, folder: str, quantised: bool = False, **settings) -> tuple:
     path = save(kind, SUPPORTED[kind], folder)
+    if quantised:
+        quantise(path)
     found = []
     for spec in (
         None,
@@ -63,9 +103,7 @@ def outcomes(kind: str, folder: str) -> tuple:
         CLASP | {"optimization_interval": 1, "max_optimized_requests": 8},
         {"method": "layer_skip", "skip_layers": [], "num_speculative_tokens": 3},
     ):
-        with running(
-            path, spec, max_model_len=256, skip_tokenizer_init=True, kv_cache_memory_bytes=64 << 20
-        ) as llm:
+        with running(path, spec, **(ENGINE | settings)) as llm:
             found.append(generate(llm, PROMPTS, max_tokens=24, detokenize=False))
     return tuple(found)
 
@@ -87,15 +125,27 @@ def call():
         yield call
 
 
-@pytest.mark.parametrize("kind", SUPPORTED)
-def test_supported(call, kind, tmp_path):
-    plain, clasp, optimising, nothing_skipped = call(outcomes, kind, str(tmp_path))
+def check(found: tuple) -> None:
+    plain, clasp, optimising, nothing_skipped = found
     assert len({tuple(ids) for ids in plain.token_ids}) == len(PROMPTS)
     assert clasp.token_ids == plain.token_ids
     assert optimising.token_ids == plain.token_ids
     assert optimising.accepted_per_position[0] == optimising.num_drafts > 0
     assert nothing_skipped.token_ids == plain.token_ids
     assert nothing_skipped.num_accepted_tokens == nothing_skipped.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_supported(call, kind, tmp_path):
+    check(call(outcomes, kind, str(tmp_path)))
+
+
+def test_quantised_weights(call, tmp_path):
+    check(call(outcomes, "llama", str(tmp_path), quantised=True, dtype="bfloat16"))
+
+
+def test_quantised_kv_cache(call, tmp_path):
+    check(call(outcomes, "llama", str(tmp_path), kv_cache_dtype="fp8"))
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -4,7 +4,7 @@ Each case runs all its batches on one engine, with CLaSp and without, greedy and
 """
 
 import pytest
-from engines import PROMPTS, engine_process, running
+from engines import DEMO_MODEL, PROMPTS, engine_process, generate, running, tiny_llama
 
 CLASP = {
     "method": "clasp",
@@ -65,13 +65,15 @@ CASES = {
 }
 
 
-def run(case: str, speculative_config: object) -> tuple[list, dict[str, float]]:
+def run(model: str, case: str, speculative_config: object) -> tuple[list, dict[str, float]]:
     """(tokens, text, why it ended) of every request, and some of the engine's counters."""
     from vllm import SamplingParams
 
     settings, batches = CASES[case]
+    if "num_gpu_blocks_override" in settings and "tiny" in model:  # fewer layers, fewer scratch blocks
+        settings = settings | {"num_gpu_blocks_override": 36}
     results = []
-    with running(speculative_config=speculative_config, **settings) as llm:
+    with running(model, speculative_config, **settings) as llm:
         for prompts, sampling in batches:
             each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
             params = [
@@ -86,16 +88,52 @@ def run(case: str, speculative_config: object) -> tuple[list, dict[str, float]]:
     return results, counters | {"usage": usage}
 
 
+def one_by_one(settings: dict) -> tuple[list[tuple], list[float], float]:
+    """Overlapping prompts one after the other: outputs, draft tokens accepted for each, cache hits."""
+    from vllm import SamplingParams
+
+    def counter(llm, name: str) -> float:
+        return sum(m.value for m in llm.get_metrics() if m.name == f"vllm:{name}")
+
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    prompts = [LONG[:300], LONG[:300], LONG[:300] + PROMPTS[3], LONG[:200], LONG[:300]]
+    results, accepted = [], []
+    with running(speculative_config=CLASP, **BLOCK, **settings) as llm:
+        for prompt in prompts:
+            before = counter(llm, "spec_decode_num_accepted_tokens")
+            output = llm.generate([prompt], params, use_tqdm=False)[0]
+            results.append(tuple(output.outputs[0].token_ids))
+            accepted.append(counter(llm, "spec_decode_num_accepted_tokens") - before)
+        return results, accepted, counter(llm, "prefix_cache_hits")
+
+
+def by_batch_size(speculative_config: object) -> tuple[list, float, float]:
+    """Outputs of a batch that shrinks, the mean draft length, and drafts accepted."""
+    with running(speculative_config=speculative_config, **BLOCK) as llm:
+        outcomes = [generate(llm, PROMPTS[:count], max_tokens=32) for count in (8, 2, 1)]
+    drafts = sum(o.num_drafts for o in outcomes) or 1
+    return (
+        [o.token_ids for o in outcomes],
+        sum(o.num_draft_tokens for o in outcomes) / drafts,
+        sum(o.num_accepted_tokens for o in outcomes),
+    )
+
+
 @pytest.fixture(scope="module", params=["v1", pytest.param("v2", marks=pytest.mark.slow)])
 def call(request):
     with engine_process(request.param) as call:
         yield call
 
 
+@pytest.fixture(scope="module", params=["demo", pytest.param("tiny", marks=pytest.mark.slow)])
+def model(request, tmp_path_factory) -> str:
+    return str(DEMO_MODEL if request.param == "demo" else tiny_llama(tmp_path_factory.mktemp("tiny")))
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_output_is_plain_vllms(call, case):
-    plain, _ = call(run, case, None)
-    clasp, counters = call(run, case, CLASP)
+def test_output_is_plain_vllms(call, model, case):
+    plain, _ = call(run, model, case, None)
+    clasp, counters = call(run, model, case, CLASP)
     assert clasp == plain
     assert counters["spec_decode_num_accepted_tokens"] > 0
     assert counters["usage"] == 0
@@ -107,3 +145,20 @@ def test_output_is_plain_vllms(call, case):
         assert {reason for _, _, reason in clasp} == {"length"}
     if case == "endings":
         assert {reason for _, _, reason in clasp} == {"length", "stop"}
+
+
+def test_prefix_caching_leaves_acceptance_as_it_is(call):
+    cached = call(one_by_one, {"enable_prefix_caching": True})
+    fresh = call(one_by_one, {"enable_prefix_caching": False})
+    assert cached[:2] == fresh[:2]
+    assert min(cached[1]) > 0
+    assert cached[2] > fresh[2] == 0
+
+
+def test_draft_length_by_batch_size(call):
+    plain, _, _ = call(by_batch_size, None)
+    spec = CLASP | {"num_speculative_tokens_per_batch_size": [[1, 1, 5], [2, 4, 3], [5, 64, 1]]}
+    clasp, length, accepted = call(by_batch_size, spec)
+    assert clasp == plain
+    assert 1 < length < 5
+    assert accepted > 0

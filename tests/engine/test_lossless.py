@@ -109,3 +109,42 @@ def test_greedy_requests_beside_sampled_ones(call, plain):
     got = call(mixed_batch, HALF)
     assert got[:4] == [ids[:32] for ids in plain.token_ids[:4]]
     assert len({tuple(ids) for ids in got}) == 8
+
+
+@pytest.mark.slow
+def test_torch_compile():
+    """The target compiled, the draft's layers called one by one, in float32."""
+    with engine_process("v1") as call:
+        plain = call(outcome, None, enforce_eager=False)
+        clasp = call(outcome, HALF, enforce_eager=False)
+    assert clasp.token_ids == plain.token_ids
+    assert clasp.num_accepted_tokens > 0
+
+
+def common_prefix(a: Outcome, b: Outcome) -> float:
+    """Mean share of tokens before two outcomes first differ."""
+    shares = []
+    for one, other in zip(a.token_ids, b.token_ids, strict=True):
+        equal = [x == y for x, y in zip(one, other, strict=True)]
+        shares.append(equal.index(False) / len(equal) if False in equal else 1.0)
+    return sum(shares) / len(shares)
+
+
+def alone(speculative_config: object, **settings) -> Outcome:
+    """Each prompt in a batch of its own."""
+    with running(speculative_config=speculative_config, **settings) as llm:
+        return Outcome([generate(llm, [prompt]).token_ids[0] for prompt in PROMPTS], [])
+
+
+@pytest.mark.slow
+def test_bfloat16_differs_no_more_than_plain_vllm_from_itself():
+    """In bfloat16 rounding depends on the batch: the floor is plain vLLM in other batches (see -s)."""
+    with engine_process("v1") as call:
+        batch, single = (call(run, None, dtype="bfloat16") for run in (outcome, alone))
+        clasp = call(outcome, HALF, dtype="bfloat16")
+    floor, ours = common_prefix(batch, single), common_prefix(batch, clasp)
+    print(
+        f"\nbfloat16, share of {len(PROMPTS)} x 64 tokens before the first difference: plain vLLM in "
+        f"a batch and alone {floor:.3f}, plain vLLM and CLaSp in a batch {ours:.3f}"
+    )
+    assert ours > floor - 0.1
