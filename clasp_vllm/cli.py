@@ -1,14 +1,16 @@
-"""The command clasp-vllm: look at and check configurations."""
+"""The command clasp-vllm: look at and check configurations, and measure."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
 from clasp_vllm import __version__
+from clasp_vllm.bench import profile, serving
 from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
 
 
@@ -24,15 +26,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="check a configuration without starting vLLM")
     check.add_argument("config", help="path of a YAML or JSON file, or a JSON object")
     check.add_argument("--num-layers", type=int, help="also check it for a model with that many layers")
+    serving.add_arguments(
+        commands.add_parser("bench", help="speculative methods against plain vLLM, served and alternating")
+    )
+    profile.add_arguments(
+        commands.add_parser("profile", help="where the time goes: verify, draft, optimise and the rest")
+    )
+    wide = commands.add_parser("widen", help="a checkpoint made as costly as a larger one, same function")
+    wide.add_argument("model", type=Path, help="folder of a checkpoint of the Llama family")
+    wide.add_argument("output", type=Path, help="folder to write")
+    wide.add_argument("--factor", type=int, default=8, help="times as wide (default %(default)s)")
 
     args = parser.parse_args(argv)
     if args.command == "keys":
         print(key_table())
         return 0
+    if args.command == "bench":
+        return serving.main(args)
+    if args.command == "profile":
+        return profile.main(args)
+    if args.command == "widen":
+        return _widen(args)
     try:
         config = parse_config(read_settings(args.config))
         print(explain(config, args.num_layers))
     except ConfigError as error:
+        print(f"clasp-vllm: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _widen(args: argparse.Namespace) -> int:
+    from clasp_vllm.bench.widen import WidenError, widen  # imports torch
+
+    try:
+        widen(args.model, args.output, args.factor)
+    except WidenError as error:
         print(f"clasp-vllm: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from engines import DEMO_MODEL, PROMPTS, ROOT, engine_process, generate, running
-from servers import serve
+
+from clasp_vllm.bench.servers import serve
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 from engines import DEMO_MODEL, ROOT
-from servers import ServerError, free_port, serve
+
+from clasp_vllm.bench.servers import ServerError, free_port, serve
 
 
 def test_a_port_in_use_gets_another():

@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from engines import DEMO_MODEL, PROMPTS, ROOT, engine_process, generate, running
-from servers import Server, serve
 from traffic import drive, shapes
+
+from clasp_vllm.bench.servers import Server, serve
 
 MODEL = str(DEMO_MODEL)
 ARGUMENTS = [

@@ -14,8 +14,9 @@ import openai
 import psutil
 import pytest
 from engines import DEMO_MODEL, PROMPTS, ROOT
-from servers import Server, serve
 from traffic import Traffic, drive, shapes
+
+from clasp_vllm.bench.servers import Server, serve
 
 pytestmark = pytest.mark.slow
 

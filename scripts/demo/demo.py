@@ -18,7 +18,8 @@ import openai
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from servers import Server, ServerError, serve
+
+from clasp_vllm.bench.servers import Server, ServerError, serve
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = Path(__file__).with_name("model")

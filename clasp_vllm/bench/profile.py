@@ -1,0 +1,194 @@
+"""Where the time of serving goes: verify, draft, optimise and everything else, adding up to the whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+TASKS = Path(__file__).with_name("tasks")
+
+
+@dataclass
+class Profile:
+    """Exclusive seconds by part; they add up to ``seconds``.
+
+    Attributes:
+        seconds: wall time of generating.
+        parts: seconds by what the engine was doing, exclusive of each other.
+        calls: how often each part was entered.
+        tokens: tokens generated.
+        counters: vLLM's and our own counters of speculation.
+    """
+
+    seconds: float
+    parts: dict[str, float]
+    calls: dict[str, int]
+    tokens: int
+    counters: dict[str, float]
+
+    def per_call_ms(self, part: str) -> float:
+        """Mean milliseconds of one call."""
+        return 1000 * self.parts[part] / self.calls[part]
+
+
+class Stopwatch:
+    """Exclusive times of nested calls: while an inner part runs, the outer one's clock stands still."""
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+        self._synchronize = synchronize
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again, with everything under "else"."""
+        self.parts: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+        self._stack = ["else"]
+        self._since = time.perf_counter()
+
+    def _switch(self) -> None:
+        self._synchronize()
+        now = time.perf_counter()
+        self.parts[self._stack[-1]] += now - self._since
+        self._since = now
+
+    def stop(self) -> None:
+        """Book the time since the last change."""
+        self._switch()
+
+    def watch(self, owner: Any, name: str, part: str) -> None:
+        """Book the time spent in ``owner.name`` under ``part``."""
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._switch()
+            self._stack.append(part)
+            self.calls[part] += 1
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._switch()
+                self._stack.pop()
+
+        setattr(owner, name, watched)
+
+
+def watch_engine(llm: Any) -> Stopwatch:
+    """Watch the parts of an engine in this process."""
+    import torch
+
+    stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    stopwatch.watch(runner, "execute_model", "verify: forward")
+    stopwatch.watch(runner, "sample_tokens", "verify: sampling and bookkeeping")
+    proposer = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
+    ours = getattr(proposer, "drafter", None)
+    if ours is None:
+        if proposer is not None:
+            stopwatch.watch(proposer, "propose", "draft: forward")
+        return stopwatch
+    import clasp_vllm.engine.attention as attention
+
+    stopwatch.watch(proposer, "propose", "draft: preparation")
+    stopwatch.watch(ours, "draft", "draft: bookkeeping")
+    stopwatch.watch(ours, "_draft_step", "draft: forward")
+    stopwatch.watch(proposer.model, "compute_logits", "head")
+    stopwatch.watch(attention, "build_attn_metadata", "attention metadata")
+    stopwatch.watch(ours, "_optimize", "optimise: masks")
+    stopwatch.watch(ours, "run_programme", "optimise: forward")
+    stopwatch.watch(ours.attention, "copy_blocks", "optimise: copies")
+    return stopwatch
+
+
+def profile(
+    model: str,
+    speculative_config: object,
+    prompts: list[str],
+    batch: int,
+    max_tokens: int,
+    settings: dict[str, Any],
+) -> Profile:
+    """Generate greedily for ``prompts``, ``batch`` at a time, and say where the time went.
+
+    Needs VLLM_ENABLE_V1_MULTIPROCESSING=0 from the start of the process. The first batch warms up.
+    """
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model, speculative_config=speculative_config, disable_log_stats=False, **settings)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    llm.generate(prompts[:batch], params, use_tqdm=False)
+    stopwatch = watch_engine(llm)
+    before = _counters(llm)
+    stopwatch.reset()
+    started, tokens = time.perf_counter(), 0
+    for first in range(0, len(prompts), batch):
+        outputs = llm.generate(prompts[first : first + batch], params, use_tqdm=False)
+        tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+    stopwatch.stop()
+    seconds = time.perf_counter() - started
+    counters = {name: value - before.get(name, 0) for name, value in _counters(llm).items()}
+    return Profile(seconds, dict(stopwatch.parts), dict(stopwatch.calls), tokens, counters)
+
+
+def _counters(llm: Any) -> dict[str, float]:
+    prefixes = ("vllm:spec_decode_", "vllm:layer_skip_")
+    return {
+        metric.name.removeprefix("vllm:"): metric.value
+        for metric in llm.get_metrics()
+        if metric.name.startswith(prefixes) and hasattr(metric, "value")
+    }
+
+
+def task_prompts(task: str) -> list[str]:
+    """The prompts of one of the tasks that come with the package."""
+    lines = (TASKS / f"{task}.jsonl").read_text().splitlines()
+    return [json.loads(line)["prompt"] for line in lines]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("model", help="name or path")
+    parser.add_argument("--speculative-config", help="as for vllm serve; without it plain vLLM")
+    parser.add_argument("--batch", type=int, default=1, help="requests at once (default %(default)s)")
+    parser.add_argument("--prompts", type=int, default=10, help="how many, over all tasks in turn")
+    parser.add_argument("--max-tokens", type=int, default=64, help="tokens per answer")
+    parser.add_argument("--engine", default="{}", help="further engine arguments, as a JSON object")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from rich.console import Console
+    from rich.table import Table
+
+    prompts = mixed_prompts(args.prompts)
+    config = args.speculative_config
+    if config is not None and config.lstrip().startswith("{"):
+        config = json.loads(config)
+    found = profile(args.model, config, prompts, args.batch, args.max_tokens, json.loads(args.engine))
+    table = Table("part", "seconds", "share", "calls", "ms per call", title=f"{args.model}, {config}")
+    for part, seconds in sorted(found.parts.items(), key=lambda item: -item[1]):
+        calls = found.calls.get(part, 0)
+        mean = f"{1000 * seconds / calls:.3f}" if calls else ""
+        table.add_row(part, f"{seconds:.3f}", f"{seconds / found.seconds:.1%}", str(calls or ""), mean)
+    table.add_row("all", f"{found.seconds:.3f}", "100 %", "", "")
+    console = Console()
+    console.print(table)
+    console.print(f"{found.tokens} tokens, {found.tokens / found.seconds:.1f} per second; {found.counters}")
+    if args.json:
+        args.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
+    return 0
+
+
+def mixed_prompts(count: int) -> list[str]:
+    """Prompts of all tasks in turn: maths, code, prose, SQL, JSON, maths, ..."""
+    tasks = [task_prompts(task) for task in ("maths", "code", "prose", "sql", "json")]
+    prompts = [prompt for group in zip(*tasks, strict=True) for prompt in group]
+    return [prompts[i % len(prompts)] for i in range(count)]

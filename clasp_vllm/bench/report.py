@@ -1,0 +1,120 @@
+"""A benchmark's results as a Markdown table and plots."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def pairs(results: dict[str, Any]) -> dict[tuple[str, str, int, float], list[tuple[Row, Row]]]:
+    """(plain, method) measurements made next to each other, by method, task, concurrency, temperature."""
+    by_place: dict[tuple[Any, ...], dict[bool, Row]] = defaultdict(dict)
+    for row in results["measurements"]:
+        workload = row["workload"]
+        key = (row["method"], workload["task"], workload["concurrency"], workload["temperature"])
+        by_place[(*key, row["repeat"])][row["plain"]] = row
+    found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]] = defaultdict(list)
+    for place, both in by_place.items():
+        if len(both) == 2:
+            found[place[:4]].append((both[True], both[False]))
+    return found
+
+
+def ratio(pair: tuple[Row, Row]) -> float:
+    """The method's tokens per second over plain vLLM's."""
+    plain, method = pair
+    return float(method["tokens_per_second"] / plain["tokens_per_second"])
+
+
+def spread(values: list[float]) -> str:
+    """Median, and smallest to largest where there are several."""
+    middle = f"{statistics.median(values):.2f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.2f} to {max(values):.2f})"
+
+
+def write_report(results: dict[str, Any], folder: Path) -> None:
+    """Write results.md and the plots into ``folder``."""
+    found = pairs(results)
+    facts = results["about"]
+    lines = ["# Results", ""]
+    lines += [f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in facts.items()]
+    lines += [
+        "",
+        "Ratio: tokens per second over plain vLLM's, of neighbouring measurements; median (range).",
+        "",
+    ]
+    lines += _table(found)
+    lines += ["", "## Methods", ""]
+    lines += [f"- {name}: `{config}`" for name, config in results["methods"].items()]
+    (folder / "results.md").write_text("\n".join(lines) + "\n")
+    _plots(found, folder)
+
+
+def _table(found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]]) -> list[str]:
+    lines = [
+        "| method | task | at once | temperature | ratio | tokens/s, plain | tokens/s | accepted length | "
+        "by position | TPOT p50, plain | TPOT p50 | p95 | TTFT p50, plain | TTFT p50 | same greedy answers |",
+        "|" + "---|" * 15,
+    ]
+    for (method, task, concurrency, temperature), both in sorted(found.items()):
+        plain = [pair[0] for pair in both]
+        rows = [pair[1] for pair in both]
+
+        def middle(group: list[Row], key: str) -> float:
+            return statistics.median(row[key] for row in group)
+
+        lengths = [row["accepted_length"] for row in rows if row["accepted_length"]]
+        positions = rows[-1]["acceptance_by_position"]
+        same = [a == b for x, y in both for a, b in zip(x["texts"], y["texts"], strict=True)]
+        lines.append(
+            f"| {method} | {task} | {concurrency} | {temperature:g} | {spread([ratio(p) for p in both])} "
+            f"| {middle(plain, 'tokens_per_second'):.1f} | {middle(rows, 'tokens_per_second'):.1f} "
+            f"| {f'{statistics.median(lengths):.2f}' if lengths else ''} "
+            f"| {' '.join(f'{rate:.2f}' for rate in positions)} "
+            f"| {middle(plain, 'tpot_p50'):.1f} ms | {middle(rows, 'tpot_p50'):.1f} ms "
+            f"| {middle(rows, 'tpot_p95'):.1f} ms "
+            f"| {middle(plain, 'ttft_p50'):.0f} ms | {middle(rows, 'ttft_p50'):.0f} ms "
+            f"| {f'{sum(same)} of {len(same)}' if temperature == 0 else ''} |"
+        )
+    return lines
+
+
+def _plots(found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]], folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for temperature in sorted({key[3] for key in found}):
+        here = {key: [ratio(p) for p in both] for key, both in found.items() if key[3] == temperature}
+        methods, tasks = sorted({key[0] for key in here}), sorted({key[1] for key in here})
+        figure, axes = pyplot.subplots(1, len(tasks), figsize=(3.2 * len(tasks) + 2, 3.6), squeeze=False)
+        for axis, task in zip(axes[0], tasks, strict=True):
+            for method in methods:
+                points = sorted((key[2], v) for key, v in here.items() if key[:2] == (method, task))
+                at_once = [point[0] for point in points]
+                middle = [statistics.median(point[1]) for point in points]
+                low = [m - min(point[1]) for m, point in zip(middle, points, strict=True)]
+                high = [max(point[1]) - m for m, point in zip(middle, points, strict=True)]
+                axis.errorbar(at_once, middle, yerr=[low, high], marker="o", capsize=3, label=method)
+            axis.axhline(1.0, color="black", linewidth=0.8)
+            axis.set(title=task, xlabel="requests at once", xscale="log")
+            axis.set_xticks(sorted({key[2] for key in here}), minor=False)
+            axis.xaxis.set_major_formatter("{x:.0f}")
+            axis.minorticks_off()
+        axes[0][0].set_ylabel("tokens per second, ratio to plain vLLM")
+        axes[0][-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        figure.suptitle(f"temperature {temperature:g}")
+        figure.tight_layout()
+        figure.savefig(folder / f"ratio-temperature-{temperature:g}.png", dpi=110)
+        pyplot.close(figure)
+
+
+def main(folder: Path) -> None:
+    """Write the report of a folder's results.json again."""
+    write_report(json.loads((folder / "results.json").read_text()), folder)

@@ -1,0 +1,267 @@
+"""Speculative methods against plain vLLM, served over HTTP, alternating on the same machine.
+
+Each method's server runs beside one of plain vLLM; the two are asked in turn, never at the same time, by
+vLLM's own `vllm bench serve`. A ratio is always that of two neighbouring measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clasp_vllm.bench.about import about
+from clasp_vllm.bench.profile import mixed_prompts, task_prompts
+from clasp_vllm.bench.report import write_report
+from clasp_vllm.bench.servers import Server, ServerError, serve
+
+TASKS = ("maths", "code", "prose", "sql", "json")
+METHODS: dict[str, dict[str, Any]] = {
+    "ngram": {
+        "method": "ngram",
+        "num_speculative_tokens": 5,
+        "prompt_lookup_min": 2,
+        "prompt_lookup_max": 4,
+    },
+    "uniform 50 %": {"method": "layer_skip", "skip_ratio": 0.5},
+    "clasp 33 %": {"method": "clasp", "skip_ratio": 0.33},
+    "clasp 50 %": {"method": "clasp", "skip_ratio": 0.5},
+    "clasp 67 %": {"method": "clasp", "skip_ratio": 0.67},
+    "clasp 50 %, every 32": {"method": "clasp", "skip_ratio": 0.5, "optimization_interval": 32},
+}
+QUICK = ("ngram", "clasp 50 %")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of a server in one measurement."""
+
+    task: str
+    concurrency: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement of a method or of the plain server beside it.
+
+    Times are in milliseconds. ``texts`` are the answers, in the order of the prompts.
+    """
+
+    method: str
+    plain: bool
+    workload: Workload
+    repeat: int
+    tokens_per_second: float
+    accepted_length: float | None
+    acceptance_by_position: list[float]
+    ttft_p50: float
+    tpot_p50: float
+    tpot_p95: float
+    failed: int
+    texts: list[str]
+
+
+def measure(
+    server: Server, workload: Workload, dataset: list[str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """One run of `vllm bench serve`; its result."""
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    options = [
+        f"--base-url=http://127.0.0.1:{server.port}",
+        f"--model={server.model}",
+        f"--max-concurrency={workload.concurrency}",
+        f"--temperature={workload.temperature}",
+        "--endpoint=/v1/completions",
+        "--ignore-eos",
+        "--disable-tqdm",
+        "--disable-shuffle",
+        "--no-oversample",
+        "--skip-chat-template",
+        "--percentile-metrics=ttft,tpot",
+        "--metric-percentiles=50,95",
+        *dataset,
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return main(parser.parse_args(options))
+
+
+def datasets(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+    """Options of `vllm bench serve` for each task."""
+    found = {}
+    for task in args.tasks:
+        if task.startswith("spec_bench/"):
+            found[task] = [
+                "--dataset-name=spec_bench",
+                f"--dataset-path={args.spec_bench}",
+                f"--spec-bench-category={task.removeprefix('spec_bench/')}",
+                f"--spec-bench-output-len={args.max_tokens}",
+                f"--num-prompts={args.prompts}",
+            ]
+            continue
+        prompts = mixed_prompts(args.prompts) if task == "mixed" else task_prompts(task)[: args.prompts]
+        path = folder / f"{task}.jsonl"
+        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        found[task] = [
+            "--dataset-name=custom",
+            f"--dataset-path={path}",
+            f"--custom-output-len={args.max_tokens}",
+            f"--num-prompts={len(prompts)}",
+        ]
+    return found
+
+
+def compare(
+    method: str,
+    servers: dict[bool, Server],
+    sets: dict[str, list[str]],
+    args: argparse.Namespace,
+    advance: Any,
+) -> Iterator[Measurement]:
+    """All measurements of one method: plain first in even repeats, last in odd ones."""
+    workloads = [Workload(*w) for w in itertools.product(args.tasks, args.concurrency, args.temperature)]
+    for plain in (True, False):  # warm-up, and what is compiled on the first request
+        measure(servers[plain], workloads[0], sets[workloads[0].task], args)
+    for repeat, workload in itertools.product(range(args.repeats), workloads):
+        for plain in (True, False) if repeat % 2 == 0 else (False, True):
+            result = measure(servers[plain], workload, sets[workload.task], args)
+            advance()
+            yield Measurement(
+                method,
+                plain,
+                workload,
+                repeat,
+                result["total_output_tokens"] / result["duration"],
+                result.get("spec_decode_acceptance_length"),
+                result.get("spec_decode_per_position_acceptance_rates", []),
+                result["p50_ttft_ms"],
+                result["p50_tpot_ms"],
+                result["p95_tpot_ms"],
+                result["failed"],
+                result["generated_texts"],
+            )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+
+    def numbers(kind: type) -> Any:
+        return lambda text: [kind(part) for part in text.split(",")]
+
+    parser.add_argument("model", help="name or path")
+    parser.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME=CONFIG",
+        help="a speculative configuration, JSON or a file, under a name; may be given several times "
+        f"(default: {', '.join(METHODS)})",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=lambda text: text.split(","),
+        help=f"of {', '.join(TASKS)}, mixed (all in turn), spec_bench/CATEGORY (default: the package's)",
+    )
+    parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's question.jsonl")
+    parser.add_argument("--concurrency", type=numbers(int), help="requests at once (default 1,2,4,8,16)")
+    parser.add_argument("--temperature", type=numbers(float), help="default 0,1")
+    parser.add_argument("--repeats", type=int, help="alternating repeats (default 3)")
+    parser.add_argument("--prompts", type=int, help="prompts per task (default 8)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="tokens per answer (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: two methods, few prompts, once")
+    parser.add_argument("--output", type=Path, default=Path("bench"), help="folder (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8300, help="port to try first")
+    parser.add_argument("server_arguments", nargs="*", help="for all servers, after --")
+
+
+def fill_in(args: argparse.Namespace) -> dict[str, str]:
+    """Put the defaults in place; the methods as {name: configuration}.
+
+    Raises:
+        ValueError: an option is wrong; the message names it.
+    """
+    quick = args.quick
+    args.tasks = args.tasks or (["mixed"] if quick else [*TASKS, "mixed"])
+    args.concurrency = args.concurrency or ([1] if quick else [1, 2, 4, 8, 16])
+    args.temperature = args.temperature or ([0.0] if quick else [0.0, 1.0])
+    args.repeats = args.repeats or (1 if quick else 3)
+    args.prompts = args.prompts or (5 if quick else 8)
+    for task in args.tasks:
+        if task.startswith("spec_bench/"):
+            if args.spec_bench is None or not args.spec_bench.is_file():
+                raise ValueError(f"--tasks {task}: needs --spec-bench with the path of question.jsonl")
+        elif task not in (*TASKS, "mixed"):
+            raise ValueError(f"--tasks {task}: allowed are {', '.join(TASKS)}, mixed and spec_bench/CATEGORY")
+    if args.method is None:
+        return {name: json.dumps(METHODS[name]) for name in (QUICK if quick else METHODS)}
+    methods = dict(text.partition("=")[::2] for text in args.method)
+    for name, config in methods.items():
+        if not config:
+            raise ValueError(f"--method {name}: allowed is NAME=CONFIG, CONFIG being JSON or a file")
+    return methods
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    try:
+        methods = fill_in(args)
+    except ValueError as error:
+        console.print(f"clasp-vllm: error: {error}", markup=False)
+        return 2
+    args.output.mkdir(parents=True, exist_ok=True)
+    found: list[Measurement] = []
+    facts = about()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    each = 2 * args.repeats * len(args.tasks) * len(args.concurrency) * len(args.temperature)
+    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
+        sets = datasets(args, Path(folder))
+        bar = progress.add_task("starting", total=each * len(methods))
+        for name, config in methods.items():
+            progress.update(bar, description=f"{name}: starting two servers")
+            logs = args.output / "logs"
+            logs.mkdir(exist_ok=True)
+            log = "".join(c if c.isalnum() else "_" for c in name)
+            try:
+                with (
+                    serve(
+                        args.model, *args.server_arguments, log=logs / f"{log}-plain.log", port=args.port
+                    ) as plain,
+                    serve(
+                        args.model,
+                        *args.server_arguments,
+                        "--speculative-config",
+                        config,
+                        log=logs / f"{log}.log",
+                        port=args.port + 1,
+                    ) as other,
+                ):
+                    progress.update(bar, description=name)
+                    servers = {True: plain, False: other}
+                    for one in compare(name, servers, sets, args, lambda: progress.advance(bar)):
+                        found.append(one)
+            except ServerError as error:
+                console.print(f"{name}: {error}", markup=False)
+                return 1
+            results = {
+                "about": facts,
+                "methods": methods,
+                "measurements": [asdict(one) for one in found],
+            }
+            (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            write_report(results, args.output)
+    console.print((args.output / "results.md").read_text(), markup=False)
+    return 0

@@ -1,0 +1,63 @@
+"""Exclusive times add up to the whole, whatever calls what."""
+
+import json
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from engines import DEMO_MODEL
+
+from clasp_vllm.bench.profile import Stopwatch, mixed_prompts, task_prompts
+
+
+def test_exclusive_times_add_up():
+    inner = SimpleNamespace(work=lambda: time.sleep(0.02))
+    outer = SimpleNamespace(work=lambda: (time.sleep(0.01), inner.work(), inner.work()))
+    stopwatch = Stopwatch()
+    stopwatch.watch(inner, "work", "inner")
+    stopwatch.watch(outer, "work", "outer")
+    started = time.perf_counter()
+    stopwatch.reset()
+    outer.work()
+    with pytest.raises(TypeError):
+        inner.work("unexpected")
+    stopwatch.stop()
+    whole = time.perf_counter() - started
+    assert stopwatch.calls == {"outer": 1, "inner": 3}
+    assert sum(stopwatch.parts.values()) == pytest.approx(whole, abs=0.002)
+    assert stopwatch.parts["inner"] > 2 * stopwatch.parts["outer"] > 0
+
+
+def test_tasks_take_turns():
+    prompts = mixed_prompts(12)
+    assert prompts[0] == task_prompts("maths")[0]
+    assert prompts[5] == task_prompts("maths")[1]
+    assert len({*mixed_prompts(40)}) == 40
+
+
+@pytest.mark.parametrize("config", [None, '{"method": "clasp", "optimization_interval": 2}'])
+def test_command(config, tmp_path):
+    """The command on the demo model: every part is there, and they add up."""
+    engine = {"enforce_eager": True, "dtype": "float32", "max_model_len": 256}
+    engine["kv_cache_memory_bytes"] = 1 << 28
+    path = tmp_path / "profile.json"
+    command = [sys.executable, "-m", "clasp_vllm.cli", "profile", str(DEMO_MODEL)]
+    command += ["--prompts=2", "--max-tokens=8", f"--engine={json.dumps(engine)}", f"--json={path}"]
+    result = subprocess.run(
+        command + ([f"--speculative-config={config}"] if config else []),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(path.read_text())
+    assert found["tokens"] == 16
+    assert sum(found["parts"].values()) == pytest.approx(found["seconds"], rel=0.01)
+    assert found["calls"]["verify: forward"] >= 2
+    if config:
+        assert found["calls"]["optimise: forward"] > 0
+        assert found["calls"]["draft: forward"] > 0
+        assert found["counters"]["layer_skip_steps"] > 0
