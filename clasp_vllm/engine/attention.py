@@ -87,5 +87,13 @@ class TargetAttention:
             else:
                 from_, to = source, target
             for name in group.layer_names:
-                cache = layers[name].kv_cache
-                cache[to] = cache[from_]
+                _copy_rows(layers[name].kv_cache, from_, to)
+
+
+def _copy_rows(cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """cache[target] = cache[source], along the first dimension."""
+    if cache.device.type == "cpu":  # plain copies are four times as fast as indexing by tensors
+        for from_, to in zip(source.tolist(), target.tolist(), strict=True):
+            cache[to].copy_(cache[from_])
+    else:
+        cache.index_copy_(0, target, cache.index_select(0, source))

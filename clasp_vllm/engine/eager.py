@@ -1,23 +1,28 @@
 """The target's modules as they run best one by one, outside of the compiled graph.
 
 Under torch.compile vLLM switches its own kernels for norms, rotary embeddings and activations off,
-because the compiler fuses their native forms. A draft calls layers one at a time and uncompiled, where
-those kernels save the many small operations of the native forms.
+because the compiler fuses their native forms; on CPUs it has the kernels but never calls those for
+norms and SiLU. A draft calls layers one at a time and uncompiled, where the kernels save the many small
+operations of the native forms.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from vllm import ir
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.platforms import current_platform
 
 _LIGHT_OPS = (RMSNorm, RotaryEmbeddingBase, SiluAndMul, GeluAndMul)
 _IR_OPS = (ir.ops.rms_norm, ir.ops.fused_add_rms_norm)
@@ -36,8 +41,36 @@ def eager_view(module: nn.Module) -> nn.Module:
     if isinstance(view, _LIGHT_OPS):
         assert isinstance(view, CustomOp)
         view._enforce_enable = True
-        view._forward_method = view.dispatch_forward(compile_native=False)
+        view._forward_method = _cpu_kernel(view) or view.dispatch_forward(compile_native=False)
     return view
+
+
+def _cpu_kernel(module: nn.Module) -> Callable[..., Any] | None:
+    """vLLM's CPU kernel for a module that it would run in its native form, or None."""
+    if not current_platform.is_cpu():
+        return None
+    if type(module) is RMSNorm and module.variance_size_override is None:
+        return partial(_cpu_rms_norm, module)
+    if type(module) is SiluAndMul and hasattr(torch.ops._C, "silu_and_mul"):
+        return _cpu_silu_and_mul
+    return None
+
+
+def _cpu_rms_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None = None) -> Any:
+    if x.dtype != norm.weight.dtype or not x.is_contiguous():
+        return norm.forward_native(x, residual)
+    if residual is None:
+        out = torch.empty_like(x)
+        torch.ops._C.rms_norm(out, x, norm.weight, norm.variance_epsilon)
+        return out
+    torch.ops._C.fused_add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
+    return x, residual
+
+
+def _cpu_silu_and_mul(x: Tensor) -> Tensor:
+    out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    torch.ops._C.silu_and_mul(out, x)
+    return out
 
 
 @contextmanager
