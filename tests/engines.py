@@ -120,6 +120,19 @@ def running(
         cleanup_dist_env_and_memory()
 
 
+def force_async_scheduling() -> None:
+    """Switch async scheduling on in this process, which vLLM switches off on CPUs."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls, vllm_config):
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
 @dataclass
 class Outcome:
     """What an engine generated, and vLLM's own counters of speculation."""

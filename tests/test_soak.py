@@ -213,7 +213,7 @@ def test_malformed_requests(clasp, plain):
 
 def test_a_killed_server_can_be_started_again(clasp, plain, tmp_path):
     """vLLM 0.32 itself leaves idle children behind when its first process is killed; we add none."""
-    assert clasp.orphans == plain.orphans
+    assert clasp.orphans <= plain.orphans
     with serve(MODEL, *CLASP, log=tmp_path / "log", port=PORT) as server:
         assert server.port == PORT
         assert ask(server) == clasp.answer == plain.answer

@@ -26,7 +26,7 @@ class Decoder:
     ``delta, residual = norm(delta, residual); delta = f(delta)`` on a pair whose sum is the hidden
     state, so skipping one means passing the pair on. The pair starts as (embedding, zeros): a
     skipped first layer then takes the same arithmetic path as any other, and running all of them
-    gives the target's own result to the bit.
+    gives the target's own result, to the bit where the kernels are the same.
     """
 
     def __init__(

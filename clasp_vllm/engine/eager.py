@@ -25,6 +25,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.platforms import current_platform
 
 _LIGHT_OPS = (RMSNorm, RotaryEmbeddingBase, SiluAndMul, GeluAndMul)
+_VECTOR = 8  # the CPU kernels take widths that are multiples of it
 _IR_OPS = (ir.ops.rms_norm, ir.ops.fused_add_rms_norm)
 
 
@@ -57,7 +58,7 @@ def _cpu_kernel(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def _cpu_rms_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None = None) -> Any:
-    if x.dtype != norm.weight.dtype or not x.is_contiguous():
+    if x.dtype != norm.weight.dtype or not x.is_contiguous() or x.shape[-1] % _VECTOR:
         return norm.forward_native(x, residual)
     if residual is None:
         out = torch.empty_like(x)
@@ -68,6 +69,8 @@ def _cpu_rms_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None = None) -> A
 
 
 def _cpu_silu_and_mul(x: Tensor) -> Tensor:
+    if x.shape[-1] % (2 * _VECTOR):
+        return SiluAndMul.forward_native(x)
     out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     torch.ops._C.silu_and_mul(out, x)
     return out

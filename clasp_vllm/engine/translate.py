@@ -6,12 +6,14 @@ from typing import Any
 
 from pydantic import ValidationError
 from vllm.config import ModelConfig, ParallelConfig
+from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from clasp_vllm.config import ConfigError, parse_config
 from clasp_vllm.engine.speculative_config import LayerSkipSpeculativeConfig
 
-# Of a quantised cache only those without scales of their own in it have been tested.
+# Quantised caches with scales of their own beside the values are left out: nobody has tried to copy
+# their blocks.
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -59,6 +61,8 @@ def speculative_config(
 
 def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_config: ParallelConfig) -> None:
     """Raises ConfigError for the first feature that layer skipping cannot serve."""
+    kv_cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, model_config)
+    attention_kinds = set(getattr(model_config.hf_text_config, "layer_types", None) or ())
     refusals = (
         (
             engine_args.spec_model is not None,
@@ -88,8 +92,8 @@ def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_con
         (parallel_config.enable_eplb, "expert load balancing", "leave out --enable-eplb"),
         (parallel_config.use_ubatching, "dual batch overlap", "leave out --enable-dbo and --ubatch-size"),
         (
-            engine_args.enable_return_routed_experts,
-            "returning routed experts (drafts would be among them)",
+            engine_args.aux_output_config.enabled,
+            "returning routed experts",
             "leave out --enable-return-routed-experts",
         ),
         (
@@ -97,11 +101,16 @@ def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_con
             "weight offloading",
             "leave out --cpu-offload-gb and --offload-group-size, or use more tensor parallelism",
         ),
+        (
+            engine_args.ec_transfer_config is not None,
+            "encoder-cache transfer",
+            "leave out --ec-transfer-config",
+        ),
         (engine_args.enable_lora, "LoRA", "serve the merged model, or leave out --enable-lora"),
         (
-            engine_args.kv_cache_dtype not in KV_CACHE_DTYPES,
-            f"--kv-cache-dtype {engine_args.kv_cache_dtype}",
-            f"use one of {', '.join(KV_CACHE_DTYPES)}",
+            kv_cache_dtype not in KV_CACHE_DTYPES,
+            f"a KV cache of {kv_cache_dtype}",
+            f"set --kv-cache-dtype to one of {', '.join(KV_CACHE_DTYPES)}",
         ),
         (model_config.runner_type != "generate", "pooling models", "use a generative model"),
         (model_config.is_encoder_decoder, "encoder-decoder models", "use a decoder-only model"),
@@ -112,6 +121,11 @@ def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_con
             model_config.is_hybrid or model_config.is_attention_free,
             "models with state-space layers",
             "use a Llama-like model",
+        ),
+        (
+            len(attention_kinds) > 1,
+            f"several kinds of attention in one model ({', '.join(sorted(attention_kinds))})",
+            "use a model with one kind",
         ),
     )
     for present, feature, way_out in refusals:

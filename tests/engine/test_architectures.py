@@ -27,6 +27,8 @@ SMALL = {
 
 SUPPORTED = {
     "llama": {},
+    # The CPU's kernels for norms and SiLU want widths that are multiples of eight.
+    "odd llama": {"intermediate_size": 100, "hidden_size": 60, "num_attention_heads": 2},
     "mistral": {"sliding_window": 16},
     "qwen2": {},
     "qwen3": {},
@@ -35,7 +37,7 @@ SUPPORTED = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
 }
 REFUSED = {
-    "gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 128},
+    "gemma2": {"query_pre_attn_scalar": 32, "layer_types": ["full_attention"] * 5},
     "granite": {},
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 2, "n_positions": 256},
 }
@@ -51,8 +53,10 @@ def save(kind: str, settings: dict, folder: str) -> str:
 
     torch.manual_seed(0)
     own = settings if kind == "gpt2" else SMALL | settings
-    config = AutoConfig.for_model(kind, **({"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2} | own))
-    path = f"{folder}/{kind}"
+    config = AutoConfig.for_model(
+        kind.removeprefix("odd "), **({"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2} | own)
+    )
+    path = f"{folder}/{kind.replace(' ', '_')}"
     AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
     return path
 
@@ -141,7 +145,13 @@ def test_supported(call, kind, tmp_path):
 
 
 def test_quantised_weights(call, tmp_path):
-    check(call(outcomes, "llama", str(tmp_path), quantised=True, dtype="bfloat16"))
+    """The CPU's integer kernel wants bfloat16, in which rounding may change a token here and there."""
+    found = call(outcomes, "llama", str(tmp_path), quantised=True, dtype="bfloat16")
+    plain, nothing_skipped = found[0], found[-1]
+    for other in found[1:]:
+        same = [a == b for a, b in zip(plain.token_ids, other.token_ids, strict=True)]
+        assert sum(same) >= len(PROMPTS) - 2
+    assert nothing_skipped.num_accepted_tokens > 0.9 * nothing_skipped.num_draft_tokens > 0
 
 
 def test_quantised_kv_cache(call, tmp_path):

@@ -5,7 +5,7 @@ scheduler's logic and that nothing trusts the host's counts, not the order of st
 """
 
 import pytest
-from engines import PROMPTS, Outcome, engine_process, generate, running
+from engines import PROMPTS, Outcome, drafter, engine_process, force_async_scheduling, generate, running
 
 CLASP = {
     "method": "clasp",
@@ -15,18 +15,6 @@ CLASP = {
     "draft_exit_threshold": 0.3,
 }
 LONG = " ".join(PROMPTS)[:500]
-
-
-def force_async_scheduling() -> None:
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.check_and_update_config.__func__
-
-    def check_and_update_config(cls, vllm_config):
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def outcomes(speculative_config: object) -> tuple[list[Outcome], float]:
@@ -40,6 +28,10 @@ def outcomes(speculative_config: object) -> tuple[list[Outcome], float]:
             generate(llm, [*PROMPTS[:9], LONG], max_tokens=40),
             generate(llm, [LONG, *PROMPTS[8:12]], max_tokens=30, ignore_eos=False, stop=["\n"]),
         ]
+        if speculative_config:  # what is counted in the worker arrives
+            rounds = next(m.value for m in llm.get_metrics() if m.name == "vllm:layer_skip_rounds")
+            total = drafter(llm).statistics.total.rounds
+            assert total - 2 <= rounds <= total, (rounds, total)  # the last step's output is not waited for
         return found, core.scheduler.kv_cache_manager.usage
 
 

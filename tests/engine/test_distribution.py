@@ -8,7 +8,7 @@ import math
 from collections import Counter
 
 import pytest
-from engines import drafter, engine_process, running
+from engines import drafter, engine_process, force_async_scheduling, running
 
 VOCAB = 12
 PROMPT = [1, 5, 3, 7, 4]
@@ -77,10 +77,13 @@ def sample(
     top_p: float,
     top_k: int,
     sabotage: str | None,
+    async_scheduling: bool = False,
 ) -> tuple[list[tuple[int, ...]], int]:
     """Continuations, and how many tokens were accepted from drafts."""
     from vllm import SamplingParams
 
+    if async_scheduling:
+        force_async_scheduling()
     settings = {"max_model_len": 64, "skip_tokenizer_init": True, "kv_cache_memory_bytes": 32 << 20,
                 "max_num_seqs": 64, "seed": 7}  # fmt: skip
     with running(folder, speculative_config, **settings) as llm:
@@ -166,12 +169,13 @@ def test_law_is_the_targets(runner, draft, temperature, top_p, top_k, tmp_path):
     assert p_value(got, exact_law(folder, horizon, temperature, top_p, top_k)) > 1e-3
 
 
-def test_contained_failures_keep_the_law(tmp_path):
-    """A failed round leaves neither its tokens nor their probabilities behind."""
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_contained_failures_keep_the_law(async_scheduling, tmp_path):
+    """A failed round leaves no probabilities behind: async scheduling verifies tokens in any case."""
     with engine_process("v1") as call:
         folder = call(save_model, str(tmp_path))
         spec = CLASP | {"draft_sample_method": "probabilistic"}
-        got, accepted = call(sample, folder, 5000, 3, spec, 1.0, 1.0, 0, "drafter")
+        got, accepted = call(sample, folder, 5000, 3, spec, 1.0, 1.0, 0, "drafter", async_scheduling)
     assert accepted > 500
     assert p_value(got, exact_law(folder, 3, 1.0, 1.0, 0)) > 1e-3
 

@@ -64,7 +64,7 @@ def test_failures_are_contained(runner):
     assert failures > 2
     assert bad.num_accepted_tokens > 0
     assert good.num_accepted_tokens > 0
-    assert [m for m in messages if "this step goes without drafts" in m] == messages[:1]
+    assert sum("this step goes without drafts" in message for message in messages) == 1
 
 
 def test_a_drafter_that_always_fails():

@@ -13,6 +13,15 @@ MODELS = {
     "state space": ("mamba", "MambaForCausalLM", {"num_hidden_layers": 4}),
     "hybrid": ("falcon_h1", "FalconH1ForCausalLM", {"num_hidden_layers": 4}),
     "encoder-decoder": ("whisper", "WhisperForConditionalGeneration", {}),
+    "mixed attention": (
+        "llama",
+        "LlamaForCausalLM",
+        {
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 64,
+        },
+    ),
     "multimodal": ("qwen2_audio", "Qwen2AudioForConditionalGeneration", {}),
 }
 CLASP = {"method": "clasp"}
@@ -42,13 +51,23 @@ CASES = {
         {"enable_return_routed_experts": True},
         ["routed experts", "--enable-return-routed-experts"],
     ),
+    "routed experts, in JSON": (
+        "mixture of experts",
+        {"aux_output_config": {"enable_return_routed_experts": True}},
+        ["routed experts"],
+    ),
+    "several kinds of attention": (
+        "mixed attention",
+        {},
+        ["several kinds of attention", "full_attention, sliding_attention", "one kind"],
+    ),
     "offloading": (None, {"cpu_offload_gb": 1}, ["weight offloading", "--cpu-offload-gb"]),
     "prefetch offloading": (None, {"offload_group_size": 4}, ["weight offloading", "--offload-group-size"]),
     "LoRA": (None, {"enable_lora": True}, ["LoRA", "merged model"]),
     "quantised KV cache": (
         None,
         {"kv_cache_dtype": "int8_per_token_head"},
-        ["--kv-cache-dtype int8_per_token_head", "fp8_e4m3"],
+        ["a KV cache of int8_per_token_head", "--kv-cache-dtype", "fp8_e4m3"],
     ),
     "pooling": (None, {"runner": "pooling", "convert": "embed"}, ["pooling models", "generative model"]),
     "MLA": ("mla", {}, ["multi-head latent attention", "Llama-like"]),
@@ -135,32 +154,41 @@ def test_too_small_a_cache(call):
         assert part in found
 
 
-def mixed_attention(folder: str) -> str:
-    """A Llama of which some layers attend to a window and others to everything."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=256,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    config.layer_types = ["sliding_attention", "full_attention"] * 2
-    config.sliding_window = 64
-    config.save_pretrained(folder)
-    return start(
-        {
-            "model": folder,
-            "speculative_config": CLASP,
-            "max_model_len": 256,
-            "skip_tokenizer_init": True,
-            "kv_cache_memory_bytes": 64 << 20,
-        }
-    )
+# What vLLM itself will not configure on a CPU, or no small model has: the check alone.
+ASKED_OF_A_STAND_IN = {
+    "expert load balancing": ("parallel", "enable_eplb"),
+    "diffusion language models": ("model", "is_diffusion"),
+    "encoder-cache transfer": ("engine", "ec_transfer_config"),
+}
 
 
-def test_several_kv_cache_groups(call, tmp_path):
-    found = call(mixed_attention, str(tmp_path))
-    assert "several KV cache groups" in found
-    assert "sliding-window" in found
+def message_for(which: str, attribute: str) -> str:
+    """The message with one attribute of otherwise acceptable configurations switched on."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from clasp_vllm.config import ConfigError
+    from clasp_vllm.engine.translate import refuse_unsupported
+
+    class Changed:
+        def __init__(self, original: object) -> None:
+            self._original = original
+
+        def __getattr__(self, name: str) -> object:
+            return True if name == attribute else getattr(self._original, name)
+
+    args = EngineArgs(model=str(DEMO_MODEL))
+    vllm_config = args.create_engine_config()
+    parts = {"engine": args, "model": vllm_config.model_config, "parallel": vllm_config.parallel_config}
+    refuse_unsupported(*parts.values())
+    parts[which] = Changed(parts[which])
+    try:
+        refuse_unsupported(*parts.values())
+    except ConfigError as error:
+        return str(error)
+    return "not refused"
+
+
+@pytest.mark.parametrize("feature", ASKED_OF_A_STAND_IN)
+def test_refused_by_the_check(call, feature):
+    found = call(message_for, *ASKED_OF_A_STAND_IN[feature])
+    assert f"does not support {feature}: leave out --" in found or "autoregressive" in found
