@@ -37,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     wide.add_argument("output", type=Path, help="folder to write")
     wide.add_argument("--factor", type=int, default=8, help="times as wide (default %(default)s)")
 
-    args = parser.parse_args(argv)
+    # argparse gives positionals after options to nobody: take what follows "--" off first.
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:cut])
+    args.server_arguments = words[cut + 1 :]
+    if args.server_arguments and args.command != "bench":
+        parser.error(f"{args.command} takes nothing after --")
     if args.command == "keys":
         print(key_table())
         return 0

@@ -85,6 +85,7 @@ def measure(
         f"--temperature={workload.temperature}",
         "--endpoint=/v1/completions",
         "--ignore-eos",
+        "--save-detailed",
         "--disable-tqdm",
         "--disable-shuffle",
         "--no-oversample",
@@ -181,7 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run: two methods, few prompts, once")
     parser.add_argument("--output", type=Path, default=Path("bench"), help="folder (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8300, help="port to try first")
-    parser.add_argument("server_arguments", nargs="*", help="for all servers, after --")
+    parser.epilog = "All arguments after -- go to every server."
 
 
 def fill_in(args: argparse.Namespace) -> dict[str, str]:

@@ -84,8 +84,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=96, help="tokens per answer")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds over the prompts")
     parser.add_argument("--logs", help="folder for the servers' logs")
-    parser.add_argument("server_arguments", nargs="*", help="for `vllm serve`, after --")
-    return parser.parse_args()
+    # argparse gives positionals after options to nobody: take what follows "--" off first.
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:cut])
+    args.server_arguments = words[cut + 1 :]
+    return args
 
 
 def _server_arguments(args: argparse.Namespace) -> list[str]:
