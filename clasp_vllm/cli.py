@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from clasp_vllm import __version__
 from clasp_vllm.bench import profile, serving
+from clasp_vllm.bench.servers import split_arguments
 from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
 
 
@@ -37,11 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wide.add_argument("output", type=Path, help="folder to write")
     wide.add_argument("--factor", type=int, default=8, help="times as wide (default %(default)s)")
 
-    # argparse gives positionals after options to nobody: take what follows "--" off first.
-    words = list(sys.argv[1:] if argv is None else argv)
-    cut = words.index("--") if "--" in words else len(words)
-    args = parser.parse_args(words[:cut])
-    args.server_arguments = words[cut + 1 :]
+    words, server_arguments = split_arguments(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words, argparse.Namespace(server_arguments=server_arguments))
     if args.server_arguments and args.command != "bench":
         parser.error(f"{args.command} takes nothing after --")
     if args.command == "keys":

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-TASKS = Path(__file__).with_name("tasks")
+from clasp_vllm.config import read_settings
+
+TASKS = ("maths", "code", "prose", "sql", "json")
 
 
 @dataclass
@@ -32,10 +34,6 @@ class Profile:
     calls: dict[str, int]
     tokens: int
     counters: dict[str, float]
-
-    def per_call_ms(self, part: str) -> float:
-        """Mean milliseconds of one call."""
-        return 1000 * self.parts[part] / self.calls[part]
 
 
 class Stopwatch:
@@ -147,7 +145,7 @@ def _counters(llm: Any) -> dict[str, float]:
 
 def task_prompts(task: str) -> list[str]:
     """The prompts of one of the tasks that come with the package."""
-    lines = (TASKS / f"{task}.jsonl").read_text().splitlines()
+    lines = Path(__file__).with_name("tasks").joinpath(f"{task}.jsonl").read_text().splitlines()
     return [json.loads(line)["prompt"] for line in lines]
 
 
@@ -169,9 +167,7 @@ def main(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     prompts = mixed_prompts(args.prompts)
-    config = args.speculative_config
-    if config is not None and config.lstrip().startswith("{"):
-        config = json.loads(config)
+    config = read_settings(args.speculative_config) if args.speculative_config else None
     found = profile(args.model, config, prompts, args.batch, args.max_tokens, json.loads(args.engine))
     table = Table("part", "seconds", "share", "calls", "ms per call", title=f"{args.model}, {config}")
     for part, seconds in sorted(found.parts.items(), key=lambda item: -item[1]):
@@ -189,6 +185,6 @@ def main(args: argparse.Namespace) -> int:
 
 def mixed_prompts(count: int) -> list[str]:
     """Prompts of all tasks in turn: maths, code, prose, SQL, JSON, maths, ..."""
-    tasks = [task_prompts(task) for task in ("maths", "code", "prose", "sql", "json")]
+    tasks = [task_prompts(task) for task in TASKS]
     prompts = [prompt for group in zip(*tasks, strict=True) for prompt in group]
     return [prompts[i % len(prompts)] for i in range(count)]

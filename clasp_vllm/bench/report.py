@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -113,8 +112,3 @@ def _plots(found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]], fold
         figure.tight_layout()
         figure.savefig(folder / f"ratio-temperature-{temperature:g}.png", dpi=110)
         pyplot.close(figure)
-
-
-def main(folder: Path) -> None:
-    """Write the report of a folder's results.json again."""
-    write_report(json.loads((folder / "results.json").read_text()), folder)

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,12 @@ class Server:
             r"Layer skipping: .*?(mean layers skipped: .*)", self.log.read_text(errors="replace")
         )
         return reports[-1] if reports else None
+
+
+def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line before and after ``--``: argparse gives positionals behind options to nobody."""
+    cut = words.index("--") if "--" in words else len(words)
+    return list(words[:cut]), list(words[cut + 1 :])
 
 
 def free_port(preferred: int) -> int:

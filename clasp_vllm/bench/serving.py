@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from clasp_vllm.bench.about import about
-from clasp_vllm.bench.profile import mixed_prompts, task_prompts
+from clasp_vllm.bench.profile import TASKS, mixed_prompts, task_prompts
 from clasp_vllm.bench.report import write_report
 from clasp_vllm.bench.servers import Server, ServerError, serve
 
-TASKS = ("maths", "code", "prose", "sql", "json")
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {
         "method": "ngram",
@@ -69,9 +68,7 @@ class Measurement:
     texts: list[str]
 
 
-def measure(
-    server: Server, workload: Workload, dataset: list[str], args: argparse.Namespace
-) -> dict[str, Any]:
+def measure(server: Server, workload: Workload, dataset: list[str]) -> dict[str, Any]:
     """One run of `vllm bench serve`; its result."""
     from vllm.benchmarks.serve import add_cli_args, main
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -133,10 +130,10 @@ def compare(
     """All measurements of one method: plain first in even repeats, last in odd ones."""
     workloads = [Workload(*w) for w in itertools.product(args.tasks, args.concurrency, args.temperature)]
     for plain in (True, False):  # warm-up, and what is compiled on the first request
-        measure(servers[plain], workloads[0], sets[workloads[0].task], args)
+        measure(servers[plain], workloads[0], sets[workloads[0].task])
     for repeat, workload in itertools.product(range(args.repeats), workloads):
         for plain in (True, False) if repeat % 2 == 0 else (False, True):
-            result = measure(servers[plain], workload, sets[workload.task], args)
+            result = measure(servers[plain], workload, sets[workload.task])
             advance()
             yield Measurement(
                 method,

@@ -203,12 +203,12 @@ def install_runner_hooks(v2: bool) -> None:
 
 
 def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    from clasp_vllm.engine.metrics import send_counts
+
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         if not _uses_us(self.vllm_config):
             return output
-        from clasp_vllm.engine.metrics import send_counts
-
         ours = self.speculator if hasattr(self, "speculator") else self.drafter
         return send_counts(ours.drafter.statistics, output)
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from clasp_vllm.bench.servers import Server, ServerError, serve
+from clasp_vllm.bench.servers import Server, ServerError, serve, split_arguments
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = Path(__file__).with_name("model")
@@ -84,12 +84,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=96, help="tokens per answer")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds over the prompts")
     parser.add_argument("--logs", help="folder for the servers' logs")
-    # argparse gives positionals after options to nobody: take what follows "--" off first.
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    args = parser.parse_args(words[:cut])
-    args.server_arguments = words[cut + 1 :]
-    return args
+    words, server_arguments = split_arguments(sys.argv[1:])
+    return parser.parse_args(words, argparse.Namespace(server_arguments=server_arguments))
 
 
 def _server_arguments(args: argparse.Namespace) -> list[str]:
