@@ -9,7 +9,7 @@ certainty. All other tokens are drafted by the target with each row's skipped la
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from clasp_vllm.drafting.host import HostFlag, HostMasks
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.drafting.statistics import DraftStatistics
-from clasp_vllm.skipping.dynamic_program import Programme, State, run_programme
+from clasp_vllm.skipping.dynamic_program import Programme, State, columns_at, run_programme
 
 
 class PagedAttention(Protocol):
@@ -41,8 +41,11 @@ class PagedAttention(Protocol):
         """
         ...
 
-    def copy_blocks(self, source: Tensor, target: Tensor) -> None:
-        """Copy blocks ``source`` over ``target`` ([n] int64 each) in every layer."""
+    def copy_blocks(self, layer: int, source: Tensor, target: Tensor) -> None:
+        """Copy block ``source[i]`` over blocks ``target[i]`` ([n] and [n, copies] int64) of a layer.
+
+        The blocks of each row of ``target`` are consecutive.
+        """
         ...
 
 
@@ -217,18 +220,30 @@ class Drafter:
     def run_programme(self, batch: DraftBatch) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""
         assert self.scratch is not None
-        columns = self.options.num_skipped_layers + 1
+        budget, rows = self.options.num_skipped_layers, len(batch)
         tables, source, target = self.scratch.virtual_requests(batch.block_table, batch.positions)
-        self.attention.copy_blocks(source, target)
-        positions = batch.positions.repeat(columns)
+        positions = batch.positions.repeat(budget + 1)
+        max_lengths = batch.max_lengths.repeat(budget + 1)
         rotary_positions = self._rotary(positions)
+        columns = 0
 
-        def layer(i: int, state: State) -> State:
-            return self.decoder.run_layer(i, rotary_positions, state)
+        with ExitStack() as context:
 
-        with self.attention.decode(positions, tables, batch.max_lengths.repeat(columns)):
+            def layer(i: int, state: State) -> State:
+                nonlocal columns
+                if columns != columns_at(i, budget):
+                    columns = columns_at(i, budget)
+                    first = slice(columns * rows)  # column-major
+                    context.close()
+                    context.enter_context(
+                        self.attention.decode(positions[first], tables[first], max_lengths[first])
+                    )
+                if columns > 1:
+                    self.attention.copy_blocks(i, source, target[:, : columns - 1])
+                return self.decoder.run_layer(i, rotary_positions[: columns * rows], state)
+
             programme = run_programme(
-                self.decoder.embed(batch.tokens), layer, self.decoder.num_layers, columns - 1
+                self.decoder.embed(batch.tokens), layer, self.decoder.num_layers, budget
             )
             delta, residual = (x[0].clone() for x in programme.states)
             return programme, self.decoder.finish((delta, residual))

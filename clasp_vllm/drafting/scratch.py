@@ -16,14 +16,14 @@ from torch import Tensor
 class ScratchBlocks:
     """The KV blocks that the scheduler does not know of, for up to ``max_rows`` rows at once.
 
-    Block ids run from ``first_block`` on: ``columns`` blocks for each row.
+    Block ids run from ``first_block`` on: ``columns`` blocks for each row, one after another.
     """
 
     def __init__(
         self, first_block: int, max_rows: int, columns: int, block_size: int, device: torch.device
     ) -> None:
         ids = torch.arange(max_rows * columns, dtype=torch.int32, device=device) + first_block
-        self._ids = ids.view(columns, max_rows)
+        self._ids = ids.view(max_rows, columns)
         self.block_size = block_size
 
     @staticmethod
@@ -40,14 +40,13 @@ class ScratchBlocks:
 
         Returns:
             tables: [(columns + 1) * rows, width] int32, column-major, column 0 the requests' own.
-            source, target: [columns * rows] int64, blocks whose contents are to be copied.
+            source: [rows] int64, the block that each row's scratch blocks are to be copies of.
+            target: [rows, columns] int64, the scratch blocks, consecutive in each row.
         """
         rows, width = block_table.shape
-        last = (positions // self.block_size).clamp(max=width - 1).view(1, rows, 1)
-        scratch = self._ids[:, :rows].unsqueeze(-1)  # [columns, rows, 1]
-        columns = scratch.shape[0]
+        last = (positions // self.block_size).clamp(max=width - 1).unsqueeze(1)
+        scratch = self._ids[:rows]
+        columns = scratch.shape[1]
         tables = block_table.expand(columns + 1, rows, width).clone()
-        index = last.expand(columns, rows, 1)
-        source = tables[1:].gather(2, index)
-        tables[1:].scatter_(2, index, scratch)
-        return tables.flatten(0, 1), source.flatten().long(), scratch.flatten().long()
+        tables[1:].scatter_(2, last.expand(columns, rows, 1), scratch.t().unsqueeze(-1))
+        return tables.flatten(0, 1), block_table.gather(1, last).squeeze(1).long(), scratch.long()

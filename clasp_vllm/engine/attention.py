@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, init_attn_backend
@@ -36,6 +37,10 @@ class TargetAttention:
         builder_config.scheduler_config = copy.copy(vllm_config.scheduler_config)
         builder_config.scheduler_config.max_num_seqs = max_rows
         self.attn_groups = init_attn_backend(kv_cache_config, builder_config, device)[0]
+        self._layers = sorted(
+            ((name, group) for group in self.attn_groups[0] for name in group.layer_names),
+            key=lambda layer: extract_layer_index(layer[0]),
+        )
         self._query_start_cpu = torch.arange(max_rows + 1, dtype=torch.int32)
         self._query_start = self._query_start_cpu.to(device)
         self._not_prefilling = torch.zeros(max_rows, dtype=torch.bool)
@@ -75,25 +80,20 @@ class TargetAttention:
         ):
             yield
 
-    def copy_blocks(self, source: Tensor, target: Tensor) -> None:
+    def copy_blocks(self, layer: int, source: Tensor, target: Tensor) -> None:
         """See ``PagedAttention.copy_blocks``."""
-        layers = self._vllm_config.compilation_config.static_forward_context
-        for group in self.attn_groups[0]:
-            if group.kernel_block_size is not None:
-                # The kernel splits the manager's blocks: copy all parts of each.
-                parts = group.kv_cache_spec.block_size // group.kernel_block_size
-                stride, offsets = group.kernel_block_stride or parts, group.kernel_block_offsets
-                from_, to = ((b.unsqueeze(1) * stride + offsets).flatten() for b in (source, target))
-            else:
-                from_, to = source, target
-            for name in group.layer_names:
-                _copy_rows(layers[name].kv_cache, from_, to)
-
-
-def _copy_rows(cache: Tensor, source: Tensor, target: Tensor) -> None:
-    """cache[target] = cache[source], along the first dimension."""
-    if cache.device.type == "cpu":  # plain copies are four times as fast as indexing by tensors
-        for from_, to in zip(source.tolist(), target.tolist(), strict=True):
-            cache[to].copy_(cache[from_])
-    else:
-        cache.index_copy_(0, target, cache.index_select(0, source))
+        name, group = self._layers[layer]
+        cache = self._vllm_config.compilation_config.static_forward_context[name].kv_cache
+        if group.kernel_block_size is not None:
+            # The kernel splits the manager's blocks: copy all parts of each.
+            parts = self.block_size // group.kernel_block_size
+            stride, offsets = group.kernel_block_stride or parts, group.kernel_block_offsets
+            from_ = (source.view(-1, 1, 1) * stride + offsets).expand(*target.shape, -1)
+            to = target.unsqueeze(-1) * stride + offsets
+            cache.index_copy_(0, to.flatten(), cache.index_select(0, from_.flatten()))
+        elif cache.device.type == "cpu":  # plain copies are several times as fast as indexing by tensors
+            for block, copies in zip(source.tolist(), target.tolist(), strict=True):
+                cache[copies[0] : copies[-1] + 1] = cache[block]
+        else:
+            from_ = source.repeat_interleave(target.shape[1])
+            cache.index_copy_(0, target.flatten(), cache.index_select(0, from_))

@@ -8,8 +8,9 @@ found after ``i`` layers of which ``j`` are skipped::
     g(i, j) = whichever has the larger cosine similarity to x_i;  g(i, 0) = x_i;  g(i, i) = x_0
 
 Column ``j`` holds ``g(., j)``. All columns of all rows go through a layer in one batch (the
-paper's sequence parallelism). Column 0 skips nothing, so it is the full model itself: it supplies
-every ``x_i``, and what it predicts is exactly what the full model predicts.
+paper's sequence parallelism), as far as they differ by then. Column 0 skips nothing, so it is the
+full model itself: it supplies every ``x_i``, and what it predicts is exactly what the full model
+predicts.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def run_programme(state: State, layer: Layer, num_layers: int, max_skipped: int)
     Args:
         state: ``x_0`` as a pair of [rows, hidden_size] tensors whose sum is the embedding.
         layer: ``layer(i, state)`` applies layer ``i`` to a pair of [columns * rows, hidden_size]
-            tensors, column-major, and may overwrite them.
+            tensors, column-major, and may overwrite them. ``columns`` grows from 1 to
+            max_skipped + 1 with the layers, see ``columns_at``.
         num_layers: the number of layers L.
         max_skipped: the largest budget M, 0 <= M < L.
 
@@ -77,44 +79,49 @@ def run_programme(state: State, layer: Layer, num_layers: int, max_skipped: int)
     """
     if not 0 <= max_skipped < num_layers:
         raise ValueError(f"max_skipped must be in [0, {num_layers}), got {max_skipped}")
-    columns = max_skipped + 1
-    rows, hidden_size = state[0].shape
-    delta, residual = (x.expand(columns, rows, hidden_size) for x in state)
-    hidden = delta + residual
-    skipped = torch.zeros(num_layers, columns, rows, dtype=torch.bool, device=delta.device)
-    similarity = hidden.new_zeros(columns, rows, dtype=torch.float32)
+    delta, residual = state
+    rows, device = delta.shape[0], delta.device
+    row, column = torch.arange(rows, device=device), torch.arange(max_skipped + 1, device=device)
+    # g(i, j) with j >= i can only have skipped every layer so far.
+    skipped = column.view(-1, 1) > torch.arange(num_layers, device=device).view(-1, 1, 1)
+    skipped = skipped.repeat(1, 1, rows)
 
     for i in range(num_layers):
-        ran = layer(i, (_flat_copy(delta), _flat_copy(residual)))
-        run_delta, run_residual = (x.view(columns, rows, hidden_size) for x in ran)
-        run_hidden = run_delta + run_residual
-        target = run_hidden[0]
+        # A layer may work in place, and the columns are still needed as they are.
+        ran = layer(i, (delta.clone(), residual.clone()))
+        deltas, residuals = torch.cat((delta, ran[0])), torch.cat((residual, ran[1]))
+        columns = columns_at(i, max_skipped)
+        similarity = _cosine((deltas + residuals).view(2, columns, rows, -1))
 
-        similarity = _cosine(run_hidden, target)
-        skip_similarity = _cosine(hidden[:-1], target)  # column j - 1 enters column j
-        skip = skip_similarity > similarity[1:]
-        skip[i:] = True  # g(i, j) with j >= i can only have skipped every layer so far
-        skipped[i, 1:] = skip
+        free = min(i, max_skipped)  # columns 1 to i may skip or run
+        skipped[i, 1 : free + 1] = similarity[0, :free] > similarity[1, 1 : free + 1]
+        after = column[: columns_at(i + 1, max_skipped)].unsqueeze(1)
+        skip = skipped[i, : len(after)]
+        # Rows of `deltas`: column j - 1 from before the layer, or column j from after it.
+        source = torch.where(skip, (after - 1).clamp(max=columns - 1), columns + after)
+        source = (source * rows + row).flatten()
+        delta, residual = deltas.index_select(0, source), residuals.index_select(0, source)
 
-        take = skip.unsqueeze(-1)
-        delta = _choose(take, delta, run_delta)
-        residual = _choose(take, residual, run_residual)
-        hidden = _choose(take, hidden, run_hidden)
-        similarity[1:] = torch.where(skip, skip_similarity, similarity[1:])
-
-    return Programme(skipped, (delta, residual), similarity)
-
-
-def _flat_copy(x: Tensor) -> Tensor:
-    # A layer may work in place, and the columns are still needed as they are.
-    return x.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+    shape = max_skipped + 1, rows
+    return Programme(
+        skipped,
+        (delta.view(*shape, -1), residual.view(*shape, -1)),
+        similarity.view(-1)[source].view(shape),
+    )
 
 
-def _choose(take: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """[columns, rows, hidden]: column j - 1 of ``before`` where taken, else column j of ``after``."""
-    return torch.cat((after[:1], torch.where(take, before[:-1], after[1:])))
+def columns_at(layer: int, max_skipped: int) -> int:
+    """How many columns go through a layer: those that differ by then, rounded up to a power of two.
+
+    After ``i`` layers no more than ``i`` can be skipped, so columns from ``i`` on are the same. Rounding
+    spares the caller a new batch size for every layer.
+    """
+    return min(1 << layer.bit_length(), max_skipped + 1)
 
 
-def _cosine(states: Tensor, target: Tensor) -> Tensor:
-    """[columns, rows] float32 cosine of [columns, rows, hidden] to [rows, hidden]."""
-    return torch.cosine_similarity(states.float(), target.float(), dim=-1)
+def _cosine(hidden: Tensor) -> Tensor:
+    """[2, columns, rows] float32 cosine of [2, columns, rows, hidden_size] to the full model's, at [1, 0]."""
+    hidden = hidden.float()
+    product = (hidden * hidden[1, 0]).sum(-1)
+    norm: Tensor = torch.linalg.vector_norm(hidden, dim=-1)
+    return product / (norm * norm[1, 0]).clamp(min=1e-30)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clasp_vllm.skipping.dynamic_program import run_programme
+from clasp_vllm.skipping.dynamic_program import columns_at, run_programme
 from clasp_vllm.skipping.reference import best_skip_set
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -85,6 +85,19 @@ def test_skipping_nothing_is_the_full_model():
     assert torch.equal(sum(programme.states)[0], full)
     assert not programme.mask(0).any()
     torch.testing.assert_close(programme.similarity, torch.ones(1, 3))
+
+
+def test_columns_grow_with_the_layers():
+    """After i layers no more than i can be skipped: the columns beyond need not be run."""
+    model, ran = ToyModel(10, 8, seed=4), []
+
+    def layer(i, state):
+        assert state[0].shape == state[1].shape
+        ran.append(state[0].shape[0] // len(model.x0))
+        return model.layer(i, state)
+
+    run_programme((model.x0, torch.zeros_like(model.x0)), layer, 10, 5)
+    assert ran == [columns_at(i, 5) for i in range(10)] == [1, 2, 4, 4, 6, 6, 6, 6, 6, 6]
 
 
 def test_budget_per_row():
