@@ -10,8 +10,9 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from clasp_vllm import __version__
-from clasp_vllm.bench import profile, serving
+from clasp_vllm.bench import costs, profile, serving
 from clasp_vllm.bench.servers import split_arguments
+from clasp_vllm.calibration import fixed_mask
 from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
 
 
@@ -33,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile.add_arguments(
         commands.add_parser("profile", help="where the time goes: verify, draft, optimise and the rest")
     )
+    costs.add_arguments(
+        commands.add_parser("costs", help="what the parts of a round cost, and what acceptance pays for them")
+    )
+    fixed_mask.add_arguments(
+        commands.add_parser("search", help="the best fixed set of layers to skip, found by trying")
+    )
     wide = commands.add_parser("widen", help="a checkpoint made as costly as a larger one, same function")
     wide.add_argument("model", type=Path, help="folder of a checkpoint of the Llama family")
     wide.add_argument("output", type=Path, help="folder to write")
@@ -40,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words, server_arguments = split_arguments(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words, argparse.Namespace(server_arguments=server_arguments))
-    if args.server_arguments and args.command != "bench":
+    if args.server_arguments and args.command not in ("bench", "costs", "profile"):
         parser.error(f"{args.command} takes nothing after --")
     if args.command == "keys":
         print(key_table())
@@ -49,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serving.main(args)
     if args.command == "profile":
         return profile.main(args)
+    if args.command == "costs":
+        return costs.main(args)
+    if args.command == "search":
+        return fixed_mask.main(args)
     if args.command == "widen":
         return _widen(args)
     try:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clasp_vllm.bench.servers import engine_settings
 from clasp_vllm.config import read_settings
 
 TASKS = ("maths", "code", "prose", "sql", "json")
@@ -156,8 +157,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="requests at once (default %(default)s)")
     parser.add_argument("--prompts", type=int, default=10, help="how many, over all tasks in turn")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens per answer")
-    parser.add_argument("--engine", default="{}", help="further engine arguments, as a JSON object")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.epilog = "Arguments after -- are those of vllm serve."
 
 
 def main(args: argparse.Namespace) -> int:
@@ -168,7 +169,9 @@ def main(args: argparse.Namespace) -> int:
 
     prompts = mixed_prompts(args.prompts)
     config = read_settings(args.speculative_config) if args.speculative_config else None
-    found = profile(args.model, config, prompts, args.batch, args.max_tokens, json.loads(args.engine))
+    found = profile(
+        args.model, config, prompts, args.batch, args.max_tokens, engine_settings(args.server_arguments)
+    )
     table = Table("part", "seconds", "share", "calls", "ms per call", title=f"{args.model}, {config}")
     for part, seconds in sorted(found.parts.items(), key=lambda item: -item[1]):
         calls = found.calls.get(part, 0)

@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from clasp_vllm.bench.cost_model import Costs, costs_by_batch
+
 Row = dict[str, Any]
 
 
@@ -48,6 +50,10 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
         "",
     ]
     lines += _table(found)
+    if results.get("costs"):
+        lines += ["", "## Predicted from the costs of the parts", "", *_predictions(found, results["costs"])]
+    if results.get("profiles"):
+        lines += ["", "## Where the time goes", "", *_profiles(results["profiles"])]
     lines += ["", "## Methods", ""]
     lines += [f"- {name}: `{config}`" for name, config in results["methods"].items()]
     (folder / "results.md").write_text("\n".join(lines) + "\n")
@@ -80,6 +86,56 @@ def _table(found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]]) -> l
             f"| {middle(plain, 'ttft_p50'):.0f} ms | {middle(rows, 'ttft_p50'):.0f} ms "
             f"| {f'{sum(same)} of {len(same)}' if temperature == 0 else ''} |"
         )
+    return lines
+
+
+def _predictions(found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]], costs: Any) -> list[str]:
+    """Measured ratios beside those that the cost model gives for the drafting that was counted."""
+    known = costs_by_batch(costs)
+    lines = ["| method | task | at once | temperature | measured | predicted |", "|---|---|---|---|---|---|"]
+    for (method, task, concurrency, temperature), both in sorted(found.items()):
+        if concurrency in known and all(pair[1]["counters"].get("layer_skip_rounds") for pair in both):
+            predicted = [predicted_ratio(known[concurrency], pair[1]["counters"]) for pair in both]
+            lines.append(
+                f"| {method} | {task} | {concurrency} | {temperature:g} | {spread([ratio(p) for p in both])} "
+                f"| {spread(predicted)} |"
+            )
+    return lines
+
+
+def predicted_ratio(costs: Costs, counters: dict[str, float]) -> float:
+    """The ratio to plain vLLM that the costs give for a method of ours that counted this."""
+    rounds, drafts = counters["layer_skip_rounds"], counters["spec_decode_num_drafts"]
+    steps = counters["layer_skip_steps"]
+    return costs.ratio(
+        tokens=1 + counters["spec_decode_num_accepted_tokens"] / drafts,
+        verified=counters["spec_decode_num_draft_tokens"] / drafts,
+        draft_steps=steps / rounds,
+        num_layers=counters.get("layer_skip_sublayers", 0) / 2 / max(steps, 1),
+        optimizations=counters.get("layer_skip_optimized", 0) / rounds,
+    )
+
+
+# What a profile's parts belong to.
+_SHARES = {"verify": ("verify",), "draft": ("draft", "head", "attention metadata"), "optimise": ("optimise",)}
+
+
+def _profiles(found: list[dict[str, Any]]) -> list[str]:
+    """Shares of wall time by method; they add up."""
+    lines = [
+        "In one process, without a server. The head of verification counts as draft's.",
+        "",
+        "| method | batch | tokens/s | verify | draft | optimise | everything else |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        shares = [
+            sum(s for part, s in one["parts"].items() if part.startswith(names)) / one["seconds"]
+            for names in _SHARES.values()
+        ]
+        cells = [one["method"], str(one["batch"]), f"{one['tokens'] / one['seconds']:.1f}"]
+        cells += [f"{share:.1%}" for share in (*shares, 1 - sum(shares))]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -11,6 +11,8 @@ import contextlib
 import io
 import itertools
 import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -36,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "clasp 50 %, every 32": {"method": "clasp", "skip_ratio": 0.5, "optimization_interval": 32},
 }
 QUICK = ("ngram", "clasp 50 %")
+HELD_OUT = 5  # of a task's prompts the bench asks the first; calibration may look at those from here on
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Workload:
 class Measurement:
     """One measurement of a method or of the plain server beside it.
 
-    Times are in milliseconds. ``texts`` are the answers, in the order of the prompts.
+    Times are in milliseconds. ``counters`` are those of speculation on /metrics. ``texts`` are the
+    answers, in the order of the prompts.
     """
 
     method: str
@@ -65,6 +69,7 @@ class Measurement:
     tpot_p50: float
     tpot_p95: float
     failed: int
+    counters: dict[str, float]
     texts: list[str]
 
 
@@ -93,6 +98,30 @@ def measure(server: Server, workload: Workload, dataset: list[str]) -> dict[str,
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         return main(parser.parse_args(options))
+
+
+def speculation(server: Server) -> dict[str, float]:
+    """vLLM's and our counters of speculation."""
+    prefixes = ("spec_decode_", "layer_skip_")
+    return {name: value for name, value in server.metrics().items() if name.startswith(prefixes)}
+
+
+def profiles(args: argparse.Namespace, methods: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Where the time goes with plain vLLM and with each method: `clasp-vllm profile`, each in its process."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, batch in itertools.product(("plain", *methods), args.profile):
+            path = Path(folder) / "profile.json"
+            command = [sys.executable, "-m", "clasp_vllm.cli", "profile", args.model, f"--json={path}"]
+            command += [f"--batch={batch}", f"--max-tokens={args.max_tokens}"]
+            command += [f"--prompts={max(args.prompts, 2 * batch)}"]
+            if name != "plain":
+                command.append(f"--speculative-config={methods[name]}")
+            log = args.output / "logs" / "profile.log"
+            with log.open("a") as output:
+                subprocess.run(
+                    [*command, "--", *args.server_arguments], stdout=output, stderr=output, check=True
+                )
+            yield {"method": name, "batch": batch, **json.loads(path.read_text())}
 
 
 def datasets(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
@@ -133,7 +162,9 @@ def compare(
         measure(servers[plain], workloads[0], sets[workloads[0].task])
     for repeat, workload in itertools.product(range(args.repeats), workloads):
         for plain in (True, False) if repeat % 2 == 0 else (False, True):
+            before = speculation(servers[plain])
             result = measure(servers[plain], workload, sets[workload.task])
+            counters = {k: v - before.get(k, 0) for k, v in speculation(servers[plain]).items()}
             advance()
             yield Measurement(
                 method,
@@ -147,6 +178,7 @@ def compare(
                 result["p50_tpot_ms"],
                 result["p95_tpot_ms"],
                 result["failed"],
+                counters,
                 result["generated_texts"],
             )
 
@@ -174,8 +206,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency", type=numbers(int), help="requests at once (default 1,2,4,8,16)")
     parser.add_argument("--temperature", type=numbers(float), help="default 0,1")
     parser.add_argument("--repeats", type=int, help="alternating repeats (default 3)")
-    parser.add_argument("--prompts", type=int, help="prompts per task (default 8)")
+    parser.add_argument("--prompts", type=int, help=f"prompts per task (default {HELD_OUT})")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens per answer (default %(default)s)")
+    parser.add_argument(
+        "--profile", type=numbers(int), default=[], help="also say where the time goes, at these batch sizes"
+    )
+    parser.add_argument("--costs", type=Path, help="figures of `clasp-vllm costs`, to predict ratios from")
     parser.add_argument("--quick", action="store_true", help="a smoke run: two methods, few prompts, once")
     parser.add_argument("--output", type=Path, default=Path("bench"), help="folder (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8300, help="port to try first")
@@ -193,7 +229,7 @@ def fill_in(args: argparse.Namespace) -> dict[str, str]:
     args.concurrency = args.concurrency or ([1] if quick else [1, 2, 4, 8, 16])
     args.temperature = args.temperature or ([0.0] if quick else [0.0, 1.0])
     args.repeats = args.repeats or (1 if quick else 3)
-    args.prompts = args.prompts or (5 if quick else 8)
+    args.prompts = args.prompts or HELD_OUT
     for task in args.tasks:
         if task.startswith("spec_bench/"):
             if args.spec_bench is None or not args.spec_bench.is_file():
@@ -221,8 +257,19 @@ def main(args: argparse.Namespace) -> int:
         console.print(f"clasp-vllm: error: {error}", markup=False)
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
-    found: list[Measurement] = []
-    facts = about()
+    (args.output / "logs").mkdir(exist_ok=True)
+    results: dict[str, Any] = {
+        "about": about(),
+        "methods": methods,
+        "measurements": [],
+        "profiles": [],
+        "costs": json.loads(args.costs.read_text()) if args.costs else None,
+    }
+
+    def write() -> None:
+        (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_report(results, args.output)
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     each = 2 * args.repeats * len(args.tasks) * len(args.concurrency) * len(args.temperature)
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
@@ -230,36 +277,34 @@ def main(args: argparse.Namespace) -> int:
         bar = progress.add_task("starting", total=each * len(methods))
         for name, config in methods.items():
             progress.update(bar, description=f"{name}: starting two servers")
-            logs = args.output / "logs"
-            logs.mkdir(exist_ok=True)
-            log = "".join(c if c.isalnum() else "_" for c in name)
             try:
-                with (
-                    serve(
-                        args.model, *args.server_arguments, log=logs / f"{log}-plain.log", port=args.port
-                    ) as plain,
-                    serve(
-                        args.model,
-                        *args.server_arguments,
-                        "--speculative-config",
-                        config,
-                        log=logs / f"{log}.log",
-                        port=args.port + 1,
-                    ) as other,
-                ):
+                with two_servers(args, name, config) as servers:
                     progress.update(bar, description=name)
-                    servers = {True: plain, False: other}
                     for one in compare(name, servers, sets, args, lambda: progress.advance(bar)):
-                        found.append(one)
+                        results["measurements"].append(asdict(one))
             except ServerError as error:
                 console.print(f"{name}: {error}", markup=False)
                 return 1
-            results = {
-                "about": facts,
-                "methods": methods,
-                "measurements": [asdict(one) for one in found],
-            }
-            (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-            write_report(results, args.output)
+            write()
+        bar = progress.add_task("profiling", total=len(args.profile) * (1 + len(methods)))
+        for found in profiles(args, methods):
+            results["profiles"].append(found)
+            progress.advance(bar)
+        write()
     console.print((args.output / "results.md").read_text(), markup=False)
     return 0
+
+
+@contextlib.contextmanager
+def two_servers(args: argparse.Namespace, name: str, config: str) -> Iterator[dict[bool, Server]]:
+    """Plain vLLM (True) and the method (False), side by side."""
+    log = "".join(c if c.isalnum() else "_" for c in name)
+    logs = args.output / "logs"
+    speculative = ("--speculative-config", config)
+    with (
+        serve(args.model, *args.server_arguments, log=logs / f"{log}-plain.log", port=args.port) as plain,
+        serve(
+            args.model, *args.server_arguments, *speculative, log=logs / f"{log}.log", port=args.port + 1
+        ) as other,
+    ):
+        yield {True: plain, False: other}

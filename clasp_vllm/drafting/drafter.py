@@ -262,6 +262,7 @@ class Drafter:
         state = self.decoder.embed(batch.tokens)
         positions = self._rotary(batch.positions)
         plan = self._sublayers(slots, positions.device)
+        self.statistics.total.sublayers += len(plan)
         with self.attention.decode(batch.positions, batch.block_table, batch.max_lengths):
             for layer, part, skip in plan:
                 if skip is None:

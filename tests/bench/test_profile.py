@@ -40,13 +40,13 @@ def test_tasks_take_turns():
 @pytest.mark.parametrize("config", [None, '{"method": "clasp", "optimization_interval": 2}'])
 def test_command(config, tmp_path):
     """The command on the demo model: every part is there, and they add up."""
-    engine = {"enforce_eager": True, "dtype": "float32", "max_model_len": 256}
-    engine["kv_cache_memory_bytes"] = 1 << 28
     path = tmp_path / "profile.json"
     command = [sys.executable, "-m", "clasp_vllm.cli", "profile", str(DEMO_MODEL)]
-    command += ["--prompts=2", "--max-tokens=8", f"--engine={json.dumps(engine)}", f"--json={path}"]
+    command += ["--prompts=2", "--max-tokens=8", f"--json={path}"]
+    command += [f"--speculative-config={config}"] if config else []
+    engine = ["--enforce-eager", "--dtype=float32", "--max-model-len=256", "--kv-cache-memory-bytes=268435456"]
     result = subprocess.run(
-        command + ([f"--speculative-config={config}"] if config else []),
+        [*command, "--", *engine],
         capture_output=True,
         text=True,
         timeout=300,

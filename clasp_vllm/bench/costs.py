@@ -1,0 +1,246 @@
+"""What the parts of a round cost: measured in a running engine, in turn, over and over.
+
+The engine decodes as ever, but its drafts are made up: this many tokens, then that many, so that steps
+of every kind follow one another. In between, the drafter's parts run on the real batch with the
+real cache, and their results are thrown away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from clasp_vllm.bench.about import about
+from clasp_vllm.bench.cost_model import Costs, break_even
+from clasp_vllm.bench.profile import mixed_prompts
+from clasp_vllm.bench.servers import engine_settings
+
+LENGTHS = (0, 1, 2, 4, 8)  # of made-up drafts
+
+
+class Timings:
+    """Seconds of repeated measurements, by name."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.seconds: dict[Any, list[float]] = defaultdict(list)
+        self._synchronize = synchronize
+
+    def time(self, name: Any, call: Callable[[], Any]) -> float:
+        """Run ``call``; book and return its seconds."""
+        self._synchronize()
+        started = time.perf_counter()
+        call()
+        self._synchronize()
+        seconds = time.perf_counter() - started
+        self.seconds[name].append(seconds)
+        return seconds
+
+    def median(self, name: Any) -> float:
+        """Of the measurements under this name; the first two warm up."""
+        return statistics.median(self.seconds[name][2:])
+
+
+def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
+    """The costs for ``batch`` sequences. ``llm`` is an engine with our method, in this process."""
+    import numpy as np
+    import torch
+    from vllm import SamplingParams
+
+    from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
+
+    timings = Timings(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
+    engine = llm.llm_engine
+    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    drafter = runner.drafter.drafter
+    num_layers = drafter.decoder.num_layers
+    longest = runner.drafter.speculative_config.num_speculative_tokens
+    kept = sorted({num_layers, num_layers // 2, num_layers // 4})
+    lengths = [k for k in LENGTHS if k <= longest]
+    drafting, verified, steps = 0.0, 0, 0
+    real_draft = drafter.draft
+
+    def parts(drafts: Any, sample: Any) -> None:
+        def draft(tokens: int) -> Callable[[], Any]:
+            return lambda: real_draft(drafts, tokens, sample)
+
+        options = drafter.options
+        drafter.options = replace(options, optimization_interval=None, draft_exit_threshold=0.0)
+        for layers in kept:
+            mask = layers_mask(num_layers, evenly_spaced_layers(num_layers, num_layers - layers))
+            drafter.sequences.slots(drafts.request_ids)
+            drafter.sequences.set_masks(drafts.request_ids, mask.repeat(len(drafts), 1, 1))
+            draft(1)()  # what follows from the mask is worked out once
+            timings.time(("draft", layers, 1), draft(1))
+            timings.time(("draft", layers, longest), draft(longest))
+        drafter.options = options
+        hidden = drafter.decoder.finish(drafter.decoder.embed(drafts.tokens))
+        timings.time("head", lambda: sample(hidden, drafts.positions, 0))
+        if options.optimization_interval is not None:
+            due = drafts.select(np.arange(min(batch, options.max_optimized_requests)))
+            seconds = timings.time("optimization pass", lambda: drafter._optimize(due))
+            timings.seconds["optimize"].append(seconds / len(due))
+
+    def made_up(drafts: Any, num_tokens: int, sample: Any) -> Any:
+        nonlocal drafting, verified
+        started = time.perf_counter()
+        if len(drafts) == batch and steps % len(lengths) == 0:
+            parts(drafts, sample)
+        verified = lengths[steps % len(lengths)] if len(drafts) == batch else -1
+        drafting += time.perf_counter() - started
+        tokens = torch.zeros(len(drafts), num_tokens, dtype=torch.int64, device=drafts.tokens.device)
+        return tokens, torch.full_like(drafts.positions, max(verified, 0))
+
+    drafter.draft = made_up
+    params = SamplingParams(temperature=0.0, max_tokens=repeats * len(lengths) + 8, ignore_eos=True)
+    try:
+        for number, prompt in enumerate(mixed_prompts(batch)):
+            engine.add_request(f"costs-{batch}-{number}", prompt, params)
+        verified = -1
+        while engine.has_unfinished_requests():
+            kind, before = verified, drafting
+            started = time.perf_counter()
+            engine.step()
+            timings.seconds["step", kind].append(time.perf_counter() - started - (drafting - before))
+            steps += 1
+    finally:
+        drafter.draft = real_draft
+
+    step = {layers: _line(timings, layers, longest) for layers in kept}
+    layer = (step[kept[-1]][0] - step[kept[0]][0]) / (kept[-1] - kept[0])
+    head = timings.median("head")
+    costs = Costs(
+        batch,
+        {k: timings.median(("step", k)) for k in lengths},
+        layer,
+        step[kept[-1]][0] - kept[-1] * layer - head,
+        head,
+        statistics.median(step[layers][1] for layers in kept),
+        timings.median("optimize") if "optimize" in timings.seconds else None,
+    )
+    return costs, timings
+
+
+def _line(timings: Timings, layers: int, longest: int) -> tuple[float, float]:
+    """Seconds of a draft step with ``layers`` layers and of a round of drafting with none."""
+    one, many = timings.median(("draft", layers, 1)), timings.median(("draft", layers, longest))
+    step = (many - one) / (longest - 1)
+    return step, one - step
+
+
+def read_bandwidth(num_bytes: int, repeats: int = 5) -> float:
+    """Bytes per second of reading memory in a stream: the sum of a large tensor on the engine's device."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = torch.ones(num_bytes // 4, dtype=torch.int32, device=device).view(-1, 1024)
+    timings = Timings(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
+    for _ in range(repeats + 2):
+        timings.time("read", lambda: data.sum(dim=1, dtype=torch.int32))
+    return num_bytes / timings.median("read")
+
+
+def bytes_per_token(llm: Any) -> int:
+    """Weights that a decode step of one sequence reads: all but the embedding's other rows."""
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    sizes = {
+        weight.data_ptr(): weight.numel() * weight.element_size()
+        for name, weight in runner.model.named_parameters()
+        if "embed_tokens" not in name
+    }
+    return sum(sizes.values())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser.add_argument("model", help="name or path")
+    parser.add_argument("--batch", type=numbers, default=[1, 8], help="sequences at once (default 1,8)")
+    parser.add_argument("--skip-ratio", type=float, default=0.5, help="of the optimisation pass")
+    parser.add_argument("--longest", type=int, default=8, help="draft tokens of a round at most")
+    parser.add_argument("--repeats", type=int, default=12, help="of each measurement (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.epilog = "Arguments after -- are those of vllm serve."
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command: prints Markdown."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # V2 verifies all drafts, whatever their length
+    from rich.progress import Progress
+    from vllm import LLM
+
+    config = {
+        "method": "clasp",
+        "num_speculative_tokens": args.longest,
+        "skip_ratio": args.skip_ratio,
+    }
+    llm = LLM(
+        args.model,
+        speculative_config=config,
+        disable_log_stats=False,
+        **engine_settings(args.server_arguments),
+    )
+    num_layers = llm.model_config.get_total_num_hidden_layers()
+    weights, found, samples = bytes_per_token(llm), [], []
+    with Progress() as progress:
+        for batch in progress.track(args.batch, description="sizes of the batch"):
+            costs, timings = measure(llm, batch, args.repeats)
+            found.append(costs)
+            samples.append({str(name): seconds for name, seconds in timings.seconds.items()})
+    bandwidth = read_bandwidth(weights)
+    facts = about()
+    print("\n".join(f"- {name}: {value}" for name, value in facts.items()))
+    print(
+        f"- memory: {weights / 1e9:.2f} GB of weights a step, read at "
+        f"{weights / found[0].step[0] / 1e9:.1f} GB/s by a plain step of {found[0].batch}; "
+        f"a streaming read of as many bytes right after: {bandwidth / 1e9:.1f} GB/s\n"
+    )
+    print(cost_table(found), break_even_table(found, num_layers, args.longest), sep="\n\n")
+    if args.json:
+        results = {
+            "about": facts,
+            "num_layers": num_layers,
+            "bytes_per_token": weights,
+            "read_bandwidth": bandwidth,
+            "costs": [asdict(costs) for costs in found],
+            "samples": samples,
+        }
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def cost_table(found: list[Costs]) -> str:
+    """Milliseconds of the parts, a row for each size of the batch."""
+    lengths = sorted(found[0].step)
+    head = ["at once", "plain step", *(f"verify {k}" for k in lengths if k), "a draft layer"]
+    head += ["a draft step besides", "head", "a round besides", "a mask"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for c in found:
+        seconds = [*(c.step[k] for k in lengths), c.layer, c.draft, c.head, c.drafting, c.optimize]
+        cells = [str(c.batch), *("" if s is None else f"{1000 * s:.2f}" for s in seconds)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "Milliseconds:\n\n" + "\n".join(lines)
+
+
+def break_even_table(found: list[Costs], num_layers: int, longest: int) -> str:
+    """The acceptance that fixed masks need in order to pay, by share of layers skipped."""
+    ratios = (0.0, 0.25, 0.33, 0.5, 0.67, 0.75)
+    lines = [f"| at once | {' | '.join(f'{r:.0%}' for r in ratios)} |", "|" + "---|" * (len(ratios) + 1)]
+    for costs in found:
+        needed = [break_even(costs, num_layers - round(r * num_layers), longest) for r in ratios]
+        cells = [str(costs.batch), *("never" if n is None else f"{n:.2f}" for n in needed)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "Acceptance of a draft token to break even, at the best draft length, by layers skipped:\n\n" + (
+        "\n".join(lines)
+    )

@@ -1,0 +1,86 @@
+"""How often a draft with some layers skipped predicts the full model's next token, at every position at once.
+
+In a round of drafting the past is the full model's: a draft's query meets the full model's keys and
+values of the tokens before it, and its own. One pass over a text with an attention of exactly that form
+gives the first draft token at each of its positions. It runs on transformers, because it needs
+whole texts and no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+_NAME = "exact_past"
+
+
+class Acceptance:
+    """Greedy acceptance of a model's drafts on texts that the model writes itself."""
+
+    def __init__(self, model: str, prompts: Sequence[str], num_tokens: int = 64) -> None:
+        """Let ``model`` continue each prompt by ``num_tokens`` tokens, greedily."""
+        AttentionInterface.register(_NAME, self._attend)
+        self._keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self._recording = True
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        texts = [self._continue(tokenizer.encode(prompt), num_tokens) for prompt in prompts]
+        longest = max(len(text) for text in texts)
+        self._tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+        self._counted = torch.zeros_like(self._tokens, dtype=torch.bool)
+        for row, text in enumerate(texts):
+            self._counted[row, len(text) - num_tokens : len(text) - 1] = True
+        self._layers = list(self._model.model.layers)
+        self._model.set_attn_implementation(_NAME)
+        self._predicted = self._predict()
+        self._recording = False
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self._layers)
+
+    def __call__(self, skipped: frozenset[int]) -> float:
+        """The share of positions where the draft that skips these layers predicts what the model does."""
+        kept = [layer for i, layer in enumerate(self._layers) if i not in skipped]
+        self._model.model.layers = nn.ModuleList(kept)
+        self._model.config.num_hidden_layers = len(kept)
+        same = self._predict() == self._predicted
+        return float(same.float().mean())
+
+    @torch.inference_mode()
+    def _continue(self, prompt: list[int], num_tokens: int) -> list[int]:
+        settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
+        tokens: list[int] = self._model.generate(torch.tensor([prompt]), pad_token_id=0, **settings)[
+            0
+        ].tolist()
+        return tokens
+
+    @torch.inference_mode()
+    def _predict(self) -> Tensor:
+        """[counted positions] tokens."""
+        hidden = self._model.model(self._tokens, use_cache=False).last_hidden_state[self._counted]
+        tokens: Tensor = self._model.lm_head(hidden).argmax(-1)
+        return tokens
+
+    def _attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **__: Any
+    ) -> tuple[Tensor, None]:
+        """[batch, heads, length, size] attention to the recorded past and the position's own key."""
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        if self._recording:
+            self._keys[module.layer_idx] = key, value
+        past_key, past_value = self._keys[module.layer_idx]
+        scores = query @ past_key.transpose(2, 3) * scaling
+        length = scores.shape[-1]
+        before = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril(-1)
+        scores = scores.masked_fill(~before, -torch.inf)
+        own = (query * key).sum(-1, keepdim=True) * scaling
+        weights = torch.cat((scores, own), -1).softmax(-1)
+        mixed = weights[..., :-1] @ past_value + weights[..., -1:] * value
+        return mixed.transpose(1, 2).contiguous(), None

@@ -1,0 +1,67 @@
+"""The command that looks for the best fixed set of layers to skip."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from clasp_vllm.bench.about import about
+from clasp_vllm.bench.profile import TASKS, task_prompts
+from clasp_vllm.bench.serving import HELD_OUT
+from clasp_vllm.skipping.mask import evenly_spaced_layers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("model", help="name or path of a model of the Llama family")
+    parser.add_argument("--num-skipped-layers", type=int, required=True, help="how many layers to skip")
+    parser.add_argument("--trials", type=int, default=400, help="sets to try (default %(default)s)")
+    parser.add_argument(
+        "--search", choices=("swaps", "bayesian"), default="swaps", help="how to search (default %(default)s)"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, help='file of lines {"prompt": "..."} (default: the package\'s)'
+    )
+    parser.add_argument("--max-tokens", type=int, default=64, help="tokens of each answer to score")
+    parser.add_argument("--seed", type=int, default=0, help="of the search (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the trials to this file")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command: prints a configuration of method layer_skip."""
+    from rich.progress import Progress
+
+    from clasp_vllm.calibration.acceptance import Acceptance
+    from clasp_vllm.calibration.search import SEARCHES, Trials
+
+    if args.prompts:
+        prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text().splitlines()]
+    else:
+        prompts = [prompt for task in TASKS for prompt in task_prompts(task)[HELD_OUT:]]
+    acceptance = Acceptance(args.model, prompts, args.max_tokens)
+    started = time.monotonic()
+    with Progress() as progress:
+        bar = progress.add_task(args.search, total=args.trials)
+        trials = Trials(acceptance, args.trials, lambda: progress.advance(bar))
+        start = frozenset(evenly_spaced_layers(acceptance.num_layers, args.num_skipped_layers))
+        best = SEARCHES[args.search](trials, acceptance.num_layers, start, args.seed)
+    found: dict[str, Any] = {
+        "about": about(),
+        "search": args.search,
+        "seconds": time.monotonic() - started,
+        "evenly_spaced": trials.scores[start],
+        "best": trials.scores[best],
+        "config": {"method": "layer_skip", "skip_layers": sorted(best)},
+    }
+    if args.json:
+        scores = [{"skip_layers": sorted(s), "score": score} for s, score in trials.scores.items()]
+        args.json.write_text(json.dumps(found | {"trials": scores}) + "\n")
+    print(
+        f"# first-token acceptance {found['best']:.3f} (evenly spaced {found['evenly_spaced']:.3f}), "
+        f"{len(trials.scores)} trials in {found['seconds']:.0f} s"
+    )
+    print(json.dumps(found["config"]))
+    return 0
