@@ -79,6 +79,13 @@ class LayerSkipConfig(BaseModel):
         description="clasp only: how many requests may have their layers chosen in one step "
         "(default 4). Each holds back num_skipped_layers blocks of KV cache.",
     )
+    mask_memory: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="clasp only: how much the choices of earlier passes count in the next (default 0.8); "
+        "0 = each choice goes by one token alone, as in the paper.",
+    )
     draft_exit_threshold: float = Field(
         default=0.3,
         ge=0,
@@ -112,7 +119,9 @@ class LayerSkipConfig(BaseModel):
         if len(budgets) > 1:
             raise ValueError(f"{' and '.join(budgets)} exclude each other; give one of them")
         wrong = (
-            ["skip_layers"] if self.method == "clasp" else ["optimization_interval", "max_optimized_requests"]
+            ["skip_layers"]
+            if self.method == "clasp"
+            else ["optimization_interval", "max_optimized_requests", "mask_memory"]
         )
         for key in wrong:
             if getattr(self, key) is not None:
@@ -162,6 +171,13 @@ class LayerSkipConfig(BaseModel):
     def optimized_requests(self) -> int:
         """How many requests may be optimised in one step."""
         return 0 if self.method == "layer_skip" else self.max_optimized_requests or 4
+
+    @property
+    def memory(self) -> float:
+        """What the averages over earlier passes keep; 0 where there are none."""
+        if self.method == "layer_skip":
+            return 0.0
+        return 0.8 if self.mask_memory is None else self.mask_memory
 
     def vllm_settings(self) -> dict[str, Any]:
         """vLLM's own keys, for its SpeculativeConfig."""

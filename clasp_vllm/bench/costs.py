@@ -85,7 +85,8 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
         timings.time("head", lambda: sample(hidden, drafts.positions, 0))
         if options.optimization_interval is not None:
             due = drafts.select(np.arange(min(batch, options.max_optimized_requests)))
-            seconds = timings.time("optimization pass", lambda: drafter._optimize(due))
+            slots = drafter.sequences.slots(due.request_ids)
+            seconds = timings.time("optimization pass", lambda: drafter._optimize(due, slots))
             timings.seconds["optimize"].append(seconds / len(due))
 
     def made_up(drafts: Any, num_tokens: int, sample: Any) -> Any:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from clasp_vllm.drafting.decoder import Decoder
+from clasp_vllm.drafting.evidence import SkipEvidence
 from clasp_vllm.drafting.host import HostFlag, HostMasks
 from clasp_vllm.drafting.scratch import ScratchBlocks
-from clasp_vllm.drafting.sequences import SequenceTable
+from clasp_vllm.drafting.sequences import NEVER, SequenceTable
 from clasp_vllm.drafting.statistics import DraftStatistics
-from clasp_vllm.skipping.dynamic_program import Programme, State, columns_at, run_programme
+from clasp_vllm.skipping.dynamic_program import Programme, State, backtrack, columns_at, run_programme
 
 
 class PagedAttention(Protocol):
@@ -120,12 +121,14 @@ class Drafter:
         scratch: ScratchBlocks | None,
         sequences: SequenceTable,
         options: DrafterOptions,
-        share: Callable[[Tensor], Tensor] = lambda mask: mask,
+        evidence: SkipEvidence | None = None,
+        share: Callable[[Tensor], Tensor] = lambda margins: margins,
         on_failure: Callable[[Exception, int], None] | None = None,
     ) -> None:
         """
         Args:
-            share: makes a decision the same on all ranks that run the layers together.
+            evidence: of earlier passes, if they are to count.
+            share: makes the programme's margins the same on all ranks that run the layers together.
             on_failure: told of an exception while drafting and how many there were before; raises it
                 where the engine cannot go on. None: all are raised.
         """
@@ -134,6 +137,7 @@ class Drafter:
         self.scratch = scratch
         self.sequences = sequences
         self.options = options
+        self.evidence = evidence
         self.statistics = DraftStatistics(decoder.num_layers)
         self._share = share
         self._on_failure = on_failure
@@ -165,7 +169,7 @@ class Drafter:
         slots = self.sequences.slots(batch.request_ids)
         self._apply_new_masks()
         due = self._due(slots)
-        exact = self._optimize(batch.select(due)) if due.size else None
+        exact = self._optimize(batch.select(due), slots[due]) if due.size else None
 
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.full((rows,), num_tokens, dtype=torch.int64, device=device)
@@ -206,18 +210,31 @@ class Drafter:
     def _apply_new_masks(self) -> None:
         ready = self._new_masks.take()
         if ready is not None:
-            self.sequences.set_masks(*ready)
+            request_ids, masks = ready
+            if len(masks) > len(request_ids):
+                self.sequences.set_initial_mask(masks[-1])
+            self.sequences.set_masks(request_ids, masks[: len(request_ids)])
 
-    def _optimize(self, batch: DraftBatch) -> Tensor:
+    def _optimize(self, batch: DraftBatch, slots: np.ndarray) -> Tensor:
         """Find new masks for the batch; the full model's final hidden states [rows, hidden_size]."""
-        programme, hidden = self.run_programme(batch)
-        layers = self._share(programme.mask(self.options.num_skipped_layers))
+        prior = None
+        if self.evidence is not None:
+            device = batch.tokens.device
+            on_device, fresh = _index(slots, device), _index(self.sequences.age[slots] == NEVER, device)
+            prior = self.evidence.prior(on_device, fresh)
+        programme, hidden = self.run_programme(batch, prior)
+        margins = self._share(programme.margins)
+        choices = margins > 0
+        if self.evidence is not None:
+            self.evidence.update(on_device, margins)
+            choices = torch.cat((choices, self.evidence.overall_choices()), dim=2)
+        layers = backtrack(choices, self.options.num_skipped_layers)
         self._new_masks.put(batch.request_ids, layers.unsqueeze(-1).expand(-1, -1, 2))
         if layers.device.type == "cpu":
             self._apply_new_masks()
         return hidden
 
-    def run_programme(self, batch: DraftBatch) -> tuple[Programme, Tensor]:
+    def run_programme(self, batch: DraftBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""
         assert self.scratch is not None
         budget, rows = self.options.num_skipped_layers, len(batch)
@@ -243,7 +260,12 @@ class Drafter:
                 return self.decoder.run_layer(i, rotary_positions[: columns * rows], state)
 
             programme = run_programme(
-                self.decoder.embed(batch.tokens), layer, self.decoder.num_layers, budget
+                self.decoder.embed(batch.tokens),
+                layer,
+                self.decoder.num_layers,
+                budget,
+                prior,
+                self.evidence.memory if self.evidence else 0.0,
             )
             delta, residual = (x[0].clone() for x in programme.states)
             return programme, self.decoder.finish((delta, residual))

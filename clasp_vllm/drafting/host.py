@@ -38,7 +38,7 @@ class HostMasks:
         self._pending: tuple[Sequence[str], _Copy] | None = None
 
     def put(self, request_ids: Sequence[str], masks: Tensor) -> None:
-        """``masks``: [n, num_layers, 2] bool, on the device."""
+        """``masks``: [n, num_layers, 2] bool on the device, in the order of the requests, or one more."""
         self._pending = request_ids, _Copy(masks.contiguous())
 
     def take(self) -> tuple[Sequence[str], Tensor] | None:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 NEVER = np.iinfo(np.int64).max
@@ -16,7 +17,7 @@ class SequenceTable:
 
     Holds ``capacity`` sequences, enough for all that can run at once. When it is full a new
     sequence takes the slot of the one seen longest ago, which has finished or waits; one that comes
-    back starts afresh. A new sequence starts with ``initial_mask`` until its own is found.
+    back starts afresh. A sequence has ``initial_mask`` until its own is found.
     """
 
     def __init__(self, capacity: int, initial_mask: Tensor) -> None:
@@ -53,6 +54,12 @@ class SequenceTable:
         """Store [n, num_layers, 2] masks. Sequences that have been forgotten since are passed over."""
         known = [i for i, request_id in enumerate(request_ids) if request_id in self._slots]
         self.masks[[self._slots[request_ids[i]] for i in known]] = masks[known]
+        self.version += 1
+
+    def set_initial_mask(self, mask: Tensor) -> None:
+        """Change the [num_layers, 2] mask of sequences whose own has not been found."""
+        self.initial_mask = mask
+        self.masks[torch.from_numpy(self.age == NEVER)] = mask
         self.version += 1
 
     def due(self, slots: np.ndarray, interval: int, limit: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from clasp_vllm.config import ConfigError
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.drafter import Drafter, DrafterOptions
+from clasp_vllm.drafting.evidence import SkipEvidence
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.engine.attention import TargetAttention
@@ -124,15 +125,19 @@ def build_drafter(
         scratch,
         SequenceTable(max_num_seqs, layers_mask(decoder.num_layers, skip_layers)),
         DrafterOptions(budget, config.interval, optimized, config.draft_exit_threshold),
-        share=_share_rank_zero if get_tp_group().world_size > 1 else lambda mask: mask,
+        SkipEvidence(max_num_seqs, decoder.num_layers, budget + 1, config.memory, device)
+        if config.memory
+        else None,
+        share=_share_rank_zero if get_tp_group().world_size > 1 else lambda margins: margins,
         on_failure=_go_on_without_drafts,
     )
     return drafter, attention
 
 
-def _share_rank_zero(mask: Tensor) -> Tensor:
+def _share_rank_zero(margins: Tensor) -> Tensor:
     """Rank 0 decides for all tensor-parallel ranks: they must run the same layers or they hang."""
-    return get_tp_group().broadcast(mask.to(torch.uint8), src=0).bool()
+    shared: Tensor = get_tp_group().broadcast(margins, src=0)
+    return shared
 
 
 def _go_on_without_drafts(error: Exception, failures_before: int) -> None:

@@ -32,14 +32,14 @@ class Programme:
     """Outcome of the programme for a batch of rows.
 
     Attributes:
-        skipped: [num_layers, columns, rows] bool, whether the best path to ``g(i+1, j)`` skips
-            layer ``i``.
+        margins: [num_layers, columns, rows] float32, by how much skipping layer ``i`` on the way to
+            ``g(i+1, j)`` is better than running it; positive where it is skipped.
         states: the states after the last layer, a pair of [columns, rows, hidden_size]. Column
             ``j`` is what the model hands to its head when it skips the best ``j`` layers.
         similarity: [columns, rows] float32, cosine of ``states`` to the full model's (column 0).
     """
 
-    skipped: Tensor
+    margins: Tensor
     states: State
     similarity: Tensor
 
@@ -53,17 +53,29 @@ class Programme:
             [rows, num_layers] bool, True where the layer is skipped; each row holds exactly its
             budget of True.
         """
-        num_layers, _, rows = self.skipped.shape
-        column = torch.as_tensor(num_skipped, device=self.skipped.device).expand(1, rows)
-        mask = torch.empty(rows, num_layers, dtype=torch.bool, device=self.skipped.device)
-        for layer in reversed(range(num_layers)):
-            skip = self.skipped[layer].gather(0, column)
-            mask[:, layer] = skip[0]
-            column = column - skip.long()
-        return mask
+        return backtrack(self.margins > 0, num_skipped)
 
 
-def run_programme(state: State, layer: Layer, num_layers: int, max_skipped: int) -> Programme:
+def backtrack(skipped: Tensor, num_skipped: int | Tensor) -> Tensor:
+    """[num_layers, columns, rows] bool choices to the [rows, num_layers] bool mask of a budget."""
+    num_layers, _, rows = skipped.shape
+    column = torch.as_tensor(num_skipped, device=skipped.device).expand(1, rows)
+    mask = torch.empty(rows, num_layers, dtype=torch.bool, device=skipped.device)
+    for layer in reversed(range(num_layers)):
+        skip = skipped[layer].gather(0, column)
+        mask[:, layer] = skip[0]
+        column = column - skip.long()
+    return mask
+
+
+def run_programme(
+    state: State,
+    layer: Layer,
+    num_layers: int,
+    max_skipped: int,
+    prior: Tensor | None = None,
+    memory: float = 0.0,
+) -> Programme:
     """Run the programme for a batch of rows. Never synchronises with the host.
 
     Args:
@@ -73,6 +85,9 @@ def run_programme(state: State, layer: Layer, num_layers: int, max_skipped: int)
             max_skipped + 1 with the layers, see ``columns_at``.
         num_layers: the number of layers L.
         max_skipped: the largest budget M, 0 <= M < L.
+        prior: [num_layers, columns, rows] float32 margins of earlier tokens. A choice then goes by
+            ``memory * prior + (1 - memory) * own``: one token alone is a noisy judge (not in the paper).
+        memory: see above; 0 <= memory < 1.
 
     Raises:
         ValueError: max_skipped is outside of [0, num_layers).
@@ -82,9 +97,9 @@ def run_programme(state: State, layer: Layer, num_layers: int, max_skipped: int)
     delta, residual = state
     rows, device = delta.shape[0], delta.device
     row, column = torch.arange(rows, device=device), torch.arange(max_skipped + 1, device=device)
-    # g(i, j) with j >= i can only have skipped every layer so far.
-    skipped = column.view(-1, 1) > torch.arange(num_layers, device=device).view(-1, 1, 1)
-    skipped = skipped.repeat(1, 1, rows)
+    # g(i, j) with j >= i can only have skipped every layer so far; column 0 skips none.
+    forced = column.view(-1, 1) > torch.arange(num_layers, device=device).view(-1, 1, 1)
+    margins = torch.where(forced, 1.0, -1.0).repeat(1, 1, rows)
 
     for i in range(num_layers):
         # A layer may work in place, and the columns are still needed as they are.
@@ -94,9 +109,12 @@ def run_programme(state: State, layer: Layer, num_layers: int, max_skipped: int)
         similarity = _cosine((deltas + residuals).view(2, columns, rows, -1))
 
         free = min(i, max_skipped)  # columns 1 to i may skip or run
-        skipped[i, 1 : free + 1] = similarity[0, :free] > similarity[1, 1 : free + 1]
+        margin = similarity[0, :free] - similarity[1, 1 : free + 1]
+        if prior is not None:
+            margin = margin.lerp(prior[i, 1 : free + 1], memory)
+        margins[i, 1 : free + 1] = margin
         after = column[: columns_at(i + 1, max_skipped)].unsqueeze(1)
-        skip = skipped[i, : len(after)]
+        skip = margins[i, : len(after)] > 0
         # Rows of `deltas`: column j - 1 from before the layer, or column j from after it.
         source = torch.where(skip, (after - 1).clamp(max=columns - 1), columns + after)
         source = (source * rows + row).flatten()
@@ -104,7 +122,7 @@ def run_programme(state: State, layer: Layer, num_layers: int, max_skipped: int)
 
     shape = max_skipped + 1, rows
     return Programme(
-        skipped,
+        margins,
         (delta.view(*shape, -1), residual.view(*shape, -1)),
         similarity.view(-1)[source].view(shape),
     )

@@ -44,7 +44,12 @@ def test_command(config, tmp_path):
     command = [sys.executable, "-m", "clasp_vllm.cli", "profile", str(DEMO_MODEL)]
     command += ["--prompts=2", "--max-tokens=8", f"--json={path}"]
     command += [f"--speculative-config={config}"] if config else []
-    engine = ["--enforce-eager", "--dtype=float32", "--max-model-len=256", "--kv-cache-memory-bytes=268435456"]
+    engine = [
+        "--enforce-eager",
+        "--dtype=float32",
+        "--max-model-len=256",
+        "--kv-cache-memory-bytes=268435456",
+    ]
     result = subprocess.run(
         [*command, "--", *engine],
         capture_output=True,

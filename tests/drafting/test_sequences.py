@@ -73,3 +73,17 @@ def test_version_changes_with_every_mask():
     sequences.slots(["b"])
     versions.append(sequences.version)
     assert len(set(versions)) == len(versions)
+
+
+def test_the_initial_mask_is_that_of_sequences_without_their_own():
+    table = SequenceTable(3, torch.zeros(4, 2, dtype=torch.bool))
+    slots = table.slots(["a", "b"])
+    table.advance(slots, renewed=np.array([0]))
+    own = torch.ones(1, 4, 2, dtype=torch.bool)
+    table.set_masks(["a"], own)
+    version, mask = table.version, torch.eye(4, 2).bool()
+    table.set_initial_mask(mask)
+    assert table.version > version
+    assert torch.equal(table.masks[slots[0]], own[0])
+    assert torch.equal(table.masks[slots[1]], mask)
+    assert torch.equal(table.masks[table.slots(["c"])[0]], mask)

@@ -16,6 +16,7 @@ def served(prompts: list[str]) -> list[tuple[list[int], list[int], int, int]]:
         "num_speculative_tokens": SETTINGS.num_tokens,
         "draft_exit_threshold": SETTINGS.threshold,
         "optimization_interval": SETTINGS.interval,
+        "mask_memory": 0.0,
     }
     found = []
     with running(DEMO_MODEL, config) as llm:

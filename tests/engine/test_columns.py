@@ -14,6 +14,7 @@ CLASP = {
     "num_speculative_tokens": 4,
     "optimization_interval": 3,
     "num_skipped_layers": 10,
+    "mask_memory": 0.0,  # each choice is to be the best for its own token
     "draft_exit_threshold": 0.0,
 }
 # Lengths on both sides of a block boundary (blocks of 32), among them the first token of a block.
@@ -29,15 +30,15 @@ def recorded_passes(runner_block_size: int) -> list[dict]:
         ours = drafter(llm)
         original = ours.run_programme
 
-        def run_programme(batch):
-            programme, hidden = original(batch)
+        def run_programme(batch, prior):
+            programme, hidden = original(batch, prior)
             for row, request_id in enumerate(batch.request_ids):
                 passes.append(
                     {
                         "request": request_id.split("-")[0],
                         "token": int(batch.tokens[row]),
                         "position": int(batch.positions[row]),
-                        "skipped": programme.skipped[:, :, row],
+                        "skipped": programme.margins[:, :, row] > 0,
                         "states": (programme.states[0] + programme.states[1])[:, row],
                         "similarity": programme.similarity[:, row],
                         "mask": programme.mask(10)[row],

@@ -21,9 +21,9 @@ def first_drafts() -> tuple[list[tuple[bool, bool]], int]:
         mixed_rounds = 0
         original_programme, original_draft = ours.run_programme, ours.draft
 
-        def run_programme(batch):
+        def run_programme(batch, prior):
             optimised.update(zip(batch.request_ids, batch.positions.tolist(), strict=True))
-            return original_programme(batch)
+            return original_programme(batch, prior)
 
         def draft(batch, num_tokens, sample):
             nonlocal mixed_rounds

@@ -31,9 +31,9 @@ def disagree(worker) -> None:
         ours = _drafter(worker)
         original = ours.run_programme
 
-        def run_programme(batch):
-            programme, hidden = original(batch)
-            other = replace(programme, skipped=programme.skipped.roll(3, dims=0))
+        def run_programme(batch, prior):
+            programme, hidden = original(batch, prior)
+            other = replace(programme, margins=programme.margins.roll(3, dims=0))
             ours.disagreements += int((other.mask(12) != programme.mask(12)).any())
             return other, hidden
 

@@ -100,6 +100,27 @@ def test_columns_grow_with_the_layers():
     assert ran == [columns_at(i, 5) for i in range(10)] == [1, 2, 4, 4, 6, 6, 6, 6, 6, 6]
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), memory=st.floats(0.05, 0.95))
+def test_prior_counts_by_its_share(seed, memory):
+    """Each choice goes by the blend, the states are those of the choices, and 1 is all but the prior."""
+    model = ToyModel(8, 8, seed)
+    x0 = (model.x0, torch.zeros_like(model.x0))
+    prior = torch.rand(8, 5, 3) - 0.5
+    programme = run_programme(x0, model.layer, 8, 4, prior, memory)
+    for row, skipped in enumerate(skip_sets(programme.mask(4))):
+        assert len(skipped) == 4
+        torch.testing.assert_close(sum(programme.states)[4, row], model.forward(model.x0[row], skipped))
+    own = (programme.margins - memory * prior) / (1 - memory)
+    free = torch.arange(5).view(1, 5, 1) <= torch.arange(8).view(8, 1, 1)
+    free[:, 0] = False
+    assert own[free.expand_as(own)].abs().max() <= 2 + 1e-5  # a difference of cosines
+    nearly_all = run_programme(x0, model.layer, 8, 4, prior * 1e6, 0.999)
+    assert torch.equal((nearly_all.margins > 0)[free.expand_as(own)], (prior > 0)[free.expand_as(own)])
+    ignored = run_programme(x0, model.layer, 8, 4, prior, 0.0)
+    torch.testing.assert_close(ignored.margins, model.run(4).margins)
+
+
 def test_budget_per_row():
     model = ToyModel(8, 8, seed=3)
     programme = model.run(5)

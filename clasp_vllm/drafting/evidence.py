@@ -1,0 +1,47 @@
+"""What optimisation passes have found so far, as a prior for the next: by sequence, and over all of them.
+
+A pass looks at one token, and the layers that are best to skip for it are only roughly those for the
+tokens after it. Averages over tokens judge better; and a new sequence need not start from nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class SkipEvidence:
+    """Decaying averages of the programme's margins. All on the device; nothing waits for it."""
+
+    def __init__(
+        self, capacity: int, num_layers: int, columns: int, memory: float, device: torch.device
+    ) -> None:
+        """
+        Args:
+            capacity: sequences, by the slots of the ``SequenceTable``.
+            memory: what a sequence's own average keeps at each pass; the average over all keeps more.
+        """
+        self.memory = memory
+        self._own = torch.zeros(capacity, num_layers, columns, device=device)
+        self._overall = torch.zeros(num_layers, columns, device=device)
+        self._passes = 0
+
+    def prior(self, slots: Tensor, fresh: Tensor) -> Tensor | None:
+        """[num_layers, columns, rows] margins for [rows] slots; None if there are none yet.
+
+        ``fresh``: [rows] bool, sequences without a pass of their own: theirs is the average over all.
+        """
+        if self._passes == 0:
+            return None
+        own = self._own[slots]
+        return torch.where(fresh.view(-1, 1, 1), self._overall, own).permute(1, 2, 0)
+
+    def update(self, slots: Tensor, margins: Tensor) -> None:
+        """Take in a pass: ``margins`` [num_layers, columns, rows], blended with what ``prior`` gave."""
+        self._own[slots] = margins.permute(2, 0, 1)
+        self._passes += 1
+        self._overall.lerp_(margins.mean(2), max(1 / self._passes, (1 - self.memory) / 4))
+
+    def overall_choices(self) -> Tensor:
+        """[num_layers, columns, 1] bool, the choices of the average over all sequences."""
+        return (self._overall > 0).unsqueeze(-1)

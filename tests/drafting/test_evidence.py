@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from clasp_vllm.drafting.evidence import SkipEvidence
+
+LAYERS, COLUMNS = 4, 3
+
+
+def margins(*values: float) -> torch.Tensor:
+    """[layers, columns, rows], the same in every cell of a row."""
+    return torch.tensor(values).expand(LAYERS, COLUMNS, len(values))
+
+
+def evidence() -> SkipEvidence:
+    return SkipEvidence(8, LAYERS, COLUMNS, memory=0.8, device=torch.device("cpu"))
+
+
+def test_nothing_is_known_at_first():
+    assert evidence().prior(torch.tensor([1]), torch.tensor([True])) is None
+
+
+def test_a_sequence_has_its_own_average_and_a_new_one_that_of_all():
+    known = evidence()
+    known.update(torch.tensor([3, 5]), margins(1.0, -0.5))
+    prior = known.prior(torch.tensor([5, 3, 7]), torch.tensor([False, False, True]))
+    assert prior.shape == (LAYERS, COLUMNS, 3)
+    assert prior[0, 0].tolist() == [-0.5, 1.0, 0.25]
+
+
+def test_a_reused_slot_starts_from_the_average_of_all():
+    known = evidence()
+    known.update(torch.tensor([3]), margins(1.0))
+    known.update(torch.tensor([4]), margins(0.0))
+    assert known.prior(torch.tensor([3]), torch.tensor([True]))[0, 0].tolist() == [0.5]
+
+
+def test_the_average_of_all_forgets_slowly():
+    known = evidence()
+    for _ in range(200):
+        known.update(torch.tensor([0]), margins(1.0))
+    assert known.overall_choices().shape == (LAYERS, COLUMNS, 1)
+    assert known.overall_choices().all()
+    known.update(torch.tensor([0]), margins(-1.0))
+    assert known.prior(torch.tensor([1]), torch.tensor([True]))[0, 0, 0] == pytest.approx(0.9)
+    for _ in range(40):
+        known.update(torch.tensor([0]), margins(-1.0))
+    assert not known.overall_choices().any()
