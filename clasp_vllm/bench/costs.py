@@ -141,22 +141,22 @@ def read_bandwidth(num_bytes: int, repeats: int = 5) -> float:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = torch.ones(num_bytes // 4, dtype=torch.int32, device=device).view(-1, 1024)
+    data = torch.ones(-(-num_bytes // 4096), 1024, dtype=torch.int32, device=device)
     timings = Timings(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
     for _ in range(repeats + 2):
         timings.time("read", lambda: data.sum(dim=1, dtype=torch.int32))
-    return num_bytes / timings.median("read")
+    return data.nbytes / timings.median("read")
 
 
-def bytes_per_token(llm: Any) -> int:
-    """Weights that a decode step of one sequence reads: all but the embedding's other rows."""
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    sizes = {
-        weight.data_ptr(): weight.numel() * weight.element_size()
-        for name, weight in runner.model.named_parameters()
-        if "embed_tokens" not in name
-    }
-    return sum(sizes.values())
+def bytes_per_token(model_config: Any) -> int:
+    """Weights that a decode step of one sequence reads: all but the embedding's other rows, unquantised."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):  # vLLM's own may be packed into another form
+        model = AutoModelForCausalLM.from_config(model_config.hf_text_config, dtype=model_config.dtype)
+    embedding = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
+    return sum(weight.nbytes for weight in model.parameters()) - embedding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -190,10 +190,10 @@ def main(args: argparse.Namespace) -> int:
         args.model,
         speculative_config=config,
         disable_log_stats=False,
-        **engine_settings(args.server_arguments),
+        **engine_settings(args.model, args.server_arguments),
     )
     num_layers = llm.model_config.get_total_num_hidden_layers()
-    weights, found, samples = bytes_per_token(llm), [], []
+    weights, found, samples = bytes_per_token(llm.model_config), [], []
     with Progress() as progress:
         for batch in progress.track(args.batch, description="sizes of the batch"):
             costs, timings = measure(llm, batch, args.repeats)

@@ -74,7 +74,7 @@ def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:cut]), list(words[cut + 1 :])
 
 
-def engine_settings(words: Sequence[str]) -> dict[str, Any]:
+def engine_settings(model: str, words: Sequence[str]) -> dict[str, Any]:
     """Arguments of `vllm serve` as those of vllm.LLM: what differs from the defaults.
 
     Raises:
@@ -84,7 +84,9 @@ def engine_settings(words: Sequence[str]) -> dict[str, Any]:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    given, default = (vars(EngineArgs.from_cli_args(parser.parse_args(list(w)))) for w in (words, ()))
+    given, default = (
+        vars(EngineArgs.from_cli_args(parser.parse_args(["--model", model, *some]))) for some in (words, ())
+    )
     return {name: value for name, value in given.items() if value != default[name]}
 
 

@@ -1,7 +1,7 @@
 """Speculative methods against plain vLLM, served over HTTP, alternating on the same machine.
 
-Each method's server runs beside one of plain vLLM; the two are asked in turn, never at the same time, by
-vLLM's own `vllm bench serve`. A ratio is always that of two neighbouring measurements.
+Each method's server in turn runs beside one of plain vLLM; the two are asked alternately, never at the
+same time, by vLLM's own `vllm bench serve`. A ratio is always that of two neighbouring measurements.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clasp_vllm.bench.about import about
-from clasp_vllm.bench.profile import TASKS, mixed_prompts, task_prompts
+from clasp_vllm.bench.profile import HELD_OUT, TASKS, mixed_prompts, task_prompts
 from clasp_vllm.bench.report import write_report
 from clasp_vllm.bench.servers import Server, ServerError, serve
 
@@ -38,7 +38,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "clasp 50 %, every 32": {"method": "clasp", "skip_ratio": 0.5, "optimization_interval": 32},
 }
 QUICK = ("ngram", "clasp 50 %")
-HELD_OUT = 5  # of a task's prompts the bench asks the first; calibration may look at those from here on
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Measurement:
     texts: list[str]
 
 
-def measure(server: Server, workload: Workload, dataset: list[str]) -> dict[str, Any]:
+def measure(server: Server, workload: Workload, dataset: list[str], prompts: int) -> dict[str, Any]:
     """One run of `vllm bench serve`; its result."""
     from vllm.benchmarks.serve import add_cli_args, main
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -94,6 +93,7 @@ def measure(server: Server, workload: Workload, dataset: list[str]) -> dict[str,
         "--skip-chat-template",
         "--percentile-metrics=ttft,tpot",
         "--metric-percentiles=50,95",
+        f"--num-prompts={number_of_prompts(prompts, workload.concurrency)}",
         *dataset,
     ]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -125,7 +125,7 @@ def profiles(args: argparse.Namespace, methods: dict[str, str]) -> Iterator[dict
 
 
 def datasets(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    """Options of `vllm bench serve` for each task."""
+    """Options of `vllm bench serve` for each task, apart from the number of prompts."""
     found = {}
     for task in args.tasks:
         if task.startswith("spec_bench/"):
@@ -134,19 +134,24 @@ def datasets(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
                 f"--dataset-path={args.spec_bench}",
                 f"--spec-bench-category={task.removeprefix('spec_bench/')}",
                 f"--spec-bench-output-len={args.max_tokens}",
-                f"--num-prompts={args.prompts}",
             ]
             continue
-        prompts = mixed_prompts(args.prompts) if task == "mixed" else task_prompts(task)[: args.prompts]
+        longest = number_of_prompts(args.prompts, max(args.concurrency))
+        few = task_prompts(task)[: min(args.prompts, HELD_OUT)] if task != "mixed" else []
+        prompts = mixed_prompts(longest) if task == "mixed" else [few[i % len(few)] for i in range(longest)]
         path = folder / f"{task}.jsonl"
         path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
         found[task] = [
             "--dataset-name=custom",
             f"--dataset-path={path}",
             f"--custom-output-len={args.max_tokens}",
-            f"--num-prompts={len(prompts)}",
         ]
     return found
+
+
+def number_of_prompts(prompts: int, concurrency: int) -> int:
+    """Enough to keep as many requests running for most of the time."""
+    return max(prompts, 2 * concurrency)
 
 
 def compare(
@@ -159,11 +164,11 @@ def compare(
     """All measurements of one method: plain first in even repeats, last in odd ones."""
     workloads = [Workload(*w) for w in itertools.product(args.tasks, args.concurrency, args.temperature)]
     for plain in (True, False):  # warm-up, and what is compiled on the first request
-        measure(servers[plain], workloads[0], sets[workloads[0].task])
+        measure(servers[plain], workloads[0], sets[workloads[0].task], args.prompts)
     for repeat, workload in itertools.product(range(args.repeats), workloads):
         for plain in (True, False) if repeat % 2 == 0 else (False, True):
             before = speculation(servers[plain])
-            result = measure(servers[plain], workload, sets[workload.task])
+            result = measure(servers[plain], workload, sets[workload.task], args.prompts)
             counters = {k: v - before.get(k, 0) for k, v in speculation(servers[plain]).items()}
             advance()
             yield Measurement(
@@ -257,7 +262,8 @@ def main(args: argparse.Namespace) -> int:
         console.print(f"clasp-vllm: error: {error}", markup=False)
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "logs").mkdir(exist_ok=True)
+    logs = args.output / "logs"
+    logs.mkdir(exist_ok=True)
     results: dict[str, Any] = {
         "about": about(),
         "methods": methods,
@@ -274,18 +280,22 @@ def main(args: argparse.Namespace) -> int:
     each = 2 * args.repeats * len(args.tasks) * len(args.concurrency) * len(args.temperature)
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
         sets = datasets(args, Path(folder))
-        bar = progress.add_task("starting", total=each * len(methods))
-        for name, config in methods.items():
-            progress.update(bar, description=f"{name}: starting two servers")
-            try:
-                with two_servers(args, name, config) as servers:
-                    progress.update(bar, description=name)
-                    for one in compare(name, servers, sets, args, lambda: progress.advance(bar)):
-                        results["measurements"].append(asdict(one))
-            except ServerError as error:
-                console.print(f"{name}: {error}", markup=False)
-                return 1
-            write()
+        bar = progress.add_task("starting plain vLLM", total=each * len(methods))
+        try:
+            with serve(args.model, *args.server_arguments, log=logs / "plain.log", port=args.port) as plain:
+                for name, config in methods.items():
+                    progress.update(bar, description=f"{name}: starting its server")
+                    log = logs / f"{''.join(c if c.isalnum() else '_' for c in name)}.log"
+                    words = (*args.server_arguments, "--speculative-config", config)
+                    with serve(args.model, *words, log=log, port=args.port + 1) as other:
+                        progress.update(bar, description=name)
+                        servers = {True: plain, False: other}
+                        for one in compare(name, servers, sets, args, lambda: progress.advance(bar)):
+                            results["measurements"].append(asdict(one))
+                    write()
+        except ServerError as error:
+            console.print(str(error), markup=False)
+            return 1
         bar = progress.add_task("profiling", total=len(args.profile) * (1 + len(methods)))
         for found in profiles(args, methods):
             results["profiles"].append(found)
@@ -293,18 +303,3 @@ def main(args: argparse.Namespace) -> int:
         write()
     console.print((args.output / "results.md").read_text(), markup=False)
     return 0
-
-
-@contextlib.contextmanager
-def two_servers(args: argparse.Namespace, name: str, config: str) -> Iterator[dict[bool, Server]]:
-    """Plain vLLM (True) and the method (False), side by side."""
-    log = "".join(c if c.isalnum() else "_" for c in name)
-    logs = args.output / "logs"
-    speculative = ("--speculative-config", config)
-    with (
-        serve(args.model, *args.server_arguments, log=logs / f"{log}-plain.log", port=args.port) as plain,
-        serve(
-            args.model, *args.server_arguments, *speculative, log=logs / f"{log}.log", port=args.port + 1
-        ) as other,
-    ):
-        yield {True: plain, False: other}

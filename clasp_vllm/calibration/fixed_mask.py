@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clasp_vllm.bench.about import about
-from clasp_vllm.bench.profile import TASKS, task_prompts
-from clasp_vllm.bench.serving import HELD_OUT
+from clasp_vllm.bench.profile import HELD_OUT, TASKS, task_prompts
 from clasp_vllm.skipping.mask import evenly_spaced_layers
 
 

@@ -138,6 +138,9 @@ class Drafter:
         self.sequences = sequences
         self.options = options
         self.evidence = evidence
+        # Leave sequences that have stopped out of further steps. It takes a host that knows which, as on a
+        # CPU, and a ``sample`` to which rows are all alike.
+        self.drop_stopped = False
         self.statistics = DraftStatistics(decoder.num_layers)
         self._share = share
         self._on_failure = on_failure
@@ -174,28 +177,37 @@ class Drafter:
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.full((rows,), num_tokens, dtype=torch.int64, device=device)
         going_on = HostFlag(device)
+        left = np.arange(rows)  # rows of the batch still drafted for
         draft_steps = 0
         for step in range(num_tokens):
             if step == 0 and exact is not None:
                 hidden = self._first_hidden(batch, slots, due, exact)
                 draft_steps += due.size < rows
             else:
-                hidden = self._draft_step(batch, slots)
+                hidden = self._draft_step(batch, slots[left])
                 draft_steps += 1
             tokens, probability = sample(hidden, batch.positions, step)
-            drafted[:, step] = tokens
-            if probability is not None:
-                unsure = probability < self.options.draft_exit_threshold
-                lengths = torch.where(unsure, lengths.clamp(max=step + 1), lengths)
-                if not going_on.update((lengths > step + 1).any()):
-                    drafted[:, step + 1 :] = tokens.unsqueeze(1)
-                    break
+            drafted[_rows(left, rows), step] = tokens
             batch = replace(
                 batch,
                 tokens=tokens,
                 positions=batch.positions + 1,
                 max_lengths=batch.max_lengths + 1,
             )
+            if probability is None:
+                continue
+            unsure = probability < self.options.draft_exit_threshold
+            if self.drop_stopped:
+                lengths[torch.from_numpy(left[unsure.numpy()])] = step + 1
+                stay = np.flatnonzero(~unsure.numpy())
+                batch, left = batch.select(stay), left[stay]
+                if left.size == 0:
+                    break
+            else:
+                lengths = torch.where(unsure, lengths.clamp(max=step + 1), lengths)
+                if not going_on.update((lengths > step + 1).any()):
+                    drafted[:, step + 1 :] = tokens.unsqueeze(1)
+                    break
 
         self.sequences.advance(slots, due)
         self.statistics.count_round(self.sequences.masks[torch.from_numpy(slots)], draft_steps, due.size)
@@ -316,6 +328,10 @@ class Drafter:
                 if not every[layer][part]
             ]
         return plan
+
+
+def _rows(left: np.ndarray, rows: int) -> slice | Tensor:
+    return slice(None) if len(left) == rows else torch.from_numpy(left)
 
 
 def _index(rows: np.ndarray, device: torch.device) -> Tensor:

@@ -34,7 +34,8 @@ def test_tasks_take_turns():
     prompts = mixed_prompts(12)
     assert prompts[0] == task_prompts("maths")[0]
     assert prompts[5] == task_prompts("maths")[1]
-    assert len({*mixed_prompts(40)}) == 40
+    assert len({*mixed_prompts(25)}) == 25
+    assert mixed_prompts(26)[-1] == prompts[0]
 
 
 @pytest.mark.parametrize("config", [None, '{"method": "clasp", "optimization_interval": 2}'])

@@ -80,3 +80,41 @@ def test_a_layer_skipped_by_all_is_not_run():
     with engine_process("v1") as call:
         runs = call(layers_run, [3, 7, 23])
     assert runs == {layer: 0 if layer in (3, 7, 23) else 2 for layer in range(24)}
+
+
+def stopped_early(drop: bool) -> tuple[list, int]:
+    """Every round's drafts up to their lengths, and the rows that draft steps had in all."""
+    settings = {"method": "layer_skip", "skip_ratio": 0.5, "draft_exit_threshold": 0.5}
+    with running(speculative_config=settings) as llm:
+        ours = drafter(llm)
+        assert ours.drop_stopped  # as on any CPU
+        ours.drop_stopped = drop
+        drafts, rows = [], 0
+        original_draft, original_step = ours.draft, ours._draft_step
+
+        def draft(batch, num_tokens, sample):
+            tokens, lengths = original_draft(batch, num_tokens, sample)
+            for request, row, length in zip(
+                batch.request_ids, tokens.tolist(), lengths.tolist(), strict=True
+            ):
+                drafts.append((request.split("-")[0], row[:length]))
+            return tokens, lengths
+
+        def step(batch, slots):
+            nonlocal rows
+            rows += len(batch)
+            return original_step(batch, slots)
+
+        ours.draft, ours._draft_step = draft, step
+        generate(llm, PROMPTS[:6], max_tokens=24)
+    return drafts, rows
+
+
+def test_sequences_that_have_stopped_are_left_out_of_further_steps():
+    with engine_process("v1") as call:
+        drafts, rows = call(stopped_early, True)
+        same_drafts, more_rows = call(stopped_early, False)
+    assert drafts == same_drafts
+    assert len({len(tokens) for _, tokens in drafts}) > 3
+    assert rows == sum(len(tokens) for _, tokens in drafts)
+    assert more_rows > rows * 1.2

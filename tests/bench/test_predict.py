@@ -1,0 +1,20 @@
+"""The prediction for GPUs: a script that needs none, and says that it is one."""
+
+import re
+import subprocess
+import sys
+
+from engines import ROOT
+
+
+def test_prints_a_prediction():
+    result = subprocess.run(
+        [sys.executable, "scripts/bench/predict.py", "--overhead", "0"],
+        cwd=ROOT, capture_output=True, text=True, timeout=100, check=True,
+    )  # fmt: skip
+    assert result.stdout.startswith("Prediction")
+    assert "Llama-3-8B" in result.stdout
+    assert "Llama-3-70B" in result.stdout
+    ratios = [float(text) for text in re.findall(r"([0-9.]+) \(K=", result.stdout)]
+    assert len(ratios) == 2 * 4 * 4
+    assert all(0.8 < ratio < 3 for ratio in ratios)
