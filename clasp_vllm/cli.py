@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from clasp_vllm import __version__
 from clasp_vllm.bench import costs, profile, serving
-from clasp_vllm.bench.servers import split_arguments
+from clasp_vllm.bench.options import split_arguments
 from clasp_vllm.calibration import fixed_mask
 from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
 

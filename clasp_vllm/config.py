@@ -70,7 +70,7 @@ class LayerSkipConfig(BaseModel):
         default=None,
         ge=1,
         le=1_000_000,
-        description="clasp only: rounds between two choices of a request's layers (default 8).",
+        description="clasp only: rounds between two choices of a request's layers (default 32).",
     )
     max_optimized_requests: int | None = Field(
         default=None,
@@ -165,7 +165,7 @@ class LayerSkipConfig(BaseModel):
         """Rounds between two optimisation passes; None for fixed masks."""
         if self.method == "layer_skip":
             return None
-        return self.optimization_interval or 8
+        return self.optimization_interval or 32
 
     @property
     def optimized_requests(self) -> int:

@@ -25,13 +25,13 @@ class Costs:
 
     Attributes:
         batch: sequences.
-        step: of an engine step that verifies this many draft tokens of each sequence, drafting
-            apart; step[0] is plain decoding.
+        step: of an engine step that verifies this many draft tokens of each sequence, all that has
+            to do with drafting apart; step[0] is plain decoding.
         layer: of one layer of a draft step.
         draft: of a draft step with no layers and without the head.
         head: of the head and of choosing a token.
         drafting: of a round of drafting with no draft steps.
-        optimize: of an optimisation pass, for each mask found.
+        optimize: of an optimisation pass of up to four sequences and its head, for each mask found.
     """
 
     batch: int

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from typing import Any
 
 from clasp_vllm.bench.about import about
 from clasp_vllm.bench.cost_model import Costs, break_even
-from clasp_vllm.bench.profile import mixed_prompts
-from clasp_vllm.bench.servers import engine_settings
+from clasp_vllm.bench.options import engine_settings, number, numbers
+from clasp_vllm.bench.prompts import mixed_prompts
+from clasp_vllm.config import ConfigError, parse_config
 
 LENGTHS = (0, 1, 2, 4, 8)  # of made-up drafts
 
@@ -56,23 +58,26 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
 
     from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
 
-    timings = Timings(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    timings = Timings(synchronize)
     engine = llm.llm_engine
     runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    drafter = runner.drafter.drafter
+    proposer = runner.drafter
+    drafter = proposer.drafter
     num_layers = drafter.decoder.num_layers
-    longest = runner.drafter.speculative_config.num_speculative_tokens
+    longest = proposer.speculative_config.num_speculative_tokens
     kept = sorted({num_layers, num_layers // 2, num_layers // 4})
     lengths = [k for k in LENGTHS if k <= longest]
-    drafting, verified, steps = 0.0, 0, 0
-    real_draft = drafter.draft
+    in_drafter, in_proposer, verified, steps = 0.0, 0.0, -1, 0
+    real_draft, real_propose = drafter.draft, proposer.propose
 
     def parts(drafts: Any, sample: Any) -> None:
         def draft(tokens: int) -> Callable[[], Any]:
             return lambda: real_draft(drafts, tokens, sample)
 
         options = drafter.options
-        drafter.options = replace(options, optimization_interval=None, draft_exit_threshold=0.0)
+        # So low a threshold costs what any does and stops nobody.
+        drafter.options = replace(options, optimization_interval=None, draft_exit_threshold=1e-30)
         for layers in kept:
             mask = layers_mask(num_layers, evenly_spaced_layers(num_layers, num_layers - layers))
             drafter.sequences.slots(drafts.request_ids)
@@ -83,36 +88,54 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
         drafter.options = options
         hidden = drafter.decoder.finish(drafter.decoder.embed(drafts.tokens))
         timings.time("head", lambda: sample(hidden, drafts.positions, 0))
-        if options.optimization_interval is not None:
-            due = drafts.select(np.arange(min(batch, options.max_optimized_requests)))
-            slots = drafter.sequences.slots(due.request_ids)
-            seconds = timings.time("optimization pass", lambda: drafter._optimize(due, slots))
-            timings.seconds["optimize"].append(seconds / len(due))
+        due = drafts.select(np.arange(min(batch, options.max_optimized_requests)))
+        slots = drafter.sequences.slots(due.request_ids)
+        seconds = timings.time(
+            "optimization pass", lambda: sample(drafter._optimize(due, slots), due.positions, 0)
+        )
+        timings.seconds["optimize"].append(seconds / len(due))
+        drafter._apply_new_masks()
+        if drafter.statistics.total.failures:
+            raise RuntimeError("drafting failed; the log says why")
 
     def made_up(drafts: Any, num_tokens: int, sample: Any) -> Any:
-        nonlocal drafting, verified
+        nonlocal in_drafter, verified
+        synchronize()
         started = time.perf_counter()
-        if len(drafts) == batch and steps % len(lengths) == 0:
-            parts(drafts, sample)
-        verified = lengths[steps % len(lengths)] if len(drafts) == batch else -1
-        drafting += time.perf_counter() - started
+        verified = -1
+        if len(drafts) == batch:
+            turn = steps % (len(lengths) + 1)
+            if turn:
+                verified = lengths[turn - 1]
+            else:
+                parts(drafts, sample)
         tokens = torch.zeros(len(drafts), num_tokens, dtype=torch.int64, device=drafts.tokens.device)
+        in_drafter += time.perf_counter() - started
         return tokens, torch.full_like(drafts.positions, max(verified, 0))
 
-    drafter.draft = made_up
-    params = SamplingParams(temperature=0.0, max_tokens=repeats * len(lengths) + 8, ignore_eos=True)
+    def propose(*args: Any, **kwargs: Any) -> Any:
+        nonlocal in_proposer
+        synchronize()
+        started, before = time.perf_counter(), in_drafter
+        drafts = real_propose(*args, **kwargs)
+        seconds = time.perf_counter() - started
+        timings.seconds["proposer"].append(seconds - (in_drafter - before))
+        in_proposer += seconds
+        return drafts
+
+    drafter.draft, proposer.propose = made_up, propose
+    params = SamplingParams(temperature=0.0, max_tokens=repeats * (len(lengths) + 1) + 8, ignore_eos=True)
     try:
         for number, prompt in enumerate(mixed_prompts(batch)):
             engine.add_request(f"costs-{batch}-{number}", prompt, params)
-        verified = -1
         while engine.has_unfinished_requests():
-            kind, before = verified, drafting
+            kind, before = verified, in_proposer
             started = time.perf_counter()
             engine.step()
-            timings.seconds["step", kind].append(time.perf_counter() - started - (drafting - before))
+            timings.seconds["step", kind].append(time.perf_counter() - started - (in_proposer - before))
             steps += 1
     finally:
-        drafter.draft = real_draft
+        drafter.draft, proposer.propose = real_draft, real_propose
 
     step = {layers: _line(timings, layers, longest) for layers in kept}
     layer = (step[kept[-1]][0] - step[kept[0]][0]) / (kept[-1] - kept[0])
@@ -123,8 +146,8 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
         layer,
         step[kept[-1]][0] - kept[-1] * layer - head,
         head,
-        statistics.median(step[layers][1] for layers in kept),
-        timings.median("optimize") if "optimize" in timings.seconds else None,
+        statistics.median(step[layers][1] for layers in kept) + timings.median("proposer"),
+        timings.median("optimize"),
     )
     return costs, timings
 
@@ -149,7 +172,7 @@ def read_bandwidth(num_bytes: int, repeats: int = 5) -> float:
 
 
 def bytes_per_token(model_config: Any) -> int:
-    """Weights that a decode step of one sequence reads: all but the embedding's other rows, unquantised."""
+    """Weights that a decode step reads: all but the embedding's other rows. Of dense, unquantised models."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -162,36 +185,38 @@ def bytes_per_token(model_config: Any) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
 
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
     parser.add_argument("model", help="name or path")
-    parser.add_argument("--batch", type=numbers, default=[1, 8], help="sequences at once (default 1,8)")
+    parser.add_argument("--batch", type=numbers(1), default=[1, 8], help="sequences at once (default 1,8)")
     parser.add_argument("--skip-ratio", type=float, default=0.5, help="of the optimisation pass")
-    parser.add_argument("--longest", type=int, default=8, help="draft tokens of a round at most")
-    parser.add_argument("--repeats", type=int, default=12, help="of each measurement (default %(default)s)")
+    parser.add_argument("--longest", type=number(2), default=8, help="draft tokens of a round at most")
+    parser.add_argument(
+        "--repeats", type=number(3), default=12, help="of each measurement (default %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.epilog = "Arguments after -- are those of vllm serve."
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command: prints Markdown."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # V2 verifies all drafts, whatever their length
-    from rich.progress import Progress
-    from vllm import LLM
-
     config = {
         "method": "clasp",
         "num_speculative_tokens": args.longest,
         "skip_ratio": args.skip_ratio,
     }
-    llm = LLM(
-        args.model,
-        speculative_config=config,
-        disable_log_stats=False,
-        **engine_settings(args.model, args.server_arguments),
-    )
+    try:
+        parse_config(config)
+    except ConfigError as error:
+        print(f"clasp-vllm: error: {error}", file=sys.stderr)
+        return 2
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # V2 verifies all drafts, whatever their length
+    from rich.progress import Progress
+    from vllm import LLM
+
+    settings = engine_settings(args.model, args.server_arguments)
+    settings |= {"async_scheduling": False, "disable_log_stats": False}  # so that steps can be told apart
+    settings["max_num_seqs"] = max(args.batch)
+    llm = LLM(args.model, speculative_config=config, **settings)
     num_layers = llm.model_config.get_total_num_hidden_layers()
     weights, found, samples = bytes_per_token(llm.model_config), [], []
     with Progress() as progress:
@@ -199,13 +224,13 @@ def main(args: argparse.Namespace) -> int:
             costs, timings = measure(llm, batch, args.repeats)
             found.append(costs)
             samples.append({str(name): seconds for name, seconds in timings.seconds.items()})
-    bandwidth = read_bandwidth(weights)
-    facts = about()
+    bandwidth = read_bandwidth(min(weights, 1 << 30))
+    facts = {"model": args.model, **about()}
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     print(
         f"- memory: {weights / 1e9:.2f} GB of weights a step, read at "
         f"{weights / found[0].step[0] / 1e9:.1f} GB/s by a plain step of {found[0].batch}; "
-        f"a streaming read of as many bytes right after: {bandwidth / 1e9:.1f} GB/s\n"
+        f"a streaming read right after: {bandwidth / 1e9:.1f} GB/s\n"
     )
     print(cost_table(found), break_even_table(found, num_layers, args.longest), sep="\n\n")
     if args.json:

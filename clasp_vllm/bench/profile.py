@@ -12,11 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clasp_vllm.bench.servers import engine_settings
+from clasp_vllm.bench.options import engine_settings, number
+from clasp_vllm.bench.prompts import mixed_prompts
 from clasp_vllm.config import read_settings
-
-TASKS = ("maths", "code", "prose", "sql", "json")
-HELD_OUT = 5  # measurements ask a task's first prompts; calibration may look at those from here on
 
 
 @dataclass
@@ -63,13 +61,16 @@ class Stopwatch:
         self._switch()
 
     def watch(self, owner: Any, name: str, part: str) -> None:
-        """Book the time spent in ``owner.name`` under ``part``."""
+        """Book the time spent in ``owner.name`` under ``part``.
+
+        ``{}`` in it stands for what the part that called it begins with.
+        """
         original = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             self._switch()
-            self._stack.append(part)
-            self.calls[part] += 1
+            self._stack.append(part.format(self._stack[-1].partition(":")[0]))
+            self.calls[self._stack[-1]] += 1
             try:
                 return original(*args, **kwargs)
             finally:
@@ -98,8 +99,8 @@ def watch_engine(llm: Any) -> Stopwatch:
     stopwatch.watch(proposer, "propose", "draft: preparation")
     stopwatch.watch(ours, "draft", "draft: bookkeeping")
     stopwatch.watch(ours, "_draft_step", "draft: forward")
-    stopwatch.watch(proposer.model, "compute_logits", "head")
-    stopwatch.watch(attention, "build_attn_metadata", "attention metadata")
+    stopwatch.watch(proposer.model, "compute_logits", "{}: head")
+    stopwatch.watch(attention, "build_attn_metadata", "{}: attention metadata")
     stopwatch.watch(ours, "_optimize", "optimise: masks")
     stopwatch.watch(ours, "run_programme", "optimise: forward")
     stopwatch.watch(ours.attention, "copy_blocks", "optimise: copies")
@@ -146,19 +147,13 @@ def _counters(llm: Any) -> dict[str, float]:
     }
 
 
-def task_prompts(task: str) -> list[str]:
-    """The prompts of one of the tasks that come with the package."""
-    lines = Path(__file__).with_name("tasks").joinpath(f"{task}.jsonl").read_text().splitlines()
-    return [json.loads(line)["prompt"] for line in lines]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("model", help="name or path")
     parser.add_argument("--speculative-config", help="as for vllm serve; without it plain vLLM")
-    parser.add_argument("--batch", type=int, default=1, help="requests at once (default %(default)s)")
-    parser.add_argument("--prompts", type=int, default=10, help="how many, over all tasks in turn")
-    parser.add_argument("--max-tokens", type=int, default=64, help="tokens per answer")
+    parser.add_argument("--batch", type=number(1), default=1, help="requests at once (default %(default)s)")
+    parser.add_argument("--prompts", type=number(1), default=10, help="how many, over all tasks in turn")
+    parser.add_argument("--max-tokens", type=number(1), default=64, help="tokens per answer")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.epilog = "Arguments after -- are those of vllm serve."
 
@@ -191,10 +186,3 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
     return 0
-
-
-def mixed_prompts(count: int) -> list[str]:
-    """Prompts of all tasks in turn: maths, code, prose, SQL, JSON, maths, ... From the start if too many."""
-    tasks = [task_prompts(task)[:HELD_OUT] for task in TASKS]
-    prompts = [prompt for group in zip(*tasks, strict=True) for prompt in group]
-    return [prompts[i % len(prompts)] for i in range(count)]

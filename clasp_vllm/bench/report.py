@@ -91,13 +91,19 @@ def _table(found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]]) -> l
 
 def _predictions(found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]], costs: Any) -> list[str]:
     """Measured ratios beside those that the cost model gives for the drafting that was counted."""
-    known = costs_by_batch(costs)
-    lines = ["| method | task | at once | temperature | measured | predicted |", "|---|---|---|---|---|---|"]
+    known, facts = costs_by_batch(costs), costs["about"]
+    lines = [
+        f"Of decoding alone (ratio of median times per token). Costs: {facts['machine']}, {facts['date']}.",
+        "",
+        "| method | task | at once | temperature | measured | predicted |",
+        "|---|---|---|---|---|---|",
+    ]
     for (method, task, concurrency, temperature), both in sorted(found.items()):
         if concurrency in known and all(pair[1]["counters"].get("layer_skip_rounds") for pair in both):
             predicted = [predicted_ratio(known[concurrency], pair[1]["counters"]) for pair in both]
+            measured = [pair[0]["tpot_p50"] / pair[1]["tpot_p50"] for pair in both]
             lines.append(
-                f"| {method} | {task} | {concurrency} | {temperature:g} | {spread([ratio(p) for p in both])} "
+                f"| {method} | {task} | {concurrency} | {temperature:g} | {spread(measured)} "
                 f"| {spread(predicted)} |"
             )
     return lines
@@ -116,22 +122,18 @@ def predicted_ratio(costs: Costs, counters: dict[str, float]) -> float:
     )
 
 
-# What a profile's parts belong to.
-_SHARES = {"verify": ("verify",), "draft": ("draft", "head", "attention metadata"), "optimise": ("optimise",)}
-
-
 def _profiles(found: list[dict[str, Any]]) -> list[str]:
     """Shares of wall time by method; they add up."""
     lines = [
-        "In one process, without a server. The head of verification counts as draft's.",
+        "Continuous batches of one process, without a server.",
         "",
         "| method | batch | tokens/s | verify | draft | optimise | everything else |",
         "|---|---|---|---|---|---|---|",
     ]
     for one in found:
         shares = [
-            sum(s for part, s in one["parts"].items() if part.startswith(names)) / one["seconds"]
-            for names in _SHARES.values()
+            sum(s for part, s in one["parts"].items() if part.startswith(name)) / one["seconds"]
+            for name in ("verify", "draft", "optimise")
         ]
         cells = [one["method"], str(one["batch"]), f"{one['tokens'] / one['seconds']:.1f}"]
         cells += [f"{share:.1%}" for share in (*shares, 1 - sum(shares))]

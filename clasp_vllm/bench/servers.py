@@ -11,11 +11,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -66,28 +65,6 @@ class Server:
             r"Layer skipping: .*?(mean layers skipped: .*)", self.log.read_text(errors="replace")
         )
         return reports[-1] if reports else None
-
-
-def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line before and after ``--``: argparse gives positionals behind options to nobody."""
-    cut = words.index("--") if "--" in words else len(words)
-    return list(words[:cut]), list(words[cut + 1 :])
-
-
-def engine_settings(model: str, words: Sequence[str]) -> dict[str, Any]:
-    """Arguments of `vllm serve` as those of vllm.LLM: what differs from the defaults.
-
-    Raises:
-        SystemExit: an argument is unknown or wrong; vLLM has said which.
-    """
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    given, default = (
-        vars(EngineArgs.from_cli_args(parser.parse_args(["--model", model, *some]))) for some in (words, ())
-    )
-    return {name: value for name, value in given.items() if value != default[name]}
 
 
 def free_port(preferred: int) -> int:

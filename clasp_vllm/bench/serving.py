@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from clasp_vllm.bench.about import about
-from clasp_vllm.bench.profile import HELD_OUT, TASKS, mixed_prompts, task_prompts
+from clasp_vllm.bench.cost_model import costs_by_batch
+from clasp_vllm.bench.options import number, numbers
+from clasp_vllm.bench.prompts import HELD_OUT, TASKS, WARM_UP, datasets, number_of_prompts
 from clasp_vllm.bench.report import write_report
 from clasp_vllm.bench.servers import Server, ServerError, serve
 
@@ -124,34 +126,10 @@ def profiles(args: argparse.Namespace, methods: dict[str, str]) -> Iterator[dict
             yield {"method": name, "batch": batch, **json.loads(path.read_text())}
 
 
-def datasets(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    """Options of `vllm bench serve` for each task, apart from the number of prompts."""
-    found = {}
-    for task in args.tasks:
-        if task.startswith("spec_bench/"):
-            found[task] = [
-                "--dataset-name=spec_bench",
-                f"--dataset-path={args.spec_bench}",
-                f"--spec-bench-category={task.removeprefix('spec_bench/')}",
-                f"--spec-bench-output-len={args.max_tokens}",
-            ]
-            continue
-        longest = number_of_prompts(args.prompts, max(args.concurrency))
-        few = task_prompts(task)[: min(args.prompts, HELD_OUT)] if task != "mixed" else []
-        prompts = mixed_prompts(longest) if task == "mixed" else [few[i % len(few)] for i in range(longest)]
-        path = folder / f"{task}.jsonl"
-        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-        found[task] = [
-            "--dataset-name=custom",
-            f"--dataset-path={path}",
-            f"--custom-output-len={args.max_tokens}",
-        ]
-    return found
-
-
-def number_of_prompts(prompts: int, concurrency: int) -> int:
-    """Enough to keep as many requests running for most of the time."""
-    return max(prompts, 2 * concurrency)
+def workloads(args: argparse.Namespace) -> list[Workload]:
+    """All combinations, but a single task's few prompts never run beside themselves."""
+    every = itertools.product(args.tasks, args.concurrency, args.temperature)
+    return [Workload(*one) for one in every if one[0] not in TASKS or one[1] <= HELD_OUT]
 
 
 def compare(
@@ -162,10 +140,9 @@ def compare(
     advance: Any,
 ) -> Iterator[Measurement]:
     """All measurements of one method: plain first in even repeats, last in odd ones."""
-    workloads = [Workload(*w) for w in itertools.product(args.tasks, args.concurrency, args.temperature)]
-    for plain in (True, False):  # warm-up, and what is compiled on the first request
-        measure(servers[plain], workloads[0], sets[workloads[0].task], args.prompts)
-    for repeat, workload in itertools.product(range(args.repeats), workloads):
+    for plain in (True, False):  # what is compiled on the first requests
+        measure(servers[plain], Workload(WARM_UP, 2, 0.0), sets[WARM_UP], args.prompts)
+    for repeat, workload in itertools.product(range(args.repeats), workloads(args)):
         for plain in (True, False) if repeat % 2 == 0 else (False, True):
             before = speculation(servers[plain])
             result = measure(servers[plain], workload, sets[workload.task], args.prompts)
@@ -191,9 +168,6 @@ def compare(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
 
-    def numbers(kind: type) -> Any:
-        return lambda text: [kind(part) for part in text.split(",")]
-
     parser.add_argument("model", help="name or path")
     parser.add_argument(
         "--method",
@@ -208,13 +182,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(TASKS)}, mixed (all in turn), spec_bench/CATEGORY (default: the package's)",
     )
     parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's question.jsonl")
-    parser.add_argument("--concurrency", type=numbers(int), help="requests at once (default 1,2,4,8,16)")
-    parser.add_argument("--temperature", type=numbers(float), help="default 0,1")
-    parser.add_argument("--repeats", type=int, help="alternating repeats (default 3)")
-    parser.add_argument("--prompts", type=int, help=f"prompts per task (default {HELD_OUT})")
-    parser.add_argument("--max-tokens", type=int, default=64, help="tokens per answer (default %(default)s)")
+    parser.add_argument("--concurrency", type=numbers(1), help="requests at once (default 1,2,4,8,16)")
     parser.add_argument(
-        "--profile", type=numbers(int), default=[], help="also say where the time goes, at these batch sizes"
+        "--temperature", type=lambda text: [float(part) for part in text.split(",")], help="default 0,1"
+    )
+    parser.add_argument("--repeats", type=number(1), help="alternating repeats (default 3)")
+    parser.add_argument(
+        "--prompts",
+        type=number(1),
+        help=f"prompts per task (default {HELD_OUT}); at least twice as many as run at once",
+    )
+    parser.add_argument(
+        "--max-tokens", type=number(1), default=64, help="tokens per answer (default %(default)s)"
+    )
+    parser.add_argument(
+        "--profile", type=numbers(1), default=[], help="also say where the time goes, at these batch sizes"
     )
     parser.add_argument("--costs", type=Path, help="figures of `clasp-vllm costs`, to predict ratios from")
     parser.add_argument("--quick", action="store_true", help="a smoke run: two methods, few prompts, once")
@@ -239,8 +221,12 @@ def fill_in(args: argparse.Namespace) -> dict[str, str]:
         if task.startswith("spec_bench/"):
             if args.spec_bench is None or not args.spec_bench.is_file():
                 raise ValueError(f"--tasks {task}: needs --spec-bench with the path of question.jsonl")
+        elif task in TASKS and args.prompts > HELD_OUT:
+            raise ValueError(f"--prompts {args.prompts}: --tasks {task} has {HELD_OUT}")
         elif task not in (*TASKS, "mixed"):
             raise ValueError(f"--tasks {task}: allowed are {', '.join(TASKS)}, mixed and spec_bench/CATEGORY")
+    if args.costs is not None:
+        args.costs = read_costs(args.costs, args.model)
     if args.method is None:
         return {name: json.dumps(METHODS[name]) for name in (QUICK if quick else METHODS)}
     methods = dict(text.partition("=")[::2] for text in args.method)
@@ -248,6 +234,23 @@ def fill_in(args: argparse.Namespace) -> dict[str, str]:
         if not config:
             raise ValueError(f"--method {name}: allowed is NAME=CONFIG, CONFIG being JSON or a file")
     return methods
+
+
+def read_costs(path: Path, model: str) -> dict[str, Any]:
+    """What `clasp-vllm costs --json` wrote of this model.
+
+    Raises:
+        ValueError: it is something else, or of another model.
+    """
+    try:
+        costs: dict[str, Any] = json.loads(path.read_text())
+        costs_by_batch(costs)
+        of = costs["about"]["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--costs {path}: not written by clasp-vllm costs --json ({error!r})") from None
+    if of != model:
+        raise ValueError(f"--costs {path}: these are the costs of {of}, not of {model}")
+    return costs
 
 
 def main(args: argparse.Namespace) -> int:
@@ -269,7 +272,7 @@ def main(args: argparse.Namespace) -> int:
         "methods": methods,
         "measurements": [],
         "profiles": [],
-        "costs": json.loads(args.costs.read_text()) if args.costs else None,
+        "costs": args.costs,
     }
 
     def write() -> None:
@@ -277,7 +280,7 @@ def main(args: argparse.Namespace) -> int:
         write_report(results, args.output)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    each = 2 * args.repeats * len(args.tasks) * len(args.concurrency) * len(args.temperature)
+    each = 2 * args.repeats * len(workloads(args))
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
         sets = datasets(args, Path(folder))
         bar = progress.add_task("starting plain vLLM", total=each * len(methods))
@@ -297,9 +300,13 @@ def main(args: argparse.Namespace) -> int:
             console.print(str(error), markup=False)
             return 1
         bar = progress.add_task("profiling", total=len(args.profile) * (1 + len(methods)))
-        for found in profiles(args, methods):
-            results["profiles"].append(found)
-            progress.advance(bar)
+        try:
+            for found in profiles(args, methods):
+                results["profiles"].append(found)
+                progress.advance(bar)
+        except subprocess.CalledProcessError:
+            console.print(f"profiling failed; see {logs / 'profile.log'}", markup=False)
+            return 1
         write()
     console.print((args.output / "results.md").read_text(), markup=False)
     return 0

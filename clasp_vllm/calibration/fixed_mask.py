@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from clasp_vllm.bench.about import about
-from clasp_vllm.bench.profile import HELD_OUT, TASKS, task_prompts
+from clasp_vllm.bench.options import number
+from clasp_vllm.bench.prompts import HELD_OUT, TASKS, task_prompts
 from clasp_vllm.skipping.mask import evenly_spaced_layers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("model", help="name or path of a model of the Llama family")
-    parser.add_argument("--num-skipped-layers", type=int, required=True, help="how many layers to skip")
-    parser.add_argument("--trials", type=int, default=400, help="sets to try (default %(default)s)")
+    parser.add_argument("--num-skipped-layers", type=number(1), required=True, help="how many layers to skip")
+    parser.add_argument("--trials", type=number(1), default=400, help="sets to try (default %(default)s)")
     parser.add_argument(
         "--search", choices=("swaps", "bayesian"), default="swaps", help="how to search (default %(default)s)"
     )
     parser.add_argument(
         "--prompts", type=Path, help='file of lines {"prompt": "..."} (default: the package\'s)'
     )
-    parser.add_argument("--max-tokens", type=int, default=64, help="tokens of each answer to score")
+    parser.add_argument("--max-tokens", type=number(2), default=64, help="tokens of each answer to score")
     parser.add_argument("--seed", type=int, default=0, help="of the search (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write the trials to this file")
 
@@ -36,11 +37,21 @@ def main(args: argparse.Namespace) -> int:
     from clasp_vllm.calibration.acceptance import Acceptance
     from clasp_vllm.calibration.search import SEARCHES, Trials
 
-    if args.prompts:
-        prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text().splitlines()]
-    else:
-        prompts = [prompt for task in TASKS for prompt in task_prompts(task)[HELD_OUT:]]
+    prompts = [prompt for task in TASKS for prompt in task_prompts(task)[HELD_OUT:]]
+    try:
+        if args.prompts:
+            lines = args.prompts.read_text().splitlines()
+            prompts = [json.loads(line)["prompt"] for line in lines if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f'clasp-vllm: error: --prompts {args.prompts}: not lines {{"prompt": ...}} ({error!r})')
+        return 2
     acceptance = Acceptance(args.model, prompts, args.max_tokens)
+    if args.num_skipped_layers >= acceptance.num_layers:
+        print(
+            f"clasp-vllm: error: --num-skipped-layers {args.num_skipped_layers}: "
+            f"allowed are 1 to {acceptance.num_layers - 1}"
+        )
+        return 2
     started = time.monotonic()
     with Progress() as progress:
         bar = progress.add_task(args.search, total=args.trials)

@@ -21,7 +21,7 @@ from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.evidence import SkipEvidence
 from clasp_vllm.drafting.host import HostFlag, HostMasks
 from clasp_vllm.drafting.scratch import ScratchBlocks
-from clasp_vllm.drafting.sequences import NEVER, SequenceTable
+from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.drafting.statistics import DraftStatistics
 from clasp_vllm.skipping.dynamic_program import Programme, State, backtrack, columns_at, run_programme
 
@@ -90,6 +90,8 @@ class DraftBatch:
 Sample = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
 
 
+ENOUGH_PASSES = 8  # until the average over all is trusted with new sequences
+MAX_PLANS = 256  # kept; there is one for every set of sequences drafted for
 # The sub-layers to run: layer, part, and the rows that skip it ([rows, 1] bool) or None.
 Plan = list[tuple[int, int, Tensor | None]]
 
@@ -223,8 +225,10 @@ class Drafter:
         ready = self._new_masks.take()
         if ready is not None:
             request_ids, masks = ready
-            if len(masks) > len(request_ids):
+            if self.evidence is not None:
                 self.sequences.set_initial_mask(masks[-1])
+                if self.evidence.passes >= ENOUGH_PASSES:
+                    self.sequences.spread = self.options.optimization_interval
             self.sequences.set_masks(request_ids, masks[: len(request_ids)])
 
     def _optimize(self, batch: DraftBatch, slots: np.ndarray) -> Tensor:
@@ -232,13 +236,15 @@ class Drafter:
         prior = None
         if self.evidence is not None:
             device = batch.tokens.device
-            on_device, fresh = _index(slots, device), _index(self.sequences.age[slots] == NEVER, device)
+            on_device, fresh = _index(slots, device), _index(~self.sequences.has_own[slots], device)
             prior = self.evidence.prior(on_device, fresh)
         programme, hidden = self.run_programme(batch, prior)
         margins = self._share(programme.margins)
+        # One broken state must not stay in the averages; where nothing is known the layer is run.
+        margins = torch.where(margins.isnan(), -1.0 if prior is None else prior, margins)
         choices = margins > 0
         if self.evidence is not None:
-            self.evidence.update(on_device, margins)
+            self.evidence.update(on_device, margins, prior)
             choices = torch.cat((choices, self.evidence.overall_choices()), dim=2)
         layers = backtrack(choices, self.options.num_skipped_layers)
         self._new_masks.put(batch.request_ids, layers.unsqueeze(-1).expand(-1, -1, 2))
@@ -318,6 +324,8 @@ class Drafter:
             self._plans_version = self.sequences.version
         plan = self._plans.get(slots.tobytes())
         if plan is None:
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
             masks = self.sequences.masks[torch.from_numpy(slots)]  # [rows, num_layers, 2]
             some, every = masks.any(0).tolist(), masks.all(0).tolist()
             on_device = masks.to(device, non_blocking=True)

@@ -19,28 +19,30 @@ class SkipEvidence:
         """
         Args:
             capacity: sequences, by the slots of the ``SequenceTable``.
-            memory: what a sequence's own average keeps at each pass; the average over all keeps more.
+            memory: what a sequence's own average keeps at each pass. The average over all takes a
+                quarter of the share of a new pass.
         """
         self.memory = memory
+        self.passes = 0
         self._own = torch.zeros(capacity, num_layers, columns, device=device)
         self._overall = torch.zeros(num_layers, columns, device=device)
-        self._passes = 0
 
     def prior(self, slots: Tensor, fresh: Tensor) -> Tensor | None:
         """[num_layers, columns, rows] margins for [rows] slots; None if there are none yet.
 
         ``fresh``: [rows] bool, sequences without a pass of their own: theirs is the average over all.
         """
-        if self._passes == 0:
+        if self.passes == 0:
             return None
         own = self._own[slots]
         return torch.where(fresh.view(-1, 1, 1), self._overall, own).permute(1, 2, 0)
 
-    def update(self, slots: Tensor, margins: Tensor) -> None:
-        """Take in a pass: ``margins`` [num_layers, columns, rows], blended with what ``prior`` gave."""
+    def update(self, slots: Tensor, margins: Tensor, prior: Tensor | None) -> None:
+        """Take in a pass: ``margins`` [num_layers, columns, rows], blended with ``prior``."""
         self._own[slots] = margins.permute(2, 0, 1)
-        self._passes += 1
-        self._overall.lerp_(margins.mean(2), max(1 / self._passes, (1 - self.memory) / 4))
+        self.passes += 1
+        alone = margins if prior is None else (margins - self.memory * prior) / (1 - self.memory)
+        self._overall.lerp_(alone.mean(2), max(1 / self.passes, (1 - self.memory) / 4))
 
     def overall_choices(self) -> Tensor:
         """[num_layers, columns, 1] bool, the choices of the average over all sequences."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 NEVER = np.iinfo(np.int64).max
+GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill the unit interval evenly
 
 
 class SequenceTable:
@@ -25,7 +26,12 @@ class SequenceTable:
         self.capacity = capacity
         self.initial_mask = initial_mask
         self.masks = initial_mask.repeat(capacity, 1, 1)  # [capacity, num_layers, 2]
-        self.age = np.full(capacity, NEVER, dtype=np.int64)  # rounds since the mask was found
+        self.has_own = np.zeros(capacity, dtype=bool)  # whether its own mask has been found
+        self.age = np.full(capacity, NEVER, dtype=np.int64)  # rounds since then
+        # Where an initial mask is good enough to start with: the rounds over which new sequences spread
+        # until theirs is found. Else it is found at once.
+        self.spread: int | None = None
+        self._arrivals = 0
         self.version = 0  # grows whenever a mask changes
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently seen first
 
@@ -44,11 +50,17 @@ class SequenceTable:
             else:
                 _, slot = self._slots.popitem(last=False)
             self._slots[request_id] = slot
-            self.age[slot] = NEVER
+            self.has_own[slot] = False
+            self.age[slot] = NEVER if self.spread is None else self._next_age(self.spread)
             self.masks[slot] = self.initial_mask
             self.version += 1
         self._slots.move_to_end(request_id)
         return slot
+
+    def _next_age(self, spread: int) -> int:
+        """0 to ``spread``, evenly over the arrivals and the same on every rank; ``spread`` is due at once."""
+        self._arrivals += 1
+        return round(self._arrivals * GOLDEN % 1.0 * spread)
 
     def set_masks(self, request_ids: Sequence[str], masks: Tensor) -> None:
         """Store [n, num_layers, 2] masks. Sequences that have been forgotten since are passed over."""
@@ -59,7 +71,7 @@ class SequenceTable:
     def set_initial_mask(self, mask: Tensor) -> None:
         """Change the [num_layers, 2] mask of sequences whose own has not been found."""
         self.initial_mask = mask
-        self.masks[torch.from_numpy(self.age == NEVER)] = mask
+        self.masks[torch.from_numpy(~self.has_own)] = mask
         self.version += 1
 
     def due(self, slots: np.ndarray, interval: int, limit: int) -> np.ndarray:
@@ -76,3 +88,4 @@ class SequenceTable:
         age = self.age[slots]
         self.age[slots] = np.where(age == NEVER, NEVER, age + 1)
         self.age[slots[renewed]] = 1
+        self.has_own[slots[renewed]] = True

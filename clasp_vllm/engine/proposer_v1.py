@@ -37,7 +37,11 @@ class LayerSkipProposer(DraftModelProposer):
         self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None
     ) -> None:
         self.drafter, attention = build_drafter(self.vllm_config, kv_cache_config, self.decoder, self.device)
-        self.drafter.drop_stopped = self.device.type == "cpu" and not self._enable_probabilistic_draft_probs
+        self.drafter.drop_stopped = (
+            self.device.type == "cpu"
+            and not self._enable_probabilistic_draft_probs
+            and self.vllm_config.parallel_config.tensor_parallel_size == 1
+        )
         self.draft_attn_groups = [g for groups in attention.attn_groups for g in groups]
         self.kv_cache_gid = 0
         # Positions that do not fit are handled row by row; the runner would drop the whole batch.

@@ -59,7 +59,9 @@ class Programme:
 def backtrack(skipped: Tensor, num_skipped: int | Tensor) -> Tensor:
     """[num_layers, columns, rows] bool choices to the [rows, num_layers] bool mask of a budget."""
     num_layers, _, rows = skipped.shape
-    column = torch.as_tensor(num_skipped, device=skipped.device).expand(1, rows)
+    if isinstance(num_skipped, int):  # made on the device: a copy would wait for it
+        num_skipped = torch.full((rows,), num_skipped, device=skipped.device)
+    column = num_skipped.view(1, rows)
     mask = torch.empty(rows, num_layers, dtype=torch.bool, device=skipped.device)
     for layer in reversed(range(num_layers)):
         skip = skipped[layer].gather(0, column)

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from engines import DEMO_MODEL
 
-from clasp_vllm.bench.profile import Stopwatch, mixed_prompts, task_prompts
+from clasp_vllm.bench.profile import Stopwatch
+from clasp_vllm.bench.prompts import mixed_prompts, task_prompts
 
 
 def test_exclusive_times_add_up():
@@ -28,6 +29,20 @@ def test_exclusive_times_add_up():
     assert stopwatch.calls == {"outer": 1, "inner": 3}
     assert sum(stopwatch.parts.values()) == pytest.approx(whole, abs=0.05)
     assert stopwatch.parts["inner"] > stopwatch.parts["outer"] > 0
+
+
+def test_a_part_can_belong_to_what_calls_it():
+    head = SimpleNamespace(work=lambda: None)
+    verify, draft = (SimpleNamespace(work=lambda: head.work()) for _ in range(2))
+    stopwatch = Stopwatch()
+    stopwatch.watch(head, "work", "{}: head")
+    stopwatch.watch(verify, "work", "verify: forward")
+    stopwatch.watch(draft, "work", "draft: forward")
+    verify.work()
+    draft.work()
+    draft.work()
+    assert stopwatch.calls["verify: head"] == 1
+    assert stopwatch.calls["draft: head"] == 2
 
 
 def test_tasks_take_turns():

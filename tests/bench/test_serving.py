@@ -8,9 +8,31 @@ import sys
 import pytest
 from engines import DEMO_MODEL
 
-from clasp_vllm.bench.report import pairs, ratio, spread, write_report
-from clasp_vllm.bench.serving import METHODS, add_arguments, fill_in
+from clasp_vllm.bench.cost_model import costs_by_batch
+from clasp_vllm.bench.prompts import HELD_OUT, TASKS, WARM_UP, datasets, task_prompts
+from clasp_vllm.bench.report import pairs, predicted_ratio, ratio, spread, write_report
+from clasp_vllm.bench.serving import METHODS, add_arguments, fill_in, read_costs, workloads
 from clasp_vllm.config import is_ours, parse_config
+
+# Two rounds of two sequences: 5 drafts each, 6 steps of 3 layers in all, one mask found.
+COUNTERS = {
+    "spec_decode_num_drafts": 4,
+    "spec_decode_num_draft_tokens": 20,
+    "spec_decode_num_accepted_tokens": 12,
+    "layer_skip_rounds": 2,
+    "layer_skip_steps": 6,
+    "layer_skip_sublayers": 36,
+    "layer_skip_optimized": 1,
+}
+COSTS = {
+    "batch": 1,
+    "step": {"0": 10.0, "10": 20.0},
+    "layer": 1.0,
+    "draft": 0.5,
+    "head": 0.5,
+    "drafting": 1.0,
+    "optimize": 14.0,
+}
 
 
 def row(method: str, plain: bool, repeat: int, speed: float, text: str = "a", task: str = "maths") -> dict:
@@ -26,6 +48,7 @@ def row(method: str, plain: bool, repeat: int, speed: float, text: str = "a", ta
         "tpot_p50": 5.0,
         "tpot_p95": 6.0,
         "failed": 0,
+        "counters": {} if plain or method == "y" else COUNTERS,
         "texts": [text, "b"],
     }
 
@@ -61,6 +84,45 @@ def test_report(tmp_path):
     assert (tmp_path / "ratio-temperature-0.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_prediction_by_hand():
+    """4 tokens are 40 of plain decoding; 5 verified 15, 3 steps of 4, half a pass of 14 and 1 besides 35."""
+    costs = costs_by_batch({"costs": [COSTS]})[1]
+    assert predicted_ratio(costs, COUNTERS) == pytest.approx(40 / 35)
+
+
+def test_report_with_costs_and_profiles(tmp_path):
+    profile = {"method": "x", "batch": 4, "tokens": 50, "seconds": 10.0}
+    profile["parts"] = {"verify: forward": 5.0, "verify: head": 1.0, "draft: head": 2.0, "else": 2.0}
+    costs = {"about": {"model": "m", "machine": "the same", "date": "today"}, "costs": [COSTS]}
+    write_report(RESULTS | {"costs": costs, "profiles": [profile]}, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "| x | maths | 1 | 0 | 1.00 (1.00 to 1.00) | 1.14 (1.14 to 1.14) |" in text
+    assert "| y | maths | 1 | 0 |" not in text.split("Predicted")[1]  # not ours: nothing was counted
+    assert "| x | 4 | 5.0 | 60.0% | 20.0% | 0.0% | 20.0% |" in text
+
+
+def test_single_tasks_never_ask_a_prompt_beside_itself():
+    args = options("--tasks=maths,mixed", "--concurrency=1,4,8")
+    fill_in(args)
+    assert [(w.task, w.concurrency) for w in workloads(args) if w.temperature == 0] == [
+        ("maths", 1), ("maths", 4), ("mixed", 1), ("mixed", 4), ("mixed", 8)
+    ]  # fmt: skip
+
+
+def test_what_is_measured_is_not_what_is_calibrated_on(tmp_path):
+    args = options("--tasks=maths,mixed", "--concurrency=16")
+    fill_in(args)
+    datasets(args, tmp_path)
+
+    def asked(task):
+        return {json.loads(line)["prompt"] for line in (tmp_path / f"{task}.jsonl").read_text().splitlines()}
+
+    assert len(asked("maths")) == HELD_OUT
+    assert len(asked("mixed")) == 25
+    assert asked(WARM_UP).isdisjoint(asked("mixed") | asked("maths"))
+    assert asked(WARM_UP) >= {task_prompts(task)[-1] for task in TASKS}
+
+
 def options(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -81,12 +143,36 @@ def test_defaults():
     [
         (["--tasks", "chemistry"], "--tasks chemistry: allowed are maths"),
         (["--tasks", "spec_bench/qa"], "needs --spec-bench"),
+        (["--tasks", "maths", "--prompts", "9"], "--prompts 9: --tasks maths has 5"),
+        (["--costs", "missing.json"], "--costs missing.json: not written by clasp-vllm costs"),
         (["--method", "fast"], "--method fast: allowed is NAME=CONFIG"),
     ],
 )
 def test_bad_options(arguments, part):
     with pytest.raises(ValueError, match=part):
         fill_in(options(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("{", "not written by"),
+        ('{"costs": null}', "not written by"),
+        ('{"costs": [], "about": {"model": "other"}}', "these are the costs of other, not of model"),
+    ],
+)
+def test_costs_of_something_else(tmp_path, content, part):
+    path = tmp_path / "costs.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=part):
+        read_costs(path, "model")
+
+
+@pytest.mark.parametrize("option", ["--repeats=0", "--concurrency=1,x", "--max-tokens=0"])
+def test_numbers_out_of_range(option, capsys):
+    with pytest.raises(SystemExit):
+        options(option)
+    assert "allowed are integers from 1 on" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -36,6 +36,18 @@ def test_all_positions_at_once_are_those_one_by_one():
     assert acceptance(frozenset(range(1, 23))) < acceptance(skipped) < 1.0
 
 
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--num-skipped-layers=24"], "--num-skipped-layers 24: allowed are 1 to 23"),
+        (["--num-skipped-layers=2", "--prompts=missing.jsonl"], "--prompts missing.jsonl"),
+    ],
+)
+def test_bad_options(options, part, capsys):
+    assert main(["search", str(DEMO_MODEL), "--max-tokens=2", *options]) == 2
+    assert part in capsys.readouterr().out
+
+
 def test_command(tmp_path, capsys):
     path = tmp_path / "search.json"
     arguments = ["search", str(DEMO_MODEL), "--num-skipped-layers=12", "--trials=6", "--max-tokens=8"]

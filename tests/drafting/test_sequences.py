@@ -87,3 +87,30 @@ def test_the_initial_mask_is_that_of_sequences_without_their_own():
     assert torch.equal(table.masks[slots[0]], own[0])
     assert torch.equal(table.masks[slots[1]], mask)
     assert torch.equal(table.masks[table.slots(["c"])[0]], mask)
+
+
+def test_new_sequences_spread_once_an_average_is_known():
+    """The first are due at once; later ones wait, each differently, for up to the interval."""
+    many = SequenceTable(100, torch.zeros(4, 2, dtype=torch.bool))
+    assert len(many.due(many.slots(["a", "b"]), interval=20, limit=8)) == 2
+    many.spread = 20
+    slots = many.slots([str(i) for i in range(40)])
+    assert sorted(set(many.age[slots].tolist())) == list(range(21))
+    assert 1 <= len(many.due(slots, interval=20, limit=100)) <= 4
+    other = SequenceTable(100, torch.zeros(4, 2, dtype=torch.bool))
+    other.spread = 20
+    assert (other.age[other.slots([str(i) for i in range(40)])] == many.age[slots]).all()
+    for _ in range(20):
+        many.advance(slots, np.array([], dtype=np.int64))
+    assert len(many.due(slots, interval=20, limit=100)) == 40
+    assert not many.has_own[slots].any()
+    many.advance(slots, np.array([3]))
+    assert many.has_own[slots].tolist() == [i == 3 for i in range(40)]
+
+
+def test_a_reused_slot_has_no_mask_of_its_own():
+    table = SequenceTable(1, torch.zeros(4, 2, dtype=torch.bool))
+    table.advance(table.slots(["a"]), renewed=np.array([0]))
+    assert table.has_own.tolist() == [True]
+    table.slots(["b"])
+    assert table.has_own.tolist() == [False]

@@ -1,0 +1,52 @@
+"""Options that the measuring commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def number(least: int) -> Callable[[str], int]:
+    """An argparse type: an integer from ``least`` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r}; allowed are integers from {least} on")
+        return value
+
+    return parse
+
+
+def numbers(least: int) -> Callable[[str], list[int]]:
+    """An argparse type: integers from ``least`` on, separated by commas."""
+    return lambda text: [number(least)(part) for part in text.split(",")]
+
+
+def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line before and after ``--``: argparse gives positionals behind options to nobody."""
+    cut = words.index("--") if "--" in words else len(words)
+    return list(words[:cut]), list(words[cut + 1 :])
+
+
+def engine_settings(model: str, words: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `vllm serve` as those of vllm.LLM: what differs from the defaults.
+
+    Raises:
+        SystemExit: an argument is unknown or wrong; the message says which.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    given, default = (
+        vars(EngineArgs.from_cli_args(parser.parse_args(["--model", model, *some]))) for some in (words, ())
+    )
+    settings = {name: value for name, value in given.items() if value != default[name]}
+    if "speculative_config" in settings:
+        raise SystemExit("clasp-vllm: error: --speculative-config goes before --, not behind it")
+    return settings
