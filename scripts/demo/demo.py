@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from clasp_vllm.bench.servers import Server, ServerError, serve, split_arguments
+from clasp_vllm.bench.options import split_arguments
+from clasp_vllm.bench.servers import Server, ServerError, serve
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = Path(__file__).with_name("model")
