@@ -247,8 +247,7 @@ class Drafter:
             self.evidence.update(on_device, margins, prior)
             choices = torch.cat((choices, self.evidence.overall_choices()), dim=2)
         layers = backtrack(choices, self.options.num_skipped_layers)
-        self._new_masks.put(batch.request_ids, layers.unsqueeze(-1).expand(-1, -1, 2))
-        if layers.device.type == "cpu":
+        if self._new_masks.put(batch.request_ids, layers.unsqueeze(-1).expand(-1, -1, 2)):
             self._apply_new_masks()
         return hidden
 

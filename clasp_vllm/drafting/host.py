@@ -36,10 +36,15 @@ class HostMasks:
 
     def __init__(self) -> None:
         self._pending: tuple[Sequence[str], _Copy] | None = None
+        self.always_late = False  # on a CPU too, for tests
 
-    def put(self, request_ids: Sequence[str], masks: Tensor) -> None:
-        """``masks``: [n, num_layers, 2] bool on the device, in the order of the requests, or one more."""
+    def put(self, request_ids: Sequence[str], masks: Tensor) -> bool:
+        """Put the masks of one round; whether they are to be taken at once.
+
+        ``masks``: [n, num_layers, 2] bool on the device, in the order of the requests, or one more.
+        """
         self._pending = request_ids, _Copy(masks.contiguous())
+        return masks.device.type == "cpu" and not self.always_late
 
     def take(self) -> tuple[Sequence[str], Tensor] | None:
         """What was put last, once."""

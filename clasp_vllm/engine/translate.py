@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import ValidationError
+from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
@@ -48,7 +50,7 @@ def speculative_config(
             raise ConfigError(f"num_speculative_tokens_per_batch_size={schedule!r}: {error}") from None
     refuse_unsupported(engine_args, target_model_config, target_parallel_config)
     try:
-        return LayerSkipSpeculativeConfig(
+        made = LayerSkipSpeculativeConfig(
             **config.vllm_settings(),
             target_model_config=target_model_config,
             target_parallel_config=target_parallel_config,
@@ -57,6 +59,13 @@ def speculative_config(
     except ValidationError as error:  # of vLLM's own keys
         reasons = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
         raise ConfigError(f"speculative configuration: {reasons}") from None
+    on_cpu = current_platform.is_cpu() and not envs.VLLM_USE_V2_MODEL_RUNNER
+    if config.rejection_sample_method == "synthetic" and on_cpu:
+        raise ConfigError(
+            "rejection_sample_method='synthetic': vLLM's rejection sampler for CPUs has no synthetic "
+            "acceptance; allowed there is standard"
+        )
+    return made
 
 
 def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_config: ParallelConfig) -> None:

@@ -14,14 +14,17 @@ CLASP = {
 }
 
 
-def passes(config: dict, broken: int = -1) -> tuple[list[dict], list[list[int]], list[bool]]:
+def passes(
+    config: dict, broken: int = -1, late: bool = False
+) -> tuple[list[dict], list[list[int]], list[bool]]:
     """Every pass (requests, margins, prior), what was generated, and the initial mask at the end.
 
-    The margins of pass number ``broken`` are made NaN.
+    The margins of pass number ``broken`` are made NaN; ``late``: masks come a round late, as on a GPU.
     """
     found: list[dict] = []
     with running(speculative_config=config) as llm:
         ours = drafter(llm)
+        ours._new_masks.always_late = late
         original = ours.run_programme
 
         def run_programme(batch, prior):
@@ -76,6 +79,13 @@ def test_new_requests_start_from_what_all_have_found(call, remembered):
     assert tokens == same_tokens  # lossless, whatever the masks
     assert sum(initial) == sum(evenly) == 12
     assert initial != evenly
+
+
+def test_masks_a_round_late(call, remembered):
+    found, tokens, initial = call(passes, CLASP, late=True)
+    assert tokens == remembered[1]
+    assert len(found) > 4
+    assert sum(a != b for a, b in zip(initial, remembered[2], strict=True)) <= 6
 
 
 def test_a_broken_pass_is_forgotten(call, remembered):

@@ -86,6 +86,17 @@ CASES = {
         {"speculative_config": {"method": "clasp", "rejection_sample_method": "synthetic"}},
         ["synthetic_acceptance_rates"],
     ),
+    "synthetic on a CPU": (
+        None,
+        {
+            "speculative_config": {
+                "method": "clasp",
+                "rejection_sample_method": "synthetic",
+                "synthetic_acceptance_length": 3.0,
+            }
+        },
+        ["rejection_sample_method='synthetic'", "allowed there is standard"],
+    ),
     "schedule with a gap": (
         None,
         {"speculative_config": {"method": "clasp", "num_speculative_tokens_per_batch_size": [[2, 4, 3]]}},
