@@ -10,7 +10,7 @@ def test_check_explains(capsys):
     assert main(["check", str(ROOT / "configs" / "clasp.yaml"), "--num-layers", "24"]) == 0
     output = capsys.readouterr().out
     assert "layers skipped: 12 of 24" in output
-    assert "every 8 rounds" in output
+    assert "every 32 rounds" in output
 
 
 @pytest.mark.parametrize(
