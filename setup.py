@@ -9,6 +9,7 @@ BENCH = ["matplotlib>=3.9", "pandas>=2", "rich>=13", "scikit-learn>=1.6"]
 TEST = [
     *BENCH,
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "openai>=1.60",
     "psutil",

@@ -26,3 +26,11 @@ def test_check_refuses(arguments, part, capsys):
     error = capsys.readouterr().err
     assert part in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["keys", "check", "bench", "profile", "costs", "search", "widen"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: clasp-vllm {command}" in capsys.readouterr().out

@@ -45,7 +45,7 @@ def datasets(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
         if task == WARM_UP:
             few = [prompt for known in TASKS for prompt in task_prompts(known)[HELD_OUT:]]
         else:
-            few = mixed_prompts(25) if task == "mixed" else task_prompts(task)[:HELD_OUT]
+            few = mixed_prompts(len(TASKS) * HELD_OUT) if task == "mixed" else task_prompts(task)[:HELD_OUT]
         prompts = [few[i % len(few)] for i in range(longest)]
         path = folder / f"{task}.jsonl"
         path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))

@@ -174,7 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME=CONFIG",
         help="a speculative configuration, JSON or a file, under a name; may be given several times "
-        f"(default: {', '.join(METHODS)})",
+        f"(default: {', '.join(METHODS)})".replace("%", "%%"),
     )
     parser.add_argument(
         "--tasks",

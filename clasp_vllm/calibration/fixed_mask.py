@@ -11,6 +11,7 @@ from typing import Any
 from clasp_vllm.bench.about import about
 from clasp_vllm.bench.options import number
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, task_prompts
+from clasp_vllm.calibration.search import SEARCHES, Trials
 from clasp_vllm.skipping.mask import evenly_spaced_layers
 
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-skipped-layers", type=number(1), required=True, help="how many layers to skip")
     parser.add_argument("--trials", type=number(1), default=400, help="sets to try (default %(default)s)")
     parser.add_argument(
-        "--search", choices=("swaps", "bayesian"), default="swaps", help="how to search (default %(default)s)"
+        "--search", choices=SEARCHES, default="swaps", help="how to search (default %(default)s)"
     )
     parser.add_argument(
         "--prompts", type=Path, help='file of lines {"prompt": "..."} (default: the package\'s)'
@@ -34,8 +35,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the command: prints a configuration of method layer_skip."""
     from rich.progress import Progress
 
-    from clasp_vllm.calibration.acceptance import Acceptance
-    from clasp_vllm.calibration.search import SEARCHES, Trials
+    from clasp_vllm.calibration.acceptance import Acceptance  # imports torch and transformers
 
     prompts = [prompt for task in TASKS for prompt in task_prompts(task)[HELD_OUT:]]
     try:

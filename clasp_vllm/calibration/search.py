@@ -7,6 +7,7 @@ layer for a kept one and stays where that was better.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -68,7 +69,7 @@ def swaps(trials: Trials, num_layers: int, start: SkipSet, seed: int = 0) -> Ski
                 break
         else:
             current = _random_set(random, num_layers, len(start))
-            if len(trials.scores) >= _number_of_sets(num_layers, len(start)):
+            if len(trials.scores) >= math.comb(num_layers, len(start)):
                 break
     return trials.best
 
@@ -81,7 +82,7 @@ def bayesian(trials: Trials, num_layers: int, start: SkipSet, seed: int = 0, fir
 
     random = np.random.default_rng(seed)
     trials(start)
-    everything = _number_of_sets(num_layers, len(start))
+    everything = math.comb(num_layers, len(start))
     while trials.left and len(trials.scores) < min(first, everything):
         trials(_random_set(random, num_layers, len(start)))
     kernel = ConstantKernel(1.0) * RBF(np.sqrt(num_layers)) + WhiteKernel(1e-3)
@@ -114,12 +115,6 @@ def _neighbours(skipped: SkipSet, num_layers: int) -> list[SkipSet]:
 
 def _random_set(random: np.random.Generator, num_layers: int, size: int) -> SkipSet:
     return frozenset(random.choice(num_layers, size, replace=False).tolist())
-
-
-def _number_of_sets(num_layers: int, size: int) -> float:
-    import math
-
-    return math.comb(num_layers, size)
 
 
 def _vectors(sets: list[SkipSet], num_layers: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from clasp_vllm.bench.about import about
-from clasp_vllm.bench.options import split_arguments
+from clasp_vllm.bench.options import number, numbers, split_arguments
 from clasp_vllm.bench.prompts import datasets
 from clasp_vllm.bench.servers import serve
 from clasp_vllm.bench.serving import Workload, measure
@@ -35,10 +35,10 @@ def main() -> None:
     parser.add_argument(
         "--env", action="append", required=True, type=environment, help="NAME:VARIABLE=VALUE ..."
     )
-    parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=5, help="at least; of the mixed stream")
-    parser.add_argument("--max-tokens", type=int, default=48, help="tokens per answer")
+    parser.add_argument("--concurrency", type=numbers(1), default=[1])
+    parser.add_argument("--repeats", type=number(1), default=3)
+    parser.add_argument("--prompts", type=number(1), default=5, help="at least; of the mixed stream")
+    parser.add_argument("--max-tokens", type=number(1), default=48, help="tokens per answer")
     parser.add_argument("--output", type=Path, default=Path("bench"), help="folder for the logs")
     words, server_arguments = split_arguments(sys.argv[1:])
     args = parser.parse_args(words, argparse.Namespace(tasks=["mixed"]))
