@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _widen(args)
     try:
         config = parse_config(read_settings(args.config))
-        print(explain(config, args.num_layers))
+        print(*config.explain(args.num_layers), sep="\n")
     except ConfigError as error:
         print(f"clasp-vllm: error: {error}", file=sys.stderr)
         return 2
@@ -80,23 +80,6 @@ def _widen(args: argparse.Namespace) -> int:
         print(f"clasp-vllm: error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def explain(config: LayerSkipConfig, num_layers: int | None) -> str:
-    """What a configuration will do, in words."""
-    lines = [f"method: {config.method}", f"draft tokens per round: {config.num_speculative_tokens}"]
-    if num_layers is not None:
-        lines.append(f"layers skipped: {config.budget(num_layers)} of {num_layers}")
-    if config.interval is not None:
-        lines.append(
-            f"layers chosen anew every {config.interval} rounds, for at most "
-            f"{config.optimized_requests} requests in one step"
-        )
-    threshold = config.draft_exit_threshold
-    lines.append(
-        f"drafting stops below a probability of {threshold}" if threshold else "drafting never stops early"
-    )
-    return "\n".join(lines)
 
 
 def key_table() -> str:
@@ -122,6 +105,8 @@ def _allowed(name: str, field: FieldInfo) -> str:
             if "exclusiveMaximum" in option:
                 return f"{low:g} to below {option['exclusiveMaximum']:g}"
             return f"{low} to {option['maximum']}" if "maximum" in option else f"from {low} on"
+        if option.get("type") == "boolean":
+            return "`true` or `false`"
         if option.get("type") == "array":
             return "a list"
     return "as in vLLM"

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 METHODS = ("clasp", "layer_skip")
+LARGEST_SKIP_RATIO = 2 / 3  # where the controller chooses
 
 # vLLM's own keys, passed through under their own names.
 VLLM_KEYS = (
@@ -47,14 +48,20 @@ class LayerSkipConfig(BaseModel):
         "layer_skip: a fixed set of layers for all requests."
     )
     num_speculative_tokens: int = Field(
-        default=8, ge=1, le=64, description="Draft tokens per round (vLLM's key)."
+        default=8, ge=1, le=64, description="Draft tokens per round at most (vLLM's key)."
+    )
+    adaptive: bool | None = Field(
+        default=None,
+        description="Choose in each round how many layers to skip, how far to draft, how often to "
+        "optimise, and whether to speculate at all, by what has been accepted and what it costs (default "
+        "for clasp: true). What is fixed by another key stays so. false = as much as the keys say, always.",
     )
     skip_ratio: float | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="Share of the layers to skip, rounded to whole layers. 0.5 if neither this nor "
-        "num_skipped_layers nor skip_layers is given.",
+        description="Share of the layers to skip, rounded to whole layers. If neither this nor "
+        "num_skipped_layers nor skip_layers is given: 0.5, or chosen up to two thirds if adaptive.",
     )
     num_skipped_layers: int | None = Field(
         default=None,
@@ -70,7 +77,8 @@ class LayerSkipConfig(BaseModel):
         default=None,
         ge=1,
         le=1_000_000,
-        description="clasp only: rounds between two choices of a request's layers (default 32).",
+        description="clasp only: rounds between two choices of a request's layers (default 32, or chosen "
+        "if adaptive).",
     )
     max_optimized_requests: int | None = Field(
         default=None,
@@ -135,7 +143,7 @@ class LayerSkipConfig(BaseModel):
         return self
 
     def budget(self, num_layers: int) -> int:
-        """The number of layers to skip in a model of ``num_layers``.
+        """The number of layers to skip in a model of ``num_layers``; the most, where it is chosen.
 
         Raises:
             ConfigError: not smaller than the number of layers, or a layer that does not exist.
@@ -151,7 +159,9 @@ class LayerSkipConfig(BaseModel):
         elif self.num_skipped_layers is not None:
             budget, key = self.num_skipped_layers, "num_skipped_layers"
         else:
-            ratio = 0.5 if self.skip_ratio is None else self.skip_ratio
+            ratio = self.skip_ratio
+            if ratio is None:
+                ratio = LARGEST_SKIP_RATIO if self.chooses_budget else 0.5
             budget, key = round(ratio * num_layers), "skip_ratio"
         if budget >= num_layers:
             raise ConfigError(
@@ -159,6 +169,22 @@ class LayerSkipConfig(BaseModel):
                 f"allowed are 0 to {num_layers - 1} skipped layers"
             )
         return budget
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether a controller chooses what the configuration leaves open."""
+        return self.method == "clasp" if self.adaptive is None else self.adaptive
+
+    @property
+    def chooses_budget(self) -> bool:
+        """Whether the controller chooses how many layers to skip."""
+        fixed = (self.skip_ratio, self.num_skipped_layers, self.skip_layers)
+        return self.is_adaptive and self.method == "clasp" and all(key is None for key in fixed)
+
+    def budgets(self, num_layers: int) -> tuple[int, ...]:
+        """The numbers of layers to skip that there are to choose from, ascending."""
+        most = self.budget(num_layers)
+        return tuple(range(1, most + 1)) if self.chooses_budget and most else (most,)
 
     @property
     def interval(self) -> int | None:
@@ -178,6 +204,30 @@ class LayerSkipConfig(BaseModel):
         if self.method == "layer_skip":
             return 0.0
         return 0.8 if self.mask_memory is None else self.mask_memory
+
+    def explain(self, num_layers: int | None = None) -> list[str]:
+        """What the configuration will do, in words; some of them need the model's number of layers."""
+        most = "up to " if self.is_adaptive else ""
+        lines = [f"method: {self.method}", f"draft tokens per round: {most}{self.num_speculative_tokens}"]
+        if num_layers is not None:
+            most = "up to " if self.chooses_budget else ""
+            lines.append(f"layers skipped: {most}{self.budget(num_layers)} of {num_layers}")
+        if self.interval is not None:
+            rounds = f"every {self.interval} rounds"
+            if self.is_adaptive and self.optimization_interval is None:
+                rounds = "as often as it pays"
+            lines.append(
+                f"layers chosen anew {rounds}, for at most {self.optimized_requests} requests in one step"
+            )
+        threshold = self.draft_exit_threshold
+        lines.append(
+            f"drafting stops below a probability of {threshold}"
+            if threshold
+            else "drafting never stops early"
+        )
+        if self.is_adaptive:
+            lines.append("no speculation where it does not pay")
+        return lines
 
     def vllm_settings(self) -> dict[str, Any]:
         """vLLM's own keys, for its SpeculativeConfig."""

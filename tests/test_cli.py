@@ -9,8 +9,8 @@ from clasp_vllm.cli import main
 def test_check_explains(capsys):
     assert main(["check", str(ROOT / "configs" / "clasp.yaml"), "--num-layers", "24"]) == 0
     output = capsys.readouterr().out
-    assert "layers skipped: 12 of 24" in output
-    assert "every 32 rounds" in output
+    assert "layers skipped: up to 16 of 24" in output
+    assert "no speculation where it does not pay" in output
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,9 @@ def test_same_meaning_however_it_is_given(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "num_layers", "budget"),
     [
-        ({"method": "clasp"}, 24, 12),
+        ({"method": "clasp"}, 24, 16),
+        ({"method": "clasp", "adaptive": False}, 24, 12),
+        ({"method": "layer_skip"}, 24, 12),
         ({"method": "clasp", "skip_ratio": 0.4}, 32, 13),
         ({"method": "clasp", "num_skipped_layers": 0}, 32, 0),
         ({"method": "layer_skip", "skip_layers": [4, 2]}, 32, 2),
@@ -136,6 +138,38 @@ def test_same_meaning_however_it_is_given(tmp_path):
 )
 def test_budget(settings, num_layers, budget):
     assert parse_config(settings).budget(num_layers) == budget
+
+
+@pytest.mark.parametrize(
+    ("settings", "budgets"),
+    [
+        ({"method": "clasp"}, (1, 2, 3, 4)),
+        ({"method": "clasp", "num_skipped_layers": 3}, (3,)),
+        ({"method": "clasp", "skip_ratio": 0.0}, (0,)),
+        ({"method": "clasp", "adaptive": False}, (3,)),
+        ({"method": "layer_skip", "adaptive": True}, (3,)),
+    ],
+)
+def test_what_a_key_fixes_is_not_chosen(settings, budgets):
+    assert parse_config(settings).budgets(6) == budgets
+
+
+def test_it_says_what_is_chosen():
+    assert parse_config({"method": "clasp"}).explain(24) == [
+        "method: clasp",
+        "draft tokens per round: up to 8",
+        "layers skipped: up to 16 of 24",
+        "layers chosen anew as often as it pays, for at most 4 requests in one step",
+        "drafting stops below a probability of 0.3",
+        "no speculation where it does not pay",
+    ]
+    fixed = parse_config({"method": "clasp", "adaptive": False, "draft_exit_threshold": 0.0}).explain(24)
+    assert fixed[1:] == [
+        "draft tokens per round: 8",
+        "layers skipped: 12 of 24",
+        "layers chosen anew every 32 rounds, for at most 4 requests in one step",
+        "drafting never stops early",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)

@@ -81,7 +81,7 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
         for layers in kept:
             mask = layers_mask(num_layers, evenly_spaced_layers(num_layers, num_layers - layers))
             drafter.sequences.slots(drafts.request_ids)
-            drafter.sequences.set_masks(drafts.request_ids, mask.repeat(len(drafts), 1, 1))
+            drafter.sequences.set_masks(drafts.request_ids, mask.repeat(len(drafts), 1, 1, 1))
             draft(1)()  # what follows from the mask is worked out once
             timings.time(("draft", layers, 1), draft(1))
             timings.time(("draft", layers, longest), draft(longest))
@@ -91,7 +91,7 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
         due = drafts.select(np.arange(min(batch, options.max_optimized_requests)))
         slots = drafter.sequences.slots(due.request_ids)
         seconds = timings.time(
-            "optimization pass", lambda: sample(drafter._optimize(due, slots), due.positions, 0)
+            "optimization pass", lambda: sample(drafter._optimize(due, slots, slots), due.positions, 0)
         )
         timings.seconds["optimize"].append(seconds / len(due))
         drafter._apply_new_masks()
@@ -200,6 +200,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the command: prints Markdown."""
     config = {
         "method": "clasp",
+        "adaptive": False,
         "num_speculative_tokens": args.longest,
         "skip_ratio": args.skip_ratio,
     }

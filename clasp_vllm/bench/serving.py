@@ -34,12 +34,18 @@ METHODS: dict[str, dict[str, Any]] = {
         "prompt_lookup_max": 4,
     },
     "uniform 50 %": {"method": "layer_skip", "skip_ratio": 0.5},
-    "clasp 33 %": {"method": "clasp", "skip_ratio": 0.33},
-    "clasp 50 %": {"method": "clasp", "skip_ratio": 0.5},
-    "clasp 67 %": {"method": "clasp", "skip_ratio": 0.67},
-    "clasp 50 %, every 32": {"method": "clasp", "skip_ratio": 0.5, "optimization_interval": 32},
+    "clasp": {"method": "clasp"},
+    "clasp 33 %": {"method": "clasp", "adaptive": False, "skip_ratio": 0.33},
+    "clasp 50 %": {"method": "clasp", "adaptive": False, "skip_ratio": 0.5},
+    "clasp 67 %": {"method": "clasp", "adaptive": False, "skip_ratio": 0.67},
+    "clasp 50 %, every 128": {
+        "method": "clasp",
+        "adaptive": False,
+        "skip_ratio": 0.5,
+        "optimization_interval": 128,
+    },
 }
-QUICK = ("ngram", "clasp 50 %")
+QUICK = ("ngram", "clasp")
 
 
 @dataclass(frozen=True)

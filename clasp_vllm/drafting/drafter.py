@@ -9,88 +9,33 @@ certainty. All other tokens are drafted by the target with each row's skipped la
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clasp_vllm.drafting.adaptive import AdaptiveDrafting
+from clasp_vllm.drafting.batch import DraftBatch, PagedAttention, index
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.evidence import SkipEvidence
 from clasp_vllm.drafting.host import HostFlag, HostMasks
+from clasp_vllm.drafting.outcomes import Drafts
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.drafting.statistics import DraftStatistics
+from clasp_vllm.drafting.timing import Mark, measure_pass_costs
+from clasp_vllm.skipping.controller import Choice
 from clasp_vllm.skipping.dynamic_program import Programme, State, backtrack, columns_at, run_programme
-
-
-class PagedAttention(Protocol):
-    """What drafting needs of the engine's attention."""
-
-    max_model_len: int  # tokens that the cache holds of one sequence at most
-
-    def decode(
-        self, positions: Tensor, block_table: Tensor, max_lengths: Tensor
-    ) -> AbstractContextManager[None]:
-        """A forward context for one query token per row.
-
-        Each row attends to, and writes the key and value of, its position in the blocks of its row
-        of ``block_table`` ([rows, width] int32); ``max_lengths`` ([rows] int32, on the host) bounds
-        positions + 1 from above. Positions from ``max_model_len`` on write nothing.
-        """
-        ...
-
-    def copy_blocks(self, layer: int, source: Tensor, target: Tensor) -> None:
-        """Copy block ``source[i]`` over blocks ``target[i]`` ([n] and [n, copies] int64) of a layer.
-
-        The blocks of each row of ``target`` are consecutive.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class DraftBatch:
-    """The sequences to draft for: those that have just sampled a token.
-
-    Attributes:
-        request_ids: [rows] names of the sequences.
-        tokens: [rows] int, each sequence's last sampled token.
-        positions: [rows] int64, the position of that token.
-        block_table: [rows, width] int32.
-        max_lengths: [rows] int32 on the host, at least positions + 1.
-    """
-
-    request_ids: Sequence[str]
-    tokens: Tensor
-    positions: Tensor
-    block_table: Tensor
-    max_lengths: Tensor
-
-    def __len__(self) -> int:
-        return len(self.request_ids)
-
-    def select(self, rows: np.ndarray) -> DraftBatch:
-        """The given rows."""
-        if len(rows) == len(self) and (rows == np.arange(len(self))).all():
-            return self
-        on_device = _index(rows, self.tokens.device)
-        return DraftBatch(
-            [self.request_ids[row] for row in rows],
-            self.tokens[on_device],
-            self.positions[on_device],
-            self.block_table[on_device],
-            self.max_lengths[torch.from_numpy(rows)],
-        )
-
+from clasp_vllm.skipping.mask import evenly_spaced_layers
 
 # sample(hidden_states [rows, hidden_size], positions [rows], step) -> tokens [rows] int64 and, where
 # the drafter has an exit threshold, their probabilities [rows] float32 under the draft.
 Sample = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
 
-
 ENOUGH_PASSES = 8  # until the average over all is trusted with new sequences
+LARGEST_MEASURED = {"cpu": 64, "cuda": 512}  # rows of a pass; costs of larger ones lie on a line
 MAX_PLANS = 256  # kept; there is one for every set of sequences drafted for
 # The sub-layers to run: layer, part, and the rows that skip it ([rows, 1] bool) or None.
 Plan = list[tuple[int, int, Tensor | None]]
@@ -101,16 +46,23 @@ class DrafterOptions:
     """How to draft.
 
     Attributes:
-        num_skipped_layers: the budget M of the dynamic programme.
-        optimization_interval: rounds between two passes for a sequence; None for fixed masks.
+        budgets: the numbers of layers to skip that there are to choose from, ascending. The last is
+            the budget M of the dynamic programme.
+        optimization_interval: rounds between two passes for a sequence, unless a controller says; None
+            for fixed masks.
         max_optimized_requests: how many sequences may be optimised in one round.
         draft_exit_threshold: stop drafting a sequence after a token less probable than this; 0 = off.
     """
 
-    num_skipped_layers: int
+    budgets: tuple[int, ...]
     optimization_interval: int | None
     max_optimized_requests: int
     draft_exit_threshold: float
+
+    @property
+    def num_skipped_layers(self) -> int:
+        """The largest budget."""
+        return self.budgets[-1]
 
 
 class Drafter:
@@ -123,14 +75,18 @@ class Drafter:
         scratch: ScratchBlocks | None,
         sequences: SequenceTable,
         options: DrafterOptions,
+        predict: Callable[[Tensor], Tensor],
         evidence: SkipEvidence | None = None,
-        share: Callable[[Tensor], Tensor] = lambda margins: margins,
+        adaptive: AdaptiveDrafting | None = None,
+        share: Callable[[Tensor], Tensor] = lambda found: found,
         on_failure: Callable[[Exception, int], None] | None = None,
     ) -> None:
         """
         Args:
+            predict: the model's head: [rows, hidden_size] to the [rows] int64 most likely tokens.
             evidence: of earlier passes, if they are to count.
-            share: makes the programme's margins the same on all ranks that run the layers together.
+            adaptive: the controller, if there is one.
+            share: makes what a pass found the same on all ranks that run the layers together.
             on_failure: told of an exception while drafting and how many there were before; raises it
                 where the engine cannot go on. None: all are raised.
         """
@@ -140,6 +96,8 @@ class Drafter:
         self.sequences = sequences
         self.options = options
         self.evidence = evidence
+        self.adaptive = adaptive
+        self._predict = predict
         # Leave sequences that have stopped out of further steps. It takes a host that knows which, as on a
         # CPU, and a ``sample`` to which rows are all alike.
         self.drop_stopped = False
@@ -148,8 +106,9 @@ class Drafter:
         self._on_failure = on_failure
         self._new_masks = HostMasks()
         # What to run for the rows of a batch, until a mask changes.
-        self._plans: dict[bytes, Plan] = {}
+        self._plans: dict[tuple[bytes, int, bool], Plan] = {}
         self._plans_version = -1
+        self._predicted = 0.0  # seconds of the draft steps of this round
 
     def draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> tuple[Tensor, Tensor] | None:
         """Draft up to ``num_tokens`` tokens for every sequence of the batch.
@@ -169,24 +128,57 @@ class Drafter:
             self.statistics.total.failures += 1
             return None
 
+    def observe(self, request_ids: Sequence[str], lengths: np.ndarray, rejected: Tensor | None) -> None:
+        """Tell the controller of the engine's step that precedes a call of ``draft``.
+
+        Args:
+            request_ids: [reqs] all that were in the step.
+            lengths: [reqs] int, tokens that each ran, drafts included.
+            rejected: [reqs] int on the device, how many of its draft tokens were rejected; None if there
+                were none.
+        """
+        if self._controlled is not None:
+            self._controlled.observe(request_ids, lengths, rejected)
+
+    @property
+    def _controlled(self) -> AdaptiveDrafting | None:
+        """The controller, once it knows what passes cost."""
+        return self.adaptive if self.adaptive is not None and self.adaptive.costs is not None else None
+
     def _draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> tuple[Tensor, Tensor]:
         rows, device = len(batch), batch.tokens.device
-        slots = self.sequences.slots(batch.request_ids)
+        request_ids, sampling = batch.request_ids, batch.sampling
+        if sampling is None:
+            sampling = np.zeros(rows, dtype=bool)
+        slots = self._slots(request_ids, sampling)
         self._apply_new_masks()
-        due = self._due(slots)
-        exact = self._optimize(batch.select(due), slots[due]) if due.size else None
-
+        choice = Choice(len(self.options.budgets) - 1, num_tokens, False)
+        if self._controlled is not None:
+            choice = self._controlled.choose(
+                slots, self.sequences.masks, self.sequences.shared_mask, num_tokens
+            )
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
-        lengths = torch.full((rows,), num_tokens, dtype=torch.int64, device=device)
+        lengths = torch.full((rows,), choice.length, dtype=torch.int64, device=device)
+        if choice.length == 0:
+            if self._controlled is not None:
+                self._controlled.end_round(request_ids, Mark(device))
+            self.statistics.total.plain_steps += 1
+            return drafted, lengths
+
+        started = Mark(device)
+        due = self._due(slots, choice)
+        exact = self._optimize(batch.select(due), slots[due], slots) if due.size else None
+        optimized = Mark(device)
+        self._predicted = 0.0
         going_on = HostFlag(device)
         left = np.arange(rows)  # rows of the batch still drafted for
         draft_steps = 0
-        for step in range(num_tokens):
+        for step in range(choice.length):
             if step == 0 and exact is not None:
-                hidden = self._first_hidden(batch, slots, due, exact)
+                hidden = self._first_hidden(batch, slots, due, exact, choice)
                 draft_steps += due.size < rows
             else:
-                hidden = self._draft_step(batch, slots[left])
+                hidden = self._draft_step(batch, self._sublayers(slots[left], choice, device))
                 draft_steps += 1
             tokens, probability = sample(hidden, batch.positions, step)
             drafted[_rows(left, rows), step] = tokens
@@ -212,31 +204,56 @@ class Drafter:
                     break
 
         self.sequences.advance(slots, due)
-        self.statistics.count_round(self.sequences.masks[torch.from_numpy(slots)], draft_steps, due.size)
+        masks = self._masks(slots, choice)
+        self.statistics.count_round(masks, draft_steps, due.size)
+        if self._controlled is not None:
+            certain = np.zeros(rows, dtype=bool)
+            certain[due] = True
+            drafts = Drafts(request_ids, slots, sampling, certain, lengths, choice)
+            marks = started, optimized, Mark(device)
+            self._controlled.end_round(request_ids, marks[-1])
+            self._controlled.drafted(drafts, marks, self._predicted, due.size)
         return drafted, lengths
 
-    def _due(self, slots: np.ndarray) -> np.ndarray:
+    def _slots(self, request_ids: Sequence[str], sampling: np.ndarray) -> np.ndarray:
+        slots = self.sequences.slots(request_ids)
+        started = self.sequences.take_started()
+        if self.adaptive is not None:
+            for row in np.flatnonzero(np.isin(slots, started)):
+                self.adaptive.evidence.start(slots[row], sampling[row])
+        return slots
+
+    def _due(self, slots: np.ndarray, choice: Choice) -> np.ndarray:
         interval = self.options.optimization_interval
         if interval is None:
             return np.empty(0, dtype=np.int64)
+        if self._controlled is not None:
+            interval = self._controlled.rounds_between_passes(choice, len(slots))
+        if self.evidence is not None and self.evidence.passes >= ENOUGH_PASSES:
+            self.sequences.spread = interval
         return self.sequences.due(slots, interval, self.options.max_optimized_requests)
 
     def _apply_new_masks(self) -> None:
         ready = self._new_masks.take()
         if ready is not None:
-            request_ids, masks = ready
+            request_ids, masks, findings = ready
             if self.evidence is not None:
-                self.sequences.set_initial_mask(masks[-1])
-                if self.evidence.passes >= ENOUGH_PASSES:
-                    self.sequences.spread = self.options.optimization_interval
+                self.sequences.set_initial_mask(masks[-2])
+                self.sequences.set_shared_mask(masks[-1])
             self.sequences.set_masks(request_ids, masks[: len(request_ids)])
+            if self.adaptive is not None and findings is not None:
+                self.adaptive.learn(findings.numpy())
 
-    def _optimize(self, batch: DraftBatch, slots: np.ndarray) -> Tensor:
-        """Find new masks for the batch; the full model's final hidden states [rows, hidden_size]."""
-        prior = None
+    def _optimize(self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray) -> Tensor:
+        """Find new masks for the batch; the full model's final hidden states [rows, hidden_size].
+
+        Args:
+            slots: [rows] of the batch.
+            running: slots of all sequences now drafted for.
+        """
+        prior, device = None, batch.tokens.device
         if self.evidence is not None:
-            device = batch.tokens.device
-            on_device, fresh = _index(slots, device), _index(~self.sequences.has_own[slots], device)
+            on_device, fresh = index(slots, device), index(~self.sequences.has_own[slots], device)
             prior = self.evidence.prior(on_device, fresh)
         programme, hidden = self.run_programme(batch, prior)
         margins = self._share(programme.margins)
@@ -245,11 +262,25 @@ class Drafter:
         choices = margins > 0
         if self.evidence is not None:
             self.evidence.update(on_device, margins, prior)
-            choices = torch.cat((choices, self.evidence.overall_choices()), dim=2)
-        layers = backtrack(choices, self.options.num_skipped_layers)
-        if self._new_masks.put(batch.request_ids, layers.unsqueeze(-1).expand(-1, -1, 2)):
+            known = self.sequences.has_own[running] | np.isin(running, slots)
+            shared = self.evidence.shared_choices(index(running, device), index(~known, device))
+            choices = torch.cat((choices, self.evidence.overall_choices(), shared), dim=2)
+        budgets = self.options.budgets
+        layers = torch.stack([backtrack(choices, budget) for budget in budgets], dim=1)
+        findings = None
+        if self.adaptive is not None:
+            findings = self._share(self.adaptive.findings(self._agreement(programme)))
+        masks = layers.unsqueeze(-1).expand(-1, -1, -1, 2)
+        if self._new_masks.put(batch.request_ids, masks, findings):
             self._apply_new_masks()
         return hidden
+
+    def _agreement(self, programme: Programme) -> Tensor:
+        """[rows, budgets] bool: the state of the budget predicts the token that the full model does."""
+        columns = [0, *self.options.budgets]
+        delta, residual = (x[columns].flatten(0, 1) for x in programme.states)
+        tokens = self._predict(self.decoder.finish((delta, residual))).view(len(columns), -1)
+        return (tokens[1:] == tokens[0]).t()
 
     def run_programme(self, batch: DraftBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""
@@ -287,21 +318,25 @@ class Drafter:
             delta, residual = (x[0].clone() for x in programme.states)
             return programme, self.decoder.finish((delta, residual))
 
-    def _first_hidden(self, batch: DraftBatch, slots: np.ndarray, due: np.ndarray, exact: Tensor) -> Tensor:
+    def _first_hidden(
+        self, batch: DraftBatch, slots: np.ndarray, due: np.ndarray, exact: Tensor, choice: Choice
+    ) -> Tensor:
         """[rows, hidden_size]: the full model's states where optimised, the draft's elsewhere."""
         hidden = exact.new_empty(len(batch), exact.shape[1])
-        hidden[_index(due, exact.device)] = exact
+        hidden[index(due, exact.device)] = exact
         rest = np.setdiff1d(np.arange(len(batch)), due)
         if rest.size:
-            hidden[_index(rest, exact.device)] = self._draft_step(batch.select(rest), slots[rest])
+            plan = self._sublayers(slots[rest], choice, exact.device)
+            hidden[index(rest, exact.device)] = self._draft_step(batch.select(rest), plan)
         return hidden
 
-    def _draft_step(self, batch: DraftBatch, slots: np.ndarray) -> Tensor:
+    def _draft_step(self, batch: DraftBatch, plan: Plan) -> Tensor:
         """One forward pass of the target without the skipped sub-layers: [rows, hidden_size]."""
         state = self.decoder.embed(batch.tokens)
         positions = self._rotary(batch.positions)
-        plan = self._sublayers(slots, positions.device)
         self.statistics.total.sublayers += len(plan)
+        if self._controlled is not None:
+            self._predicted += self._controlled.forward_seconds(len(batch), len(plan) / 2)
         with self.attention.decode(batch.positions, batch.block_table, batch.max_lengths):
             for layer, part, skip in plan:
                 if skip is None:
@@ -316,19 +351,26 @@ class Drafter:
         # Past the end there is nothing to draft, but the rotary table must still hold the position.
         return positions.clamp(max=self.attention.max_model_len - 1)
 
-    def _sublayers(self, slots: np.ndarray, device: torch.device) -> Plan:
+    def _masks(self, slots: np.ndarray, choice: Choice) -> Tensor:
+        """[rows, num_layers, 2] bool, what each row skips."""
+        if choice.shared:
+            return self.sequences.shared_mask[choice.budget].expand(len(slots), -1, -1)
+        return self.sequences.masks[torch.from_numpy(slots), choice.budget]
+
+    def _sublayers(self, slots: np.ndarray, choice: Choice, device: torch.device) -> Plan:
         """The sub-layers that any row runs, each with the rows that skip it ([rows, 1] or None)."""
         if self._plans_version != self.sequences.version:
             self._plans.clear()
             self._plans_version = self.sequences.version
-        plan = self._plans.get(slots.tobytes())
+        key = b"" if choice.shared else slots.tobytes(), choice.budget, choice.shared
+        plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
-            masks = self.sequences.masks[torch.from_numpy(slots)]  # [rows, num_layers, 2]
+            masks = self._masks(slots, choice)
             some, every = masks.any(0).tolist(), masks.all(0).tolist()
             on_device = masks.to(device, non_blocking=True)
-            plan = self._plans[slots.tobytes()] = [
+            plan = self._plans[key] = [
                 (layer, part, on_device[:, layer, part, None] if some[layer][part] else None)
                 for layer in range(masks.shape[1])
                 for part in range(2)
@@ -336,10 +378,29 @@ class Drafter:
             ]
         return plan
 
+    def measure_costs(self, device: torch.device) -> None:
+        """Find out what forward passes cost, while nothing is served, for the controller if there is one."""
+        if self.adaptive is None:
+            return
+        num_layers, block_size = self.decoder.num_layers, self.attention.block_size
+        position = min(block_size, self.attention.max_model_len) - 1  # of the scratch block; it is written
+
+        def forward(rows: int, layers: int) -> None:
+            skipped = evenly_spaced_layers(num_layers, num_layers - layers)
+            plan: Plan = [(i, part, None) for i in range(num_layers) if i not in skipped for part in range(2)]
+            tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+            table = torch.full((rows, 1), self.attention.scratch_block, dtype=torch.int32, device=device)
+            lengths = torch.full((rows,), position + 1, dtype=torch.int32)
+            batch = DraftBatch([], tokens, tokens + position, table, lengths)
+            self._predict(self._draft_step(batch, plan))
+
+        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        longest = min(self.attention.max_rows, LARGEST_MEASURED.get(device.type, 64))
+        costs = measure_pass_costs(forward, num_layers, longest, synchronize)
+        shared = self._share(torch.tensor([costs.layer, costs.besides], device=device)).tolist()
+        self.adaptive.costs = replace(costs, layer=tuple(shared[0]), besides=tuple(shared[1]))
+        self.statistics.total.sublayers = 0
+
 
 def _rows(left: np.ndarray, rows: int) -> slice | Tensor:
     return slice(None) if len(left) == rows else torch.from_numpy(left)
-
-
-def _index(rows: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(rows).to(device, non_blocking=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class _Copy:
+class HostCopy:
     """A tensor on its way from the device to the host."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -35,24 +35,31 @@ class HostMasks:
     """Masks found in one round, to be used from the next (on a CPU: at once)."""
 
     def __init__(self) -> None:
-        self._pending: tuple[Sequence[str], _Copy] | None = None
+        self._pending: tuple[Sequence[str], HostCopy, HostCopy | None] | None = None
         self.always_late = False  # on a CPU too, for tests
 
-    def put(self, request_ids: Sequence[str], masks: Tensor) -> bool:
+    def put(self, request_ids: Sequence[str], masks: Tensor, evidence: Tensor | None = None) -> bool:
         """Put the masks of one round; whether they are to be taken at once.
 
-        ``masks``: [n, num_layers, 2] bool on the device, in the order of the requests, or one more.
+        Args:
+            masks: [n, budgets, num_layers, 2] bool on the device, in the order of the requests, and
+                after those any others.
+            evidence: what else the pass found, on the device.
         """
-        self._pending = request_ids, _Copy(masks.contiguous())
+        self._pending = (
+            request_ids,
+            HostCopy(masks.contiguous()),
+            None if evidence is None else HostCopy(evidence),
+        )
         return masks.device.type == "cpu" and not self.always_late
 
-    def take(self) -> tuple[Sequence[str], Tensor] | None:
+    def take(self) -> tuple[Sequence[str], Tensor, Tensor | None] | None:
         """What was put last, once."""
         if self._pending is None:
             return None
-        request_ids, copy = self._pending
+        request_ids, masks, evidence = self._pending
         self._pending = None
-        return request_ids, copy.get()
+        return request_ids, masks.get(), None if evidence is None else evidence.get()
 
 
 class HostFlag:
@@ -64,11 +71,11 @@ class HostFlag:
 
     def __init__(self, device: torch.device) -> None:
         self._lags = device.type != "cpu"
-        self._previous: _Copy | None = None
+        self._previous: HostCopy | None = None
 
     def update(self, flag: Tensor) -> bool:
         """Take the flag of this step ([] bool); say whether to go on."""
-        current = _Copy(flag)
+        current = HostCopy(flag)
         answer = self._previous if self._lags else current
         self._previous = current
         return True if answer is None else bool(answer.get())

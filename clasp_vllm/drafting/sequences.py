@@ -22,10 +22,11 @@ class SequenceTable:
     """
 
     def __init__(self, capacity: int, initial_mask: Tensor) -> None:
-        """``initial_mask``: [num_layers, 2] bool, True = skipped."""
+        """``initial_mask``: [budgets, num_layers, 2] bool, True = skipped; one mask for each budget."""
         self.capacity = capacity
         self.initial_mask = initial_mask
-        self.masks = initial_mask.repeat(capacity, 1, 1)  # [capacity, num_layers, 2]
+        self.shared_mask = initial_mask  # where all sequences of a batch skip the same layers
+        self.masks = initial_mask.repeat(capacity, 1, 1, 1)  # [capacity, budgets, num_layers, 2]
         self.has_own = np.zeros(capacity, dtype=bool)  # whether its own mask has been found
         self.age = np.full(capacity, NEVER, dtype=np.int64)  # rounds since then
         # Where an initial mask is good enough to start with: the rounds over which new sequences spread
@@ -33,6 +34,7 @@ class SequenceTable:
         self.spread: int | None = None
         self._arrivals = 0
         self.version = 0  # grows whenever a mask changes
+        self._started: list[int] = []
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently seen first
 
     def __len__(self) -> int:
@@ -54,6 +56,7 @@ class SequenceTable:
             self.age[slot] = NEVER if self.spread is None else self._next_age(self.spread)
             self.masks[slot] = self.initial_mask
             self.version += 1
+            self._started.append(slot)
         self._slots.move_to_end(request_id)
         return slot
 
@@ -62,16 +65,26 @@ class SequenceTable:
         self._arrivals += 1
         return round(self._arrivals * GOLDEN % 1.0 * spread)
 
+    def take_started(self) -> list[int]:
+        """The slots that new sequences got since the last call."""
+        started, self._started = self._started, []
+        return started
+
     def set_masks(self, request_ids: Sequence[str], masks: Tensor) -> None:
-        """Store [n, num_layers, 2] masks. Sequences that have been forgotten since are passed over."""
+        """Store [n, budgets, num_layers, 2] masks. Those of sequences forgotten since are passed over."""
         known = [i for i, request_id in enumerate(request_ids) if request_id in self._slots]
         self.masks[[self._slots[request_ids[i]] for i in known]] = masks[known]
         self.version += 1
 
     def set_initial_mask(self, mask: Tensor) -> None:
-        """Change the [num_layers, 2] mask of sequences whose own has not been found."""
+        """Change the [budgets, num_layers, 2] masks of sequences whose own has not been found."""
         self.initial_mask = mask
         self.masks[torch.from_numpy(~self.has_own)] = mask
+        self.version += 1
+
+    def set_shared_mask(self, mask: Tensor) -> None:
+        """Change the [budgets, num_layers, 2] masks for batches whose sequences skip the same layers."""
+        self.shared_mask = mask
         self.version += 1
 
     def due(self, slots: np.ndarray, interval: int, limit: int) -> np.ndarray:

@@ -26,8 +26,14 @@ class TargetAttention:
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, device: torch.device, max_rows: int
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        device: torch.device,
+        max_rows: int,
+        scratch_block: int,
     ) -> None:
+        self.max_rows, self.scratch_block = max_rows, scratch_block
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._layer_names = [n for g in kv_cache_config.kv_cache_groups for n in g.layer_names]

@@ -13,6 +13,7 @@ from vllm.v1.core.kv_cache_utils import update_kv_cache_capacity
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from clasp_vllm.config import ConfigError
+from clasp_vllm.drafting.adaptive import AdaptiveDrafting
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.drafter import Drafter, DrafterOptions
 from clasp_vllm.drafting.evidence import SkipEvidence
@@ -38,7 +39,7 @@ def num_scratch_blocks(vllm_config: VllmConfig) -> int:
     config = layer_skip_config(vllm_config)
     assert config is not None
     if config.interval is None:
-        return 0
+        return int(config.is_adaptive)  # a place to measure costs in
     columns = config.budget(num_layers_of(vllm_config))
     return ScratchBlocks.count(_max_optimized(vllm_config), columns)
 
@@ -88,55 +89,73 @@ def build_decoder(model: nn.Module) -> Decoder:
 
 
 def build_drafter(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, decoder: Decoder, device: torch.device
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    model: nn.Module,
+    decoder: Decoder,
+    device: torch.device,
+    padded: bool,
 ) -> tuple[Drafter, TargetAttention]:
-    """A drafter over the target's layers and KV cache, and the attention it uses."""
+    """A drafter over the target's layers and KV cache, and the attention it uses.
+
+    ``padded``: whether the runner verifies drafts in full length, however short they are.
+    """
     config = layer_skip_config(vllm_config)
     assert config is not None
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-    budget = config.budget(decoder.num_layers)
+    budgets = config.budgets(decoder.num_layers)
+    budget = budgets[-1]
     optimized = _max_optimized(vllm_config)
-    attention = TargetAttention(
-        vllm_config, kv_cache_config, device, max(max_num_seqs, optimized * (budget + 1))
-    )
+    first_scratch = kv_cache_config.num_blocks - num_scratch_blocks(vllm_config)
+    max_rows = max(max_num_seqs, optimized * (budget + 1))
+    attention = TargetAttention(vllm_config, kv_cache_config, device, max_rows, first_scratch)
     scratch = None
     if optimized:
         scratch = ScratchBlocks(
-            kv_cache_config.num_blocks - num_scratch_blocks(vllm_config),
+            first_scratch,
             optimized,
             budget,
             attention.block_size,
             device,
         )
-    skip_layers = config.skip_layers
-    if skip_layers is None:
-        skip_layers = evenly_spaced_layers(decoder.num_layers, budget)
-    logger.info_once(
-        "Layer skipping (%s): drafting with %d of %d layers, up to %d tokens a round%s",
-        config.method,
-        decoder.num_layers - budget,
-        decoder.num_layers,
-        config.num_speculative_tokens,
-        f"; layers chosen anew every {config.interval} rounds" if config.interval else "",
-    )
+    masks = [
+        layers_mask(
+            decoder.num_layers, config.skip_layers or evenly_spaced_layers(decoder.num_layers, number)
+        )
+        for number in budgets
+    ]
+    logger.info_once("Layer skipping: %s", "; ".join(config.explain(decoder.num_layers)))
     drafter = Drafter(
         decoder,
         attention,
         scratch,
-        SequenceTable(max_num_seqs, layers_mask(decoder.num_layers, skip_layers)),
-        DrafterOptions(budget, config.interval, optimized, config.draft_exit_threshold),
+        SequenceTable(max_num_seqs, torch.stack(masks)),
+        DrafterOptions(budgets, config.interval, optimized, config.draft_exit_threshold),
+        lambda hidden: model.compute_logits(hidden).argmax(-1),
         SkipEvidence(max_num_seqs, decoder.num_layers, budget + 1, config.memory, device)
         if config.memory
         else None,
-        share=_share_rank_zero if get_tp_group().world_size > 1 else lambda margins: margins,
+        AdaptiveDrafting(
+            max_num_seqs,
+            budgets,
+            decoder.num_layers,
+            config.num_speculative_tokens,
+            config.optimization_interval,
+            sharing=config.memory > 0,
+            padded=padded,
+            ranks=get_tp_group().world_size,
+        )
+        if config.is_adaptive
+        else None,
+        share=_share_rank_zero if get_tp_group().world_size > 1 else lambda found: found,
         on_failure=_go_on_without_drafts,
     )
     return drafter, attention
 
 
-def _share_rank_zero(margins: Tensor) -> Tensor:
+def _share_rank_zero(found: Tensor) -> Tensor:
     """Rank 0 decides for all tensor-parallel ranks: they must run the same layers or they hang."""
-    shared: Tensor = get_tp_group().broadcast(margins, src=0)
+    shared: Tensor = get_tp_group().broadcast(found, src=0)
     return shared
 
 

@@ -1,8 +1,8 @@
 """The ledger of every place where the plugin changes vLLM.
 
 Each entry wraps one function, leaves it as it is for configurations that are not ours, and can be
-installed any number of times. ``install`` sets the first five in every process when vLLM loads its
-plugins; a runner's hooks follow in a worker that uses us, so that others never import our engine.
+installed any number of times. ``install`` sets those down to update_from_output in every process when vLLM
+loads its plugins; a worker's hooks follow where it uses us, so that others never import our engine.
 
 | hook                  | what it changes                          | why                              |
 |-----------------------|------------------------------------------|----------------------------------|
@@ -11,6 +11,8 @@ plugins; a runner's hooks follow in a worker that uses us, so that others never 
 | scratch_blocks        | the scheduler gets fewer KV blocks       | the rest is scratch              |
 | worker                | installs its runner's hooks              | late, and only where we are used |
 | stat_loggers          | a logger of our counts, before the others| plugins' own loggers come last   |
+| update_from_output    | draft lengths that the drafter asks for  | room is made before drafting     |
+| warm_up               | costs of passes are measured at its end  | the controller chooses by them   |
 | sample_tokens         | our counts ride on the runner's output   | no slot for a speculator's own   |
 | speculator_v2         | our speculator in Model Runner V2        | its list of methods is closed    |
 | proposer_v1           | our proposer in Model Runner V1          | likewise                         |
@@ -75,6 +77,7 @@ def install() -> None:
         check_version()
     except ConfigError:
         return  # the configuration hook says so if one of our methods is asked for
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.worker.worker_base import WorkerBase
@@ -82,6 +85,7 @@ def install() -> None:
     wrap(EngineCore, "_initialize_kv_caches", _scratch_blocks)
     wrap(WorkerBase, "__init__", _worker)
     wrap(StatLoggerManager, "__init__", _stat_loggers)
+    wrap(Scheduler, "update_from_output", _update_from_output)
 
 
 def _cli_argument(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,9 +171,36 @@ def _worker(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         if _uses_us(vllm_config):
             install_runner_hooks(vllm_config.use_v2_model_runner)
+            wrap(type(self), "compile_or_warm_up_model", _warm_up)
         original(self, vllm_config, *args, **kwargs)
 
     return __init__
+
+
+def _warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_or_warm_up_model(self: Any) -> Any:
+        times = original(self)
+        if _uses_us(self.vllm_config):
+            _ours(self.model_runner).measure_costs(self.device)
+        return times
+
+    return compile_or_warm_up_model
+
+
+def _ours(runner: Any) -> Any:
+    """The drafter of a model runner that uses us."""
+    return (runner.speculator if hasattr(runner, "speculator") else runner.drafter).drafter
+
+
+def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        if _uses_us(self.vllm_config):
+            from clasp_vllm.engine.metrics import schedule_wanted
+
+            schedule_wanted(self, model_runner_output)
+        return original(self, scheduler_output, model_runner_output)
+
+    return update_from_output
 
 
 def _stat_loggers(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,8 +240,7 @@ def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
         output = original(self, *args, **kwargs)
         if not _uses_us(self.vllm_config):
             return output
-        ours = self.speculator if hasattr(self, "speculator") else self.drafter
-        return send_counts(ours.drafter.statistics, output)
+        return send_counts(_ours(self), output)
 
     return sample_tokens
 

@@ -16,12 +16,38 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
 
-from clasp_vllm.drafting.statistics import COUNTERS, DraftStatistics
+from clasp_vllm.drafting.drafter import Drafter
+from clasp_vllm.drafting.statistics import COUNTERS
 
 KEY = "layer_skip"
+WANTED = "layer_skip_wanted"  # draft tokens to schedule
 
 
-def send_counts(statistics: DraftStatistics, output: Any) -> Any:
+def schedule_wanted(scheduler: Any, output: ModelRunnerOutput) -> None:
+    """Have the scheduler make room for as many draft tokens as the drafter wants, from the next step on.
+
+    By vLLM's own table of draft lengths by batch size; what the user set there is the most.
+    """
+    slot = output.ec_connector_output
+    stats = slot.ec_connector_stats if slot is not None else None
+    if stats is None or WANTED not in stats.data:
+        return
+    wanted = stats.data.pop(WANTED)
+    if not stats.data:
+        slot.ec_connector_stats = None
+    config = scheduler.vllm_config
+    if config.parallel_config.data_parallel_size > 1:
+        return  # engines that run in step must verify alike
+    longest = getattr(scheduler, "_layer_skip_longest", None)
+    if longest is None:
+        longest = [scheduler.num_spec_tokens] * (scheduler.scheduler_config.max_num_seqs + 1)
+        if config.speculative_config.layer_skip.num_speculative_tokens_per_batch_size:
+            longest = scheduler.dynamic_sd_lookup
+        scheduler._layer_skip_longest = longest
+    scheduler.dynamic_sd_lookup = [min(most, wanted) for most in longest]
+
+
+def send_counts(drafter: Drafter, output: Any) -> Any:
     """Put what has been counted since the last call on a model runner's output, and return that."""
     # Where scheduling is asynchronous the output is on its way, inside another.
     outer = output
@@ -29,10 +55,15 @@ def send_counts(statistics: DraftStatistics, output: Any) -> Any:
         output = getattr(output, name, output)
     if not isinstance(output, ModelRunnerOutput):
         return outer
-    counts = statistics.take()
-    if not counts:
+    found: dict[str, Any] = {}
+    counts = drafter.statistics.take()
+    if counts:
+        found[KEY] = counts
+    if drafter.adaptive is not None and drafter.adaptive.padded:
+        found[WANTED] = drafter.adaptive.wanted
+    if not found:
         return outer
-    stats = ECConnectorOutput(ec_connector_stats=ECConnectorStats(data={KEY: counts}))
+    stats = ECConnectorOutput(ec_connector_stats=ECConnectorStats(data=found))
     sent = ModelRunnerOutput.with_ec_conn_output(output, stats)
     return sent if outer is output else outer
 

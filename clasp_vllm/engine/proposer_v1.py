@@ -15,7 +15,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from clasp_vllm.drafting.drafter import DraftBatch, Drafter
+from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import build_decoder, build_drafter, log_statistics, top_probability
 
 
@@ -36,7 +37,14 @@ class LayerSkipProposer(DraftModelProposer):
     def initialize_attn_backend(
         self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None
     ) -> None:
-        self.drafter, attention = build_drafter(self.vllm_config, kv_cache_config, self.decoder, self.device)
+        self.drafter, attention = build_drafter(
+            self.vllm_config,
+            kv_cache_config,
+            self.model,
+            self.decoder,
+            self.device,
+            padded=self.runner.use_async_scheduling,
+        )
         self.drafter.drop_stopped = (
             self.device.type == "cpu"
             and not self._enable_probabilistic_draft_probs
@@ -73,9 +81,12 @@ class LayerSkipProposer(DraftModelProposer):
         self._last_draft_probs = None
         num_reqs = common_attn_metadata.batch_size()
         drafts = next_token_ids.new_zeros(num_reqs, num_speculative_tokens, dtype=torch.int64)
+        request_ids = self.runner.input_batch.req_ids[:num_reqs]
+        ends = common_attn_metadata.query_start_loc_cpu[: num_reqs + 1].numpy()
+        self.drafter.observe(request_ids, ends[1:] - ends[:-1], num_rejected_tokens_gpu)
         # Rows that have not sampled yet (chunked prefill) neither draft nor write.
         rows = np.flatnonzero(~self.runner.discard_request_mask.np[:num_reqs])
-        if num_speculative_tokens == 0 or rows.size == 0:
+        if rows.size == 0:
             return drafts
 
         positions = common_attn_metadata.seq_lens[:num_reqs].long()
@@ -84,12 +95,14 @@ class LayerSkipProposer(DraftModelProposer):
         max_lengths = common_attn_metadata.seq_lens_cpu_upper_bound
         if max_lengths is None:
             max_lengths = torch.full((num_reqs,), self.max_model_len, dtype=torch.int32)
+        greedy = self.runner.input_batch.greedy_reqs
         batch = DraftBatch(
-            self.runner.input_batch.req_ids[:num_reqs],
+            request_ids,
             next_token_ids,
             positions,
             common_attn_metadata.block_table_tensor[:num_reqs],
             max_lengths[:num_reqs] + 1,
+            np.array([request_id not in greedy for request_id in request_ids]),
         ).select(rows)
 
         probs: list[Tensor] = []
@@ -115,7 +128,7 @@ class LayerSkipProposer(DraftModelProposer):
         if probs:
             self._last_draft_probs = self._draft_probs(probs, on_device, drafts)
         log_statistics(self.drafter)
-        if probs or self.runner.use_async_scheduling or not self.drafter.options.draft_exit_threshold:
+        if self.runner.use_async_scheduling:
             return drafts
         # The scheduler is waiting for the tokens: give it no more than are worth verifying.
         for row, ids, length in zip(rows, tokens.tolist(), lengths.tolist(), strict=True):

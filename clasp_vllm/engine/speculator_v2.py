@@ -14,7 +14,8 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from clasp_vllm.drafting.drafter import DraftBatch, Drafter
+from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import build_decoder, build_drafter, log_statistics, top_probability
 
 
@@ -42,7 +43,9 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     ) -> None:
         # The base class would build metadata for draft layers, of which there are none.
         self.block_tables = block_tables
-        self.drafter, attention = build_drafter(self.vllm_config, kv_cache_config, self.decoder, self.device)
+        self.drafter, attention = build_drafter(
+            self.vllm_config, kv_cache_config, self.model, self.decoder, self.device, padded=True
+        )
         self.attn_groups = attention.attn_groups
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -86,7 +89,11 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         # run the block tables are stale.
         computed = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
         rows = np.flatnonzero(computed[:num_reqs] >= input_batch.prefill_len_np[:num_reqs])
-        if dummy_run or num_tokens == 0 or rows.size == 0:
+        if dummy_run:  # nor is there anything to learn
+            return drafts.zero_()
+        scheduled = input_batch.num_scheduled_tokens[:num_reqs]
+        self.drafter.observe(input_batch.req_ids, scheduled, num_rejected)
+        if rows.size == 0:
             return drafts.zero_()
 
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds)

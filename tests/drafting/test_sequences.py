@@ -4,8 +4,8 @@ import torch
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.skipping.mask import layers_mask
 
-INITIAL = layers_mask(4, [1])
-FOUND = layers_mask(4, [2, 3])
+INITIAL = layers_mask(4, [1])[None]
+FOUND = layers_mask(4, [2, 3])[None]
 
 
 def table(capacity: int = 3) -> SequenceTable:
@@ -16,13 +16,13 @@ def test_new_sequences_start_with_the_initial_mask():
     sequences = table()
     slots = sequences.slots(["a", "b"])
     assert len(set(slots.tolist())) == 2
-    assert torch.equal(sequences.masks[slots], INITIAL.repeat(2, 1, 1))
+    assert torch.equal(sequences.masks[slots], INITIAL.repeat(2, 1, 1, 1))
 
 
 def test_a_reused_slot_starts_afresh():
     sequences = table(2)
     slots = sequences.slots(["a", "b"])
-    sequences.set_masks(["a", "b"], FOUND.repeat(2, 1, 1))
+    sequences.set_masks(["a", "b"], FOUND.repeat(2, 1, 1, 1))
     sequences.advance(slots, np.array([0, 1]))
     sequences.slots(["b"])  # a is now the one seen longest ago
     slot = sequences.slots(["c"])
@@ -76,12 +76,12 @@ def test_version_changes_with_every_mask():
 
 
 def test_the_initial_mask_is_that_of_sequences_without_their_own():
-    table = SequenceTable(3, torch.zeros(4, 2, dtype=torch.bool))
+    table = SequenceTable(3, torch.zeros(1, 4, 2, dtype=torch.bool))
     slots = table.slots(["a", "b"])
     table.advance(slots, renewed=np.array([0]))
-    own = torch.ones(1, 4, 2, dtype=torch.bool)
+    own = torch.ones(1, 1, 4, 2, dtype=torch.bool)
     table.set_masks(["a"], own)
-    version, mask = table.version, torch.eye(4, 2).bool()
+    version, mask = table.version, torch.eye(4, 2).bool()[None]
     table.set_initial_mask(mask)
     assert table.version > version
     assert torch.equal(table.masks[slots[0]], own[0])
@@ -91,13 +91,13 @@ def test_the_initial_mask_is_that_of_sequences_without_their_own():
 
 def test_new_sequences_spread_once_an_average_is_known():
     """The first are due at once; later ones wait, each differently, for up to the interval."""
-    many = SequenceTable(100, torch.zeros(4, 2, dtype=torch.bool))
+    many = SequenceTable(100, torch.zeros(1, 4, 2, dtype=torch.bool))
     assert len(many.due(many.slots(["a", "b"]), interval=20, limit=8)) == 2
     many.spread = 20
     slots = many.slots([str(i) for i in range(40)])
     assert sorted(set(many.age[slots].tolist())) == list(range(21))
     assert 1 <= len(many.due(slots, interval=20, limit=100)) <= 4
-    other = SequenceTable(100, torch.zeros(4, 2, dtype=torch.bool))
+    other = SequenceTable(100, torch.zeros(1, 4, 2, dtype=torch.bool))
     other.spread = 20
     assert (other.age[other.slots([str(i) for i in range(40)])] == many.age[slots]).all()
     for _ in range(20):
@@ -109,7 +109,7 @@ def test_new_sequences_spread_once_an_average_is_known():
 
 
 def test_a_reused_slot_has_no_mask_of_its_own():
-    table = SequenceTable(1, torch.zeros(4, 2, dtype=torch.bool))
+    table = SequenceTable(1, torch.zeros(1, 4, 2, dtype=torch.bool))
     table.advance(table.slots(["a"]), renewed=np.array([0]))
     assert table.has_own.tolist() == [True]
     table.slots(["b"])

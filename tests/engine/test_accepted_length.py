@@ -12,6 +12,7 @@ def served(prompts: list[str]) -> list[tuple[list[int], list[int], int, int]]:
     """Of each prompt, one by one: its tokens, those generated, and the counts of drafts and accepted."""
     config = {
         "method": "clasp",
+        "adaptive": False,
         "num_skipped_layers": SETTINGS.num_skipped,
         "num_speculative_tokens": SETTINGS.num_tokens,
         "draft_exit_threshold": SETTINGS.threshold,

@@ -6,6 +6,7 @@ from engines import engine_process, generate, running
 PROMPTS = [{"prompt_token_ids": [1, *range(i, i + 3 * i)]} for i in range(3, 11)]
 CLASP = {
     "method": "clasp",
+    "adaptive": False,
     "num_speculative_tokens": 3,
     "optimization_interval": 2,
     "num_skipped_layers": 2,

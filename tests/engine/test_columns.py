@@ -11,6 +11,7 @@ from engines import DEMO_MODEL, PROMPTS, drafter, engine_process, generate, runn
 
 CLASP = {
     "method": "clasp",
+    "adaptive": False,
     "num_speculative_tokens": 4,
     "optimization_interval": 3,
     "num_skipped_layers": 10,

@@ -14,6 +14,7 @@ VOCAB = 12
 PROMPT = [1, 5, 3, 7, 4]
 CLASP = {
     "method": "clasp",
+    "adaptive": False,
     "num_speculative_tokens": 3,
     "num_skipped_layers": 2,
     "optimization_interval": 2,

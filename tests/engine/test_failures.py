@@ -7,6 +7,7 @@ from engines import PROMPTS, Outcome, drafter, engine_process, generate, running
 
 CLASP = {
     "method": "clasp",
+    "adaptive": False,
     "num_speculative_tokens": 4,
     "optimization_interval": 2,
     "max_optimized_requests": 2,

@@ -8,6 +8,7 @@ from engines import DEMO_MODEL, PROMPTS, engine_process, generate, running, tiny
 
 CLASP = {
     "method": "clasp",
+    "adaptive": False,
     "num_speculative_tokens": 5,
     "optimization_interval": 3,
     "max_optimized_requests": 2,

@@ -7,6 +7,7 @@ from engines import PROMPTS, Outcome, drafter, engine_process, generate, running
 
 HALF = {
     "method": "clasp",
+    "adaptive": False,
     "num_speculative_tokens": 5,
     "optimization_interval": 4,
     "draft_exit_threshold": 0.0,

@@ -7,6 +7,7 @@ from engines import PROMPTS, drafter, engine_process, generate, running
 
 CLASP = {
     "method": "clasp",
+    "adaptive": False,
     "num_speculative_tokens": 4,
     "optimization_interval": 3,
     "max_optimized_requests": 2,
@@ -37,7 +38,7 @@ def passes(
         ours.run_programme = run_programme
         tokens = [generate(llm, [prompt], max_tokens=24).token_ids[0] for prompt in PROMPTS[:3]]
         tokens += generate(llm, PROMPTS[3:7], max_tokens=24).token_ids
-        initial = ours.sequences.initial_mask[:, 0].tolist()
+        initial = ours.sequences.initial_mask[0, :, 0].tolist()
     return found, tokens, initial
 
 

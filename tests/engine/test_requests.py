@@ -5,6 +5,7 @@ from engines import PROMPTS, engine_process, running
 
 CLASP = {
     "method": "clasp",
+    "adaptive": False,
     "num_speculative_tokens": 5,
     "optimization_interval": 2,
     "max_optimized_requests": 3,

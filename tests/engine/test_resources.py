@@ -5,6 +5,7 @@ from engines import PROMPTS, drafter, engine_process, generate, model_runner, ru
 
 CLASP = {
     "method": "clasp",
+    "adaptive": False,
     "num_speculative_tokens": 4,
     "num_skipped_layers": 10,
     "max_optimized_requests": 3,

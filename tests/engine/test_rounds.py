@@ -5,6 +5,7 @@ from engines import PROMPTS, drafter, engine_process, generate, running
 
 MIXED = {
     "method": "clasp",
+    "adaptive": False,
     "num_speculative_tokens": 4,
     "optimization_interval": 3,
     "max_optimized_requests": 3,

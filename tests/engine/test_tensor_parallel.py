@@ -7,6 +7,7 @@ from engines import PROMPTS, engine_process, generate, running
 
 CLASP = {
     "method": "clasp",
+    "adaptive": False,
     "num_speculative_tokens": 4,
     "optimization_interval": 2,
     "draft_exit_threshold": 0.3,
@@ -75,3 +76,47 @@ def test_ranks_agree(runner, monkeypatch):
     # Rank 0 overrules: the same masks, and so the same drafts, as without the disagreement.
     assert forced_masks[0] == forced_masks[1] == masks[0]
     assert forced == clasp
+
+
+def watch(worker) -> None:
+    """Keep what this rank chooses. Rank 0 sees drafts that cost little, rank 1 drafts that never pay."""
+    controller = _drafter(worker).adaptive
+    original = controller.choose
+    controller.chosen = []
+    controller._scales["draft_scale"] = 0.01  # as rank 0 shares it from its first pass on
+
+    def choose(*args):
+        controller.corrections.scales["draft_scale"] = 50.0 if worker.rank else 0.01
+        choice = original(*args)
+        controller.chosen.append((choice.length, choice.budget, choice.shared))
+        return choice
+
+    controller.choose = choose
+
+
+def chosen_by(worker) -> list[tuple]:
+    return _drafter(worker).adaptive.chosen
+
+
+def adaptive(speculative_config: object) -> tuple:
+    settings = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 8}
+    with running(speculative_config=speculative_config, **settings) as llm:
+        if speculative_config:
+            llm.collective_rpc(watch)
+        outcome = generate(llm, PROMPTS[:6], max_tokens=24)
+        return outcome, llm.collective_rpc(chosen_by) if speculative_config else None
+
+
+@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
+def test_ranks_choose_alike(runner, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(os.path.dirname(__file__))]))
+    if runner == "v2":
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with engine_process(runner) as call:
+        plain, _ = call(adaptive, None)
+        clasp, chosen = call(adaptive, CLASP | {"adaptive": True})
+    assert clasp.token_ids == plain.token_ids
+    assert chosen[0] == chosen[1]
+    assert any(length for length, *_ in chosen[0])

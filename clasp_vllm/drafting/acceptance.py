@@ -1,0 +1,92 @@
+"""How often draft tokens are accepted, by budget and by sequence: evidence that costs nothing.
+
+Every optimisation pass ends with one state for each budget. Whether the head makes the same token of
+it as of the full model's scores all budgets at once. Verification scores the budget in use, for each
+sequence. Both meet in a logistic model: the acceptance of a sequence at a budget is the curve over
+budgets, moved by an offset of the sequence that verification corrects. A pass judges masks by the token
+they were found on, so its curve is too good; the offsets, of which new sequences inherit the mean, know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+RATE = 0.15  # how far one draft token moves its sequence's offset
+OVERALL_RATE = 0.01  # and the mean, and the difference that sharing a mask makes
+FORGET = 1 / 64  # what passes forget of the curve, for each sequence optimised
+PRIOR_PASSES = 2.0  # how many the first guess of the curve counts for
+LIMIT = 6.0  # of the offsets
+
+
+class AcceptanceEvidence:
+    """Decaying averages, on the host. Sequences go by the slots of the ``SequenceTable``."""
+
+    def __init__(self, capacity: int, skipped: Sequence[int], num_layers: int) -> None:
+        """``skipped``: [budgets] the layers that each budget skips, ascending."""
+        # A guess, until there is evidence: a token is lost for sure when every layer is skipped.
+        self._curve = 0.95 - 0.6 * np.asarray(skipped, dtype=np.float64) / num_layers
+        self._trials = PRIOR_PASSES
+        self.offset = np.zeros(capacity)
+        self.overall = np.zeros(2)  # of greedy and of sampling sequences
+        self.sharing = 0.0
+        self.going_on = 0.95
+
+    def start(self, slot: int, sampling: bool = False) -> None:
+        """A new sequence has got the slot."""
+        self.offset[slot] = self.overall[int(sampling)]
+
+    def add_pass(self, agree: np.ndarray) -> None:
+        """``agree``: [rows, budgets] bool, the budget's state predicts the full model's token."""
+        for row in agree.astype(np.float64):
+            self._trials = min(self._trials + 1, 1 / FORGET)
+            self._curve += (row - self._curve) / self._trials
+
+    def add_verified(
+        self,
+        slots: np.ndarray,
+        sampling: np.ndarray,
+        budget: int,
+        shared: bool,
+        accepted: np.ndarray,
+        refused: np.ndarray,
+    ) -> None:
+        """What verification said of drafts made by skipping.
+
+        Args:
+            slots: [rows] int64.
+            sampling: [rows] bool.
+            budget: the one in use.
+            shared: whether a shared mask was.
+            accepted: [rows] int64 draft tokens accepted.
+            refused: [rows] bool, whether a token was refused after these.
+        """
+        for kind in (False, True):
+            rows = sampling == kind
+            if not rows.any():
+                continue
+            expected = self.acceptance(slots[rows])[int(shared), :, budget]
+            error = accepted[rows] * (1 - expected) - refused[rows] * expected
+            np.add.at(self.offset, slots[rows], RATE * error)
+            self.overall[int(kind)] += OVERALL_RATE * error.sum()
+            if shared:
+                self.sharing += OVERALL_RATE * error.sum()
+        np.clip(self.offset, -LIMIT, LIMIT, out=self.offset)
+        np.clip(self.overall, -LIMIT, LIMIT, out=self.overall)
+        self.sharing = float(np.clip(self.sharing, -LIMIT, 1.0))
+
+    def add_lengths(self, went_on: int, stopped: int) -> None:
+        """Of draft tokens that were not the last allowed, how many drafting went on after."""
+        for _ in range(min(went_on + stopped, 64)):
+            self.going_on += 0.002 * (went_on / (went_on + stopped) - self.going_on)
+
+    def acceptance(self, slots: np.ndarray) -> Array:
+        """[2, rows, budgets]: of a draft token, with each sequence's own mask and with a shared one."""
+        curve = np.minimum.accumulate(np.clip(self._curve, 0.02, 0.98))  # skipping more is never better
+        own = np.log(curve / (1 - curve)) + self.offset[slots, None]
+        found: Array = 1 / (1 + np.exp(-np.stack((own, own + self.sharing))))
+        return found

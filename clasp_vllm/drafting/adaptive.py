@@ -1,0 +1,168 @@
+"""The controller of a drafter: its evidence, what passes have been seen to cost, and what it chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clasp_vllm.drafting.acceptance import AcceptanceEvidence
+from clasp_vllm.drafting.outcomes import Drafts, Outcomes
+from clasp_vllm.drafting.timing import CostCorrections, Mark
+from clasp_vllm.skipping.controller import (
+    WORTH_IT,
+    Choice,
+    PassCosts,
+    Probes,
+    choose,
+    rounds_between_passes,
+)
+
+OFF_CHECK = 8  # steps without speculation until the same number of rows is thought over again
+MASKS_TO_SHARE = 2  # rows from which on
+
+
+class AdaptiveDrafting:
+    """Chooses the budget, the draft length, shared masks and how often to optimise, each round."""
+
+    def __init__(
+        self,
+        capacity: int,
+        budgets: Sequence[int],
+        num_layers: int,
+        longest: int,
+        interval: int | None,
+        sharing: bool,
+        padded: bool,
+        ranks: int,
+    ) -> None:
+        """
+        Args:
+            capacity: sequences, by the slots of the ``SequenceTable``.
+            budgets: the numbers of layers to skip that there are to choose from, ascending.
+            longest: draft tokens at most.
+            interval: rounds between two passes for a sequence, where that is fixed.
+            sharing: whether masks may be shared.
+            padded: whether drafts that stop early are verified in full length all the same.
+            ranks: that run the layers together. They must choose alike, so with more than one
+                corrections of costs wait until rank 0 shares its own.
+        """
+        self.evidence = AcceptanceEvidence(capacity, budgets, num_layers)
+        self.outcomes = Outcomes(self.evidence)
+        self.corrections = CostCorrections()
+        self.costs: PassCosts | None = None  # as measured at start-up
+        self.last: Choice | None = None
+        # Draft tokens that the next round should have room for. Where the scheduler makes room ahead of time
+        # (``padded``) it has to be told.
+        self.wanted = longest
+        self.padded = padded
+        self._longest = longest
+        self._probing = False
+        self._shares = ranks > 1
+        self._scales = dict(self.corrections.scales) if self._shares else self.corrections.scales
+        self._budgets = budgets
+        self._num_layers = num_layers
+        self._interval = interval
+        self._sharing = sharing
+        self._probes = Probes()
+        self._off_rows, self._off_steps = 0, 0
+        self._running: frozenset[str] = frozenset()  # the requests of the last round
+        self._ended: Mark | None = None  # the last round
+
+    def observe(self, request_ids: Sequence[str], lengths: np.ndarray, rejected: Tensor | None) -> None:
+        """Take in the engine's step: see ``Drafter.observe``."""
+        self.outcomes.verified(request_ids, lengths - 1, rejected)
+        self.corrections.settle()
+        assert self.costs is not None
+        # Steps with prefill are of another kind, and between batches the engine may have waited.
+        if self._ended is not None and self._running.issuperset(request_ids):
+            predicted = self.forward_seconds(int(lengths.sum()), self._num_layers)
+            now = Mark(self._ended.device)
+            self.corrections.add("verify_scale", predicted, self._ended, now)
+
+    def end_round(self, request_ids: Sequence[str], mark: Mark) -> None:
+        """A round has ended, with drafts or without."""
+        self._running, self._ended = frozenset(request_ids), mark
+
+    def forward_seconds(self, rows: int, layers: float) -> float:
+        """Of a forward pass, without correction."""
+        assert self.costs is not None
+        return float(self.costs.forward(rows, layers))
+
+    def drafted(
+        self, drafts: Drafts, marks: tuple[Mark, Mark, Mark], predicted: float, optimized: int
+    ) -> None:
+        """Remember a round's drafts until they are verified, and compare what it took with the costs.
+
+        Args:
+            marks: the start of the round, the end of its optimisation pass, and its end.
+            predicted: seconds of the draft steps.
+            optimized: rows of the pass; 0 = there was none.
+        """
+        self.outcomes.drafted(drafts)
+        if predicted:
+            self.corrections.add("draft_scale", predicted, *marks[1:])
+        if optimized:
+            assert self.costs is not None
+            seconds = self.costs.optimize(optimized, self._num_layers, self._budgets[-1])
+            self.corrections.add("pass_scale", seconds, *marks[:2])
+
+    def choose(self, slots: np.ndarray, masks: Tensor, shared_mask: Tensor, allowed: int) -> Choice:
+        """What to do in this round; of length 0 where plain decoding is better.
+
+        Args:
+            slots: [rows] int64.
+            masks: [capacity, budgets, num_layers, 2] bool, each sequence's own.
+            shared_mask: [budgets, num_layers, 2] bool.
+            allowed: draft tokens that there is room for in this round.
+        """
+        assert self.costs is not None
+        rows = len(slots)
+        costs = self.costs.scaled(self._scales)
+        choice = self.last
+        if choice is None or rows != self._off_rows or self._off_steps % OFF_CHECK == 0:
+            kept = torch.stack((masks[torch.from_numpy(slots)].all(0), shared_mask)).logical_not_()
+            layers = kept.flatten(2).sum(2).double().numpy() / 2  # [2, budgets]
+            acceptance = self.evidence.acceptance(slots)
+            if not self._sharing or rows < MASKS_TO_SHARE:
+                acceptance[1] = 0.0
+            going_on = self.evidence.going_on
+            choice = choose(costs, self._num_layers, acceptance, layers, going_on, self._longest, self.padded)
+            self.last = choice
+        worth_it = choice.ratio >= WORTH_IT
+        if not worth_it and not self._probing:
+            self._probing = self._probes.due(choice, float(costs.verify(rows, self._num_layers)))
+        self.wanted = choice.length if worth_it or self._probing else 0
+        if self.wanted and allowed:
+            self._off_rows = self._off_steps = 0
+            self._probing = False
+            return replace(choice, length=min(choice.length, allowed))
+        self._off_rows, self._off_steps = rows, self._off_steps + 1
+        return replace(choice, length=0)
+
+    def rounds_between_passes(self, choice: Choice, rows: int) -> int:
+        """How often a sequence's layers are chosen anew."""
+        if self._interval is not None:
+            return self._interval
+        assert self.costs is not None
+        costs = self.costs.scaled(self._scales)
+        kept = self._num_layers - self._budgets[choice.budget]
+        return rounds_between_passes(costs, self._num_layers, self._budgets[-1], choice, rows, kept)
+
+    def findings(self, agree: Tensor) -> Tensor:
+        """What an optimisation pass found, and this rank's corrections, to share: a float32 vector.
+
+        ``agree``: [rows, budgets] bool, the budget's state predicts the full model's token.
+        """
+        scales = torch.tensor([*self.corrections.scales.values()], device=agree.device)
+        return torch.cat((agree.float().flatten(), scales))
+
+    def learn(self, findings: np.ndarray) -> None:
+        """Take in what a pass found, as shared by rank 0."""
+        count = len(self._scales)
+        if self._shares:
+            self._scales.update(zip(self._scales, findings[-count:].tolist(), strict=True))
+        self.evidence.add_pass(findings[:-count].reshape(-1, len(self._budgets)) > 0.5)

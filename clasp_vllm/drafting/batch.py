@@ -1,0 +1,82 @@
+"""What drafting takes from the engine: a batch of sequences, and attention over their paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class PagedAttention(Protocol):
+    """What drafting needs of the engine's attention."""
+
+    max_model_len: int  # tokens that the cache holds of one sequence at most
+    max_rows: int  # of one pass
+    block_size: int  # tokens in a block
+    scratch_block: int  # a block that the scheduler does not know of, if there are any
+
+    def decode(
+        self, positions: Tensor, block_table: Tensor, max_lengths: Tensor
+    ) -> AbstractContextManager[None]:
+        """A forward context for one query token per row.
+
+        Each row attends to, and writes the key and value of, its position in the blocks of its row
+        of ``block_table`` ([rows, width] int32); ``max_lengths`` ([rows] int32, on the host) bounds
+        positions + 1 from above. Positions from ``max_model_len`` on write nothing.
+        """
+        ...
+
+    def copy_blocks(self, layer: int, source: Tensor, target: Tensor) -> None:
+        """Copy block ``source[i]`` over blocks ``target[i]`` ([n] and [n, copies] int64) of a layer.
+
+        The blocks of each row of ``target`` are consecutive.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DraftBatch:
+    """The sequences to draft for: those that have just sampled a token.
+
+    Attributes:
+        request_ids: [rows] names of the sequences.
+        tokens: [rows] int, each sequence's last sampled token.
+        positions: [rows] int64, the position of that token.
+        block_table: [rows, width] int32.
+        max_lengths: [rows] int32 on the host, at least positions + 1.
+        sampling: [rows] bool on the host, whether the request samples; None: not known.
+    """
+
+    request_ids: Sequence[str]
+    tokens: Tensor
+    positions: Tensor
+    block_table: Tensor
+    max_lengths: Tensor
+    sampling: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.request_ids)
+
+    def select(self, rows: np.ndarray) -> DraftBatch:
+        """The given rows."""
+        if len(rows) == len(self) and (rows == np.arange(len(self))).all():
+            return self
+        on_device = index(rows, self.tokens.device)
+        return DraftBatch(
+            [self.request_ids[row] for row in rows],
+            self.tokens[on_device],
+            self.positions[on_device],
+            self.block_table[on_device],
+            self.max_lengths[torch.from_numpy(rows)],
+            None if self.sampling is None else self.sampling[rows],
+        )
+
+
+def index(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Rows, or anything else of the host, on the device."""
+    return torch.from_numpy(rows).to(device, non_blocking=True)

@@ -1,0 +1,100 @@
+"""The controller in the engine: lossless whatever it chooses, off when it says so, nothing left behind."""
+
+import pytest
+from engines import PROMPTS, Outcome, drafter, engine_process, generate, running
+
+CLASP = {"method": "clasp", "num_speculative_tokens": 4, "max_optimized_requests": 1}
+SETTINGS = {"max_num_seqs": 8}
+
+
+def plain_outcome() -> Outcome:
+    with running(**SETTINGS) as llm:
+        return generate(llm, PROMPTS[:10], max_tokens=32)
+
+
+def adaptive_outcome(config: dict) -> tuple[Outcome, list[tuple]]:
+    """What was generated and what was chosen, with a controller whose costs change as it serves.
+
+    Drafts seem to cost nothing for six rounds, then more than they could ever be worth for six, and so on.
+    """
+    chosen: list[tuple] = []
+    with running(speculative_config=config, **SETTINGS) as llm:
+        controller = drafter(llm).adaptive
+        original = controller.choose
+
+        def choose(*args):
+            dear = len(chosen) // 6 % 2 == 1
+            controller.corrections.scales["draft_scale"] = 1e6 if dear else 1e-6
+            choice = original(*args)
+            chosen.append((dear, choice.length, choice.budget, choice.shared))
+            return choice
+
+        controller.choose = choose
+        outcome = generate(llm, PROMPTS[:10], max_tokens=32)
+    return outcome, chosen
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def call(request):
+    with engine_process(request.param) as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
+def plain(call) -> Outcome:
+    return call(plain_outcome)
+
+
+def test_switching_on_and_off_in_the_middle_of_requests(call, plain):
+    outcome, chosen = call(adaptive_outcome, CLASP)
+    assert outcome.token_ids == plain.token_ids
+    assert outcome.num_accepted_tokens > 0
+    lengths = {dear: [length for d, length, *_ in chosen if d == dear] for dear in (False, True)}
+    assert max(lengths[False]) > 0
+    # Considered again every few steps, and speculation that was under way ends first.
+    assert lengths[True].count(0) > len(lengths[True]) / 2
+    assert len({budget for _, length, budget, _ in chosen if length}) > 1
+
+
+def test_masks_are_shared_when_that_pays(call, plain):
+    outcome, chosen = call(adaptive_outcome, CLASP | {"num_skipped_layers": 12})
+    assert outcome.token_ids == plain.token_ids
+    assert any(shared for _, length, _, shared in chosen if length)
+
+
+def left_over(config: dict) -> tuple[int, int, int]:
+    """Slots, plans and remembered drafts after more requests than fit at once, and the capacity."""
+    with running(speculative_config=config, max_num_seqs=2) as llm:
+        ours = drafter(llm)
+        generate(llm, PROMPTS[:8], max_tokens=8)
+        return (
+            len(ours.sequences),
+            len(ours.adaptive.evidence.offset),
+            len(ours.adaptive.corrections._pending),
+        )
+
+
+def test_nothing_is_kept_of_finished_requests():
+    with engine_process("v1") as call:
+        slots, offsets, pending = call(left_over, CLASP)
+    assert slots == offsets == 2
+    assert pending < 8
+
+
+def off_from_the_start(config: dict) -> tuple[Outcome, int, int]:
+    """With drafts that could never pay: what was generated, rounds with drafts and without."""
+    with running(speculative_config=config, **SETTINGS) as llm:
+        ours = drafter(llm)
+        ours.adaptive.corrections.scales["draft_scale"] = 1e9
+        outcome = generate(llm, PROMPTS[:10], max_tokens=32)
+        return outcome, ours.statistics.total.rounds, ours.statistics.total.plain_steps
+
+
+def test_off_means_off(call, plain):
+    """Not one draft step, not one optimisation pass, and nothing verified but room made before it was off."""
+    outcome, rounds, plain_steps = call(off_from_the_start, CLASP)
+    assert outcome.token_ids == plain.token_ids
+    assert rounds == 0
+    assert plain_steps >= 32
+    assert outcome.num_accepted_tokens == 0
+    assert outcome.num_draft_tokens <= 8 * 4

@@ -1,0 +1,141 @@
+"""The decision alone: what promises the most tokens per second."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clasp_vllm.skipping.controller import (
+    INTERVALS,
+    PROBE_SHARE,
+    WORTH_IT,
+    Choice,
+    PassCosts,
+    Probes,
+    choose,
+    rounds_between_passes,
+)
+
+NUM_LAYERS = 24
+BUDGETS = np.arange(1, 17)
+# Memory-bound up to about eight rows, like two cores with half a billion parameters.
+COSTS = PassCosts(
+    rows=(1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+    layer=(1.6e-3, 1.7e-3, 1.8e-3, 2.0e-3, 2.5e-3, 4.0e-3),
+    besides=(1.5e-3, 1.5e-3, 1.6e-3, 2.0e-3, 2.5e-3, 4.0e-3),
+)
+
+
+def decide(
+    alpha: float, rows: int = 1, costs: PassCosts = COSTS, budgets=BUDGETS, longest: int = 8
+) -> Choice:
+    """All rows and budgets accepted alike, nothing shared."""
+    acceptance = np.stack((np.full((rows, len(budgets)), alpha), np.zeros((rows, len(budgets)))))
+    layers = np.stack((NUM_LAYERS - budgets, NUM_LAYERS - budgets)).astype(float)
+    return choose(costs, NUM_LAYERS, acceptance, layers, 1.0, longest)
+
+
+probability = st.floats(0.01, 0.99)
+row_counts = st.integers(1, 32)
+
+
+@given(probability, probability, row_counts, st.integers(1, 23))
+def test_more_acceptance_never_shortens_drafts(a, b, rows, budget):
+    low, high = sorted((a, b))
+    budgets = np.array([budget])
+    fewer, more = decide(low, rows, budgets=budgets), decide(high, rows, budgets=budgets)
+    assert more.length >= fewer.length
+    assert more.ratio >= fewer.ratio - 1e-12
+
+
+@given(probability, row_counts, st.integers(1, 23), st.floats(1.0, 4.0))
+def test_dearer_drafts_are_never_longer(alpha, rows, budget, factor):
+    budgets = np.array([budget])
+    dear = COSTS.scaled({"verify_scale": 1.0, "draft_scale": factor, "pass_scale": 1.0})
+    usual, dearer = decide(alpha, rows, budgets=budgets), decide(alpha, rows, dear, budgets)
+    assert dearer.length <= usual.length
+    assert dearer.ratio <= usual.ratio + 1e-12
+
+
+@given(st.floats(0.0, 0.05), row_counts)
+def test_what_cannot_gain_is_not_worth_it(alpha, rows):
+    assert decide(alpha, rows).ratio < WORTH_IT
+
+
+def test_drafts_as_dear_as_the_model_never_pay():
+    layers = np.full((2, 1), float(NUM_LAYERS))
+    found = choose(COSTS, NUM_LAYERS, np.full((2, 1, 1), 0.999), layers, 1.0, 8)
+    assert found.ratio < WORTH_IT
+
+
+@given(probability, row_counts, st.integers(1, 8))
+def test_the_ratio_is_that_of_tokens_per_second(alpha, rows, longest):
+    found = decide(alpha, rows, longest=longest)
+    assert 1 <= found.length <= longest
+    assert rows < found.tokens <= rows * (1 + found.length)
+    drafting = found.length * COSTS.draft(rows, NUM_LAYERS - BUDGETS[found.budget])
+    seconds = drafting + COSTS.verify(rows * (1 + found.length), NUM_LAYERS)
+    assert found.seconds == pytest.approx(float(seconds))
+    plain = float(COSTS.verify(rows, NUM_LAYERS))
+    assert found.ratio == pytest.approx(found.tokens / rows * plain / found.seconds)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_it_is_the_best_of_all(rows):
+    """Against trying every way, with early exit, by loops."""
+    random = np.random.default_rng(0)
+    acceptance = random.uniform(0.1, 0.95, (2, rows, 3))
+    layers = np.array([[20.0, 15.0, 12.0], [18.0, 12.0, 8.0]])
+    going_on = 0.8
+
+    def ratio(shared: int, budget: int, length: int) -> float:
+        tokens, seconds, drafted = float(rows), 0.0, 0.0
+        for k in range(length):
+            stays = going_on**k
+            some = 1 - (1 - stays) ** rows
+            seconds += some * float(COSTS.draft(max(1.0, rows * stays / some), layers[shared, budget]))
+            drafted += rows * stays
+            tokens += sum(alpha ** (k + 1) * stays for alpha in acceptance[shared, :, budget])
+        seconds += float(COSTS.verify(rows + drafted, NUM_LAYERS))
+        return tokens / rows * float(COSTS.verify(rows, NUM_LAYERS)) / seconds
+
+    ways = [(shared, budget, k) for shared in (0, 1) for budget in range(3) for k in range(1, 7)]
+    found = choose(COSTS, NUM_LAYERS, acceptance, layers, going_on, 6)
+    assert (int(found.shared), found.budget, found.length) == max(ways, key=lambda way: ratio(*way))
+    assert found.ratio == pytest.approx(max(ratio(*way) for way in ways))
+
+
+def test_padded_drafts_cost_their_full_length():
+    acceptance, layers = np.full((2, 4, 1), 0.9), np.full((2, 1), 8.0)
+    short = choose(COSTS, NUM_LAYERS, acceptance, layers, 0.9, 8)
+    padded = choose(COSTS, NUM_LAYERS, acceptance, layers, 0.9, 8, padded=True)
+    assert short.length > 1
+    assert padded.length <= short.length
+    assert padded.ratio < short.ratio
+
+
+@given(st.floats(0.5, 200), st.integers(0, 32))
+def test_costs_lie_on_lines_between_and_beyond_those_measured(rows, layers):
+    cost = float(COSTS.forward(rows, layers))
+    assert cost >= float(COSTS.forward(1, layers)) - 1e-12
+    assert cost <= float(COSTS.forward(rows + 1, layers)) + 1e-12
+    assert float(COSTS.forward(48, 10)) == pytest.approx(
+        float(COSTS.forward(32, 10)) + (float(COSTS.forward(32, 10)) - float(COSTS.forward(16, 10)))
+    )
+
+
+def test_probes_lose_no_more_than_their_share():
+    probes, choice, plain = Probes(), decide(0.3, 16), float(COSTS.verify(16, NUM_LAYERS))
+    steps = 5000
+    done = sum(probes.due(choice, plain) for _ in range(steps))
+    assert done > 0
+    assert done * (choice.seconds - plain) <= PROBE_SHARE * steps * plain
+
+
+def test_passes_take_their_share_of_the_time():
+    one, eight = decide(0.8, 1), decide(0.8, 8)
+    every = rounds_between_passes(COSTS, NUM_LAYERS, 16, one, 1, 8.0)
+    assert INTERVALS[0] <= every <= INTERVALS[1]
+    assert rounds_between_passes(COSTS, NUM_LAYERS, 16, eight, 8, 8.0) > every
+    dear = COSTS.scaled({"verify_scale": 1.0, "draft_scale": 1.0, "pass_scale": 3.0})
+    assert rounds_between_passes(dear, NUM_LAYERS, 16, one, 1, 8.0) > every
