@@ -4,6 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/install.sh test
 if [ $# -eq 0 ]; then
-    set -- -m "not slow" -n 2 --dist loadgroup --durations=25
+    set -- -m "not slow" -n 2 --dist loadfile --durations=25
 fi
 exec "${VENV:-.venv}/bin/python" -m pytest "$@"

@@ -1,7 +1,6 @@
 """Paths, the order of the tests (fast and pure ones first), and who shares a machine with whom.
 
-With ``pytest -n 2`` each worker's engines keep to a core of their own; a file's tests stay together,
-because they share engines, and so do those that start servers, because they look for free ports.
+With ``pytest -n 2 --dist loadfile`` each worker's engines keep to a core of their own.
 """
 
 import os
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SERVERS = ("test_server", "test_demo", "test_serving", "test_tensor_parallel", "test_data_parallel")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     core = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % (os.cpu_count() or 1)
@@ -18,7 +16,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = ["test_config", "skipping", "drafting", "test_cli", "engine", "test_server", "test_demo"]
 
@@ -27,6 +24,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, part in enumerate(order) if path.startswith(part)), -1)
 
     items.sort(key=rank)
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("servers" if name in SERVERS else name))
