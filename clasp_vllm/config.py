@@ -26,6 +26,8 @@ VLLM_KEYS = (
     "rejection_sample_method",
     "synthetic_acceptance_rates",
     "synthetic_acceptance_length",
+    "prompt_lookup_min",
+    "prompt_lookup_max",
 )
 
 
@@ -94,6 +96,18 @@ class LayerSkipConfig(BaseModel):
         description="clasp only: how much the choices of earlier passes count in the next (default 0.8); "
         "0 = each choice goes by one token alone, as in the paper.",
     )
+    ngram_cascade: bool | None = Field(
+        default=None,
+        description="Where a request's last tokens occurred in it before, verify what followed them there in "
+        "the place of drafts by skipping, if that promises more (vLLM's n-gram lookup). Needs adaptive, "
+        "greedy drafts, and Model Runner V1 without async scheduling, where it is on by default.",
+    )
+    prompt_lookup_min: int = Field(
+        default=2, ge=1, le=64, description="For ngram_cascade: the fewest tokens to look up (vLLM's key)."
+    )
+    prompt_lookup_max: int = Field(
+        default=4, ge=1, le=64, description="For ngram_cascade: the most tokens to look up (vLLM's key)."
+    )
     draft_exit_threshold: float = Field(
         default=0.3,
         ge=0,
@@ -138,6 +152,15 @@ class LayerSkipConfig(BaseModel):
                     f"{key}={getattr(self, key)!r} is only allowed with method: {allowed}, "
                     f"not with method: {self.method}"
                 )
+        if self.ngram_cascade and not self.is_adaptive:
+            raise ValueError("ngram_cascade=True needs adaptive: true")
+        if self.ngram_cascade and self.draft_sample_method != "greedy":
+            raise ValueError("ngram_cascade=True needs draft_sample_method: greedy")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min={self.prompt_lookup_min} is more than "
+                f"prompt_lookup_max={self.prompt_lookup_max}"
+            )
         if self.skip_layers is not None and len(set(self.skip_layers)) < len(self.skip_layers):
             raise ValueError(f"skip_layers={self.skip_layers!r} names a layer twice")
         return self
@@ -180,6 +203,12 @@ class LayerSkipConfig(BaseModel):
         """Whether the controller chooses how many layers to skip."""
         fixed = (self.skip_ratio, self.num_skipped_layers, self.skip_layers)
         return self.is_adaptive and self.method == "clasp" and all(key is None for key in fixed)
+
+    @property
+    def cascades(self) -> bool:
+        """Whether the context is looked up, where the engine allows it."""
+        possible = self.is_adaptive and self.draft_sample_method == "greedy"
+        return possible if self.ngram_cascade is None else self.ngram_cascade
 
     def budgets(self, num_layers: int) -> tuple[int, ...]:
         """The numbers of layers to skip that there are to choose from, ascending."""

@@ -20,6 +20,7 @@ RATE = 0.15  # how far one draft token moves its sequence's offset
 OVERALL_RATE = 0.01  # and the mean, and the difference that sharing a mask makes
 FORGET = 1 / 64  # what passes forget of the curve, for each sequence optimised
 PRIOR_PASSES = 2.0  # how many the first guess of the curve counts for
+LENGTHS_RATE = 0.002  # how far one draft token moves the estimate of drafting going on
 LIMIT = 6.0  # of the offsets
 
 
@@ -35,10 +36,13 @@ class AcceptanceEvidence:
         self.overall = np.zeros(2)  # of greedy and of sampling sequences
         self.sharing = 0.0
         self.going_on = 0.95
+        self.ngram_offset = np.zeros(capacity)
+        self.ngram_overall = 0.0
 
     def start(self, slot: int, sampling: bool = False) -> None:
         """A new sequence has got the slot."""
         self.offset[slot] = self.overall[int(sampling)]
+        self.ngram_offset[slot] = self.ngram_overall
 
     def add_pass(self, agree: np.ndarray) -> None:
         """``agree``: [rows, budgets] bool, the budget's state predicts the full model's token."""
@@ -79,10 +83,25 @@ class AcceptanceEvidence:
         np.clip(self.overall, -LIMIT, LIMIT, out=self.overall)
         self.sharing = float(np.clip(self.sharing, -LIMIT, 1.0))
 
+    def add_ngrams(self, slots: np.ndarray, accepted: np.ndarray, refused: np.ndarray) -> None:
+        """What verification said of n-grams of the context; arguments as above."""
+        expected = self.ngram_acceptance(slots)
+        error = accepted * (1 - expected) - refused * expected
+        np.add.at(self.ngram_offset, slots, RATE * error)
+        self.ngram_overall += OVERALL_RATE * float(error.sum())
+        np.clip(self.ngram_offset, -LIMIT, LIMIT, out=self.ngram_offset)
+        self.ngram_overall = float(np.clip(self.ngram_overall, -LIMIT, LIMIT))
+
+    def ngram_acceptance(self, slots: np.ndarray) -> Array:
+        """[rows], of a token of an n-gram of the context."""
+        found: Array = 1 / (1 + np.exp(-self.ngram_offset[slots]))
+        return found
+
     def add_lengths(self, went_on: int, stopped: int) -> None:
         """Of draft tokens that were not the last allowed, how many drafting went on after."""
-        for _ in range(min(went_on + stopped, 64)):
-            self.going_on += 0.002 * (went_on / (went_on + stopped) - self.going_on)
+        tokens = went_on + stopped
+        if tokens:
+            self.going_on += (1 - (1 - LENGTHS_RATE) ** tokens) * (went_on / tokens - self.going_on)
 
     def acceptance(self, slots: np.ndarray) -> Array:
         """[2, rows, budgets]: of a draft token, with each sequence's own mask and with a shared one."""

@@ -15,6 +15,7 @@ from clasp_vllm.drafting.timing import CostCorrections, Mark
 from clasp_vllm.skipping.controller import (
     WORTH_IT,
     Choice,
+    Ngrams,
     PassCosts,
     Probes,
     choose,
@@ -83,26 +84,24 @@ class AdaptiveDrafting:
             now = Mark(self._ended.device)
             self.corrections.add("verify_scale", predicted, self._ended, now)
 
-    def end_round(self, request_ids: Sequence[str], mark: Mark) -> None:
-        """A round has ended, with drafts or without."""
-        self._running, self._ended = frozenset(request_ids), mark
-
     def forward_seconds(self, rows: int, layers: float) -> float:
         """Of a forward pass, without correction."""
         assert self.costs is not None
         return float(self.costs.forward(rows, layers))
 
-    def drafted(
-        self, drafts: Drafts, marks: tuple[Mark, Mark, Mark], predicted: float, optimized: int
-    ) -> None:
-        """Remember a round's drafts until they are verified, and compare what it took with the costs.
+    def drafted(self, drafts: Drafts, ended: Mark) -> None:
+        """A round has ended: remember its drafts until they are verified."""
+        self.outcomes.drafted(drafts)
+        self._running, self._ended = frozenset(drafts.request_ids), ended
+
+    def timed(self, marks: tuple[Mark, Mark, Mark], predicted: float, optimized: int) -> None:
+        """Compare what drafting by skipping took with the costs.
 
         Args:
-            marks: the start of the round, the end of its optimisation pass, and its end.
+            marks: its start, the end of its optimisation pass, and its end.
             predicted: seconds of the draft steps.
             optimized: rows of the pass; 0 = there was none.
         """
-        self.outcomes.drafted(drafts)
         if predicted:
             self.corrections.add("draft_scale", predicted, *marks[1:])
         if optimized:
@@ -110,38 +109,64 @@ class AdaptiveDrafting:
             seconds = self.costs.optimize(optimized, self._num_layers, self._budgets[-1])
             self.corrections.add("pass_scale", seconds, *marks[:2])
 
-    def choose(self, slots: np.ndarray, masks: Tensor, shared_mask: Tensor, allowed: int) -> Choice:
-        """What to do in this round; of length 0 where plain decoding is better.
+    def choose(
+        self,
+        slots: np.ndarray,
+        masks: Tensor,
+        shared_mask: Tensor,
+        allowed: int,
+        ngrams: Sequence[Sequence[int]] | None = None,
+    ) -> Choice:
+        """What to do in this round; of no length where plain decoding is better.
 
         Args:
             slots: [rows] int64.
             masks: [capacity, budgets, num_layers, 2] bool, each sequence's own.
             shared_mask: [budgets, num_layers, 2] bool.
             allowed: draft tokens that there is room for in this round.
+            ngrams: [rows] what the context offers, if it has been looked up.
         """
         assert self.costs is not None
         rows = len(slots)
         costs = self.costs.scaled(self._scales)
+        offered = np.array([len(found) for found in ngrams or ()], dtype=np.int64)
         choice = self.last
-        if choice is None or rows != self._off_rows or self._off_steps % OFF_CHECK == 0:
-            kept = torch.stack((masks[torch.from_numpy(slots)].all(0), shared_mask)).logical_not_()
-            layers = kept.flatten(2).sum(2).double().numpy() / 2  # [2, budgets]
-            acceptance = self.evidence.acceptance(slots)
-            if not self._sharing or rows < MASKS_TO_SHARE:
-                acceptance[1] = 0.0
-            going_on = self.evidence.going_on
-            choice = choose(costs, self._num_layers, acceptance, layers, going_on, self._longest, self.padded)
-            self.last = choice
+        if choice is None or rows != self._off_rows or self._off_steps % OFF_CHECK == 0 or offered.any():
+            choice = self.last = self._best(costs, slots, masks, shared_mask, offered)
         worth_it = choice.ratio >= WORTH_IT
         if not worth_it and not self._probing:
             self._probing = self._probes.due(choice, float(costs.verify(rows, self._num_layers)))
-        self.wanted = choice.length if worth_it or self._probing else 0
+        self.wanted = max(choice.length, choice.ngram) if worth_it or self._probing else 0
         if self.wanted and allowed:
             self._off_rows = self._off_steps = 0
             self._probing = False
-            return replace(choice, length=min(choice.length, allowed))
+            return replace(choice, length=min(choice.length, allowed), ngram=min(choice.ngram, allowed))
         self._off_rows, self._off_steps = rows, self._off_steps + 1
-        return replace(choice, length=0)
+        return replace(choice, length=0, ngram=0)
+
+    def _best(
+        self, costs: PassCosts, slots: np.ndarray, masks: Tensor, shared_mask: Tensor, offered: np.ndarray
+    ) -> Choice:
+        """The best way to speculate, with what the context offers where that is better than drafting."""
+
+        def ways(rows: np.ndarray, ngrams: Ngrams | None) -> Choice:
+            own = masks[torch.from_numpy(slots[rows])].all(0)
+            layers = torch.stack((own, shared_mask)).logical_not_().flatten(2).sum(2).double().numpy() / 2
+            acceptance = self.evidence.acceptance(slots[rows])
+            if not self._sharing or len(rows) < MASKS_TO_SHARE:
+                acceptance[1] = 0.0
+            going_on = self.evidence.going_on
+            return choose(
+                costs, self._num_layers, acceptance, layers, going_on, self._longest, self.padded, ngrams
+            )
+
+        best = ways(np.arange(len(slots)), None)
+        if offered.any():
+            looked_up = np.flatnonzero(offered)
+            acceptance = self.evidence.ngram_acceptance(slots[looked_up])
+            with_ngrams = ways(np.flatnonzero(offered == 0), Ngrams(acceptance, offered[looked_up]))
+            best = max(best, with_ngrams, key=lambda choice: choice.ratio)
+        return best
 
     def rounds_between_passes(self, choice: Choice, rows: int) -> int:
         """How often a sequence's layers are chosen anew."""

@@ -50,6 +50,8 @@ class DraftBatch:
         block_table: [rows, width] int32.
         max_lengths: [rows] int32 on the host, at least positions + 1.
         sampling: [rows] bool on the host, whether the request samples; None: not known.
+        ngrams: [rows] what followed the last time that the sequence's last tokens occurred in it,
+            empty where they never did; None: not looked up.
     """
 
     request_ids: Sequence[str]
@@ -58,6 +60,7 @@ class DraftBatch:
     block_table: Tensor
     max_lengths: Tensor
     sampling: np.ndarray | None = None
+    ngrams: Sequence[Sequence[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.request_ids)
@@ -74,6 +77,7 @@ class DraftBatch:
             self.block_table[on_device],
             self.max_lengths[torch.from_numpy(rows)],
             None if self.sampling is None else self.sampling[rows],
+            None if self.ngrams is None else [self.ngrams[row] for row in rows],
         )
 
 

@@ -65,6 +65,23 @@ class DrafterOptions:
         return self.budgets[-1]
 
 
+@dataclass(frozen=True)
+class _Drafted:
+    """Drafts made by skipping layers.
+
+    Attributes:
+        tokens: [rows, length] int64.
+        lengths: [rows] int64, how many are worth verifying.
+        due: rows whose layers were chosen anew; the first token of these is certain.
+        marks: the start of the round, the end of its optimisation pass, and its end.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    due: np.ndarray
+    marks: tuple[Mark, Mark, Mark]
+
+
 class Drafter:
     """Drafts with the target's own modules. Holds no parameters and no KV cache of its own."""
 
@@ -147,28 +164,54 @@ class Drafter:
 
     def _draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> tuple[Tensor, Tensor]:
         rows, device = len(batch), batch.tokens.device
-        request_ids, sampling = batch.request_ids, batch.sampling
-        if sampling is None:
-            sampling = np.zeros(rows, dtype=bool)
-        slots = self._slots(request_ids, sampling)
+        sampling = np.zeros(rows, dtype=bool) if batch.sampling is None else batch.sampling
+        slots = self._slots(batch.request_ids, sampling)
         self._apply_new_masks()
         choice = Choice(len(self.options.budgets) - 1, num_tokens, False)
         if self._controlled is not None:
-            choice = self._controlled.choose(
-                slots, self.sequences.masks, self.sequences.shared_mask, num_tokens
-            )
+            masks = self.sequences.masks, self.sequences.shared_mask
+            choice = self._controlled.choose(slots, *masks, num_tokens, batch.ngrams)
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
-        lengths = torch.full((rows,), choice.length, dtype=torch.int64, device=device)
-        if choice.length == 0:
-            if self._controlled is not None:
-                self._controlled.end_round(request_ids, Mark(device))
-            self.statistics.total.plain_steps += 1
-            return drafted, lengths
+        lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        looked_up = np.zeros(rows, dtype=bool)
+        if choice.ngram and batch.ngrams is not None:
+            for row, found in enumerate(batch.ngrams):
+                tokens = torch.tensor(found[: choice.ngram], dtype=torch.int64)
+                drafted[row, : len(tokens)], lengths[row] = tokens, len(tokens)
+                looked_up[row] = bool(found)
+        skipping = np.flatnonzero(~looked_up) if choice.length else np.empty(0, dtype=np.int64)
+        by_skipping = None
+        if skipping.size:
+            by_skipping = self._draft_by_skipping(
+                batch.select(skipping), slots[skipping], slots, choice, sample
+            )
+            on_device = _rows(skipping, rows)
+            drafted[on_device, : choice.length], lengths[on_device] = by_skipping.tokens, by_skipping.lengths
+        self.statistics.total.plain_steps += not choice.length and not choice.ngram
+        self.statistics.total.ngrams += int(looked_up.sum())
+        if self._controlled is not None:
+            certain = np.zeros(rows, dtype=bool)
+            if by_skipping is not None:
+                certain[skipping[by_skipping.due]] = True
+                self._controlled.timed(by_skipping.marks, self._predicted, by_skipping.due.size)
+            drafts = Drafts(batch.request_ids, slots, sampling, looked_up, certain, lengths, choice)
+            self._controlled.drafted(drafts, Mark(device) if by_skipping is None else by_skipping.marks[-1])
+        return drafted, lengths
 
+    def _draft_by_skipping(
+        self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray, choice: Choice, sample: Sample
+    ) -> _Drafted:
+        """Draft for the rows with layers left out, after choosing these anew where that is due.
+
+        ``running``: slots of all sequences of the round.
+        """
+        rows, device = len(batch), batch.tokens.device
         started = Mark(device)
-        due = self._due(slots, choice)
-        exact = self._optimize(batch.select(due), slots[due], slots) if due.size else None
+        due = self._due(slots, choice, len(running))
+        exact = self._optimize(batch.select(due), slots[due], running) if due.size else None
         optimized = Mark(device)
+        drafted = torch.zeros(rows, choice.length, dtype=torch.int64, device=device)
+        lengths = torch.full((rows,), choice.length, dtype=torch.int64, device=device)
         self._predicted = 0.0
         going_on = HostFlag(device)
         left = np.arange(rows)  # rows of the batch still drafted for
@@ -202,18 +245,9 @@ class Drafter:
                 if not going_on.update((lengths > step + 1).any()):
                     drafted[:, step + 1 :] = tokens.unsqueeze(1)
                     break
-
         self.sequences.advance(slots, due)
-        masks = self._masks(slots, choice)
-        self.statistics.count_round(masks, draft_steps, due.size)
-        if self._controlled is not None:
-            certain = np.zeros(rows, dtype=bool)
-            certain[due] = True
-            drafts = Drafts(request_ids, slots, sampling, certain, lengths, choice)
-            marks = started, optimized, Mark(device)
-            self._controlled.end_round(request_ids, marks[-1])
-            self._controlled.drafted(drafts, marks, self._predicted, due.size)
-        return drafted, lengths
+        self.statistics.count_round(self._masks(slots, choice), draft_steps, due.size)
+        return _Drafted(drafted, lengths, due, (started, optimized, Mark(device)))
 
     def _slots(self, request_ids: Sequence[str], sampling: np.ndarray) -> np.ndarray:
         slots = self.sequences.slots(request_ids)
@@ -223,12 +257,12 @@ class Drafter:
                 self.adaptive.evidence.start(slots[row], sampling[row])
         return slots
 
-    def _due(self, slots: np.ndarray, choice: Choice) -> np.ndarray:
+    def _due(self, slots: np.ndarray, choice: Choice, running: int) -> np.ndarray:
         interval = self.options.optimization_interval
         if interval is None:
             return np.empty(0, dtype=np.int64)
         if self._controlled is not None:
-            interval = self._controlled.rounds_between_passes(choice, len(slots))
+            interval = self._controlled.rounds_between_passes(choice, running)
         if self.evidence is not None and self.evidence.passes >= ENOUGH_PASSES:
             self.sequences.spread = interval
         return self.sequences.due(slots, interval, self.options.max_optimized_requests)

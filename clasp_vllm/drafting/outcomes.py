@@ -22,6 +22,7 @@ class Drafts:
         request_ids: [rows].
         slots: [rows] int64, of the ``SequenceTable``.
         sampling: [rows] bool, whether the request samples.
+        looked_up: [rows] bool, whether the draft is an n-gram of the context and not the model's.
         certain: [rows] bool, whether the first token is the full model's own.
         lengths: [rows] int64 on the device, the tokens worth verifying.
         choice: how they were made.
@@ -30,6 +31,7 @@ class Drafts:
     request_ids: Sequence[str]
     slots: np.ndarray
     sampling: np.ndarray
+    looked_up: np.ndarray
     certain: np.ndarray
     lengths: Tensor
     choice: Choice
@@ -73,14 +75,17 @@ class Outcomes:
         lengths, rejected = counts.get().numpy()
         drafted = np.minimum(lengths, verified)  # the scheduler may have cut them
         accepted = np.minimum(verified - rejected, drafted)
+        refused = accepted < drafted
+        ours = ~drafts.looked_up[rows]
+        self._evidence.add_ngrams(drafts.slots[rows][~ours], accepted[~ours], refused[~ours])
         certain = drafts.certain[rows] & (accepted > 0)
         self._evidence.add_verified(
-            drafts.slots[rows],
-            drafts.sampling[rows],
+            drafts.slots[rows][ours],
+            drafts.sampling[rows][ours],
             drafts.choice.budget,
             drafts.choice.shared,
-            accepted - certain,
-            accepted < drafted,
+            (accepted - certain)[ours],
+            refused[ours],
         )
-        stopped = lengths < drafts.choice.length
-        self._evidence.add_lengths(int((lengths - 1).clip(0).sum()), int(stopped.sum()))
+        stopped = ours & (lengths < drafts.choice.length)
+        self._evidence.add_lengths(int((lengths[ours] - 1).clip(0).sum()), int(stopped.sum()))

@@ -14,6 +14,7 @@ COUNTERS = {
     "steps": "Forward passes of the draft.",
     "sublayers": "Attention and MLP sub-layers that forward passes of the draft ran.",
     "plain_steps": "Engine steps after which nothing was drafted, for it would not have paid.",
+    "ngrams": "Drafts looked up in the context, one per sequence and round.",
     "optimized": "Skip masks found, one per sequence and optimisation pass.",
     "failures": "Drafting rounds that failed and went without drafts.",
 }
@@ -29,6 +30,7 @@ class DraftCounts:
         steps: forward passes of the draft.
         sublayers: attention and MLP sub-layers that these ran.
         plain_steps: engine steps after which nothing was drafted, for it would not have paid.
+        ngrams: drafts looked up in the context, one per sequence and round.
         optimized: masks found, one per sequence and optimisation pass.
         failures: rounds that failed and went without drafts.
         skips: [num_layers] float32, drafts that skipped the layer (a half for half a layer).
@@ -39,6 +41,7 @@ class DraftCounts:
     steps: int
     sublayers: int
     plain_steps: int
+    ngrams: int
     optimized: int
     failures: int
     skips: Tensor
@@ -49,7 +52,7 @@ class DraftStatistics:
 
     def __init__(self, num_layers: int, interval_s: float = 10.0) -> None:
         self.interval_s = interval_s
-        self.total = DraftCounts(0, 0, 0, 0, 0, 0, 0, torch.zeros(num_layers))
+        self.total = DraftCounts(0, 0, 0, 0, 0, 0, 0, 0, torch.zeros(num_layers))
         self._reported = self._copy()
         self._taken = dict.fromkeys(COUNTERS, 0)
         self._reported_at = time.monotonic()

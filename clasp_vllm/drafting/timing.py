@@ -27,7 +27,8 @@ def measure_pass_costs(
     """
     few = max(num_layers // 2, 1)
     sizes = [2**i for i in range(longest.bit_length())]
-    layer, besides = [], []
+    layer: list[float] = []
+    besides: list[float] = []
     for rows in sizes:
         seconds: dict[int, list[float]] = {few: [], num_layers: []}
         for _ in range(repeats):

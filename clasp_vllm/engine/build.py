@@ -12,7 +12,7 @@ from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
 from vllm.v1.core.kv_cache_utils import update_kv_cache_capacity
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from clasp_vllm.config import ConfigError
+from clasp_vllm.config import ConfigError, LayerSkipConfig
 from clasp_vllm.drafting.adaptive import AdaptiveDrafting
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.drafter import Drafter, DrafterOptions
@@ -77,6 +77,15 @@ def _max_optimized(vllm_config: VllmConfig) -> int:
     config = layer_skip_config(vllm_config)
     assert config is not None
     return min(config.optimized_requests, vllm_config.scheduler_config.max_num_seqs)
+
+
+def refuse_ngram_cascade(config: LayerSkipConfig, why: str) -> None:
+    """Raises ConfigError where the cascade is asked for and the engine cannot have it."""
+    if config.ngram_cascade:
+        raise ConfigError(
+            f"ngram_cascade=True: {why}; it needs Model Runner V1 (VLLM_USE_V2_MODEL_RUNNER=0) and "
+            "--no-async-scheduling"
+        )
 
 
 def build_decoder(model: nn.Module) -> Decoder:

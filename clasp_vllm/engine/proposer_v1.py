@@ -17,7 +17,14 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from clasp_vllm.drafting.batch import DraftBatch
 from clasp_vllm.drafting.drafter import Drafter
-from clasp_vllm.engine.build import build_decoder, build_drafter, log_statistics, top_probability
+from clasp_vllm.engine.build import (
+    build_decoder,
+    build_drafter,
+    log_statistics,
+    refuse_ngram_cascade,
+    top_probability,
+)
+from clasp_vllm.engine.speculative_config import layer_skip_config
 
 
 class LayerSkipProposer(DraftModelProposer):
@@ -28,6 +35,18 @@ class LayerSkipProposer(DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         self.runner = runner
+        config = layer_skip_config(vllm_config)
+        assert config is not None
+        # The context has to be on the host when drafting begins.
+        self._lookup: Any = None
+        if runner.use_async_scheduling:
+            refuse_ngram_cascade(config, "async scheduling is on")
+        elif config.cascades:
+            # Not before it is needed: once numba is loaded, vLLM starts no further engine on a CPU in the
+            # same process.
+            from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+
+            self._lookup = NgramProposer(vllm_config)
 
     def load_model(self, target_model: nn.Module) -> None:
         self.decoder = build_decoder(target_model)
@@ -103,6 +122,7 @@ class LayerSkipProposer(DraftModelProposer):
             common_attn_metadata.block_table_tensor[:num_reqs],
             max_lengths[:num_reqs] + 1,
             np.array([request_id not in greedy for request_id in request_ids]),
+            self._looked_up(next_token_ids, positions, rows),
         ).select(rows)
 
         probs: list[Tensor] = []
@@ -134,6 +154,21 @@ class LayerSkipProposer(DraftModelProposer):
         for row, ids, length in zip(rows, tokens.tolist(), lengths.tolist(), strict=True):
             short[row] = ids[:length]
         return short
+
+    def _looked_up(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> list[list[int]] | None:
+        """What the context offers for each request of the batch; nothing but for ``rows``."""
+        if self._lookup is None:
+            return None
+        batch = self.runner.input_batch
+        lengths = positions.numpy() + 1
+        tokens, sampled = batch.token_ids_cpu, [[] for _ in lengths]
+        for row in rows:
+            if lengths[row] <= self.max_model_len:
+                # Drafts are in the array already, and those accepted are followed by the sampled token, which
+                # the runner will put in the same place when drafting is done.
+                tokens[row, lengths[row] - 1] = sampled_id = int(next_tokens[row])
+                sampled[row] = [sampled_id]
+        return self._lookup.propose(self._lookup.k, sampled, lengths, tokens)
 
     def _draft_probs(self, probs: list[Tensor], rows: Tensor, drafts: Tensor) -> Tensor:
         """[num_reqs, num_speculative_tokens, vocab] float32: the law each draft token was drawn from.

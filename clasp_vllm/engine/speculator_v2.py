@@ -16,7 +16,14 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from clasp_vllm.drafting.batch import DraftBatch
 from clasp_vllm.drafting.drafter import Drafter
-from clasp_vllm.engine.build import build_decoder, build_drafter, log_statistics, top_probability
+from clasp_vllm.engine.build import (
+    build_decoder,
+    build_drafter,
+    log_statistics,
+    refuse_ngram_cascade,
+    top_probability,
+)
+from clasp_vllm.engine.speculative_config import layer_skip_config
 
 
 class LayerSkipSpeculator(DraftModelSpeculator):
@@ -26,6 +33,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
+        refuse_ngram_cascade(layer_skip_config(vllm_config), "this is Model Runner V2")
         self._confidence: Tensor | None = None
         self._step = torch.zeros((), dtype=torch.int64, device=device)
 

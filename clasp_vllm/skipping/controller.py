@@ -84,8 +84,10 @@ class Choice:
 
     Attributes:
         budget: index of the budget chosen.
-        length: draft tokens at most; 0 = do not speculate.
+        length: tokens to draft by skipping layers at most; 0 = none.
         shared: whether all rows skip the same layers.
+        ngram: tokens to take at most from what the context offers, for the rows that it offers any; these
+            are not drafted for otherwise. 0 = none.
         ratio: tokens per second expected, over plain decoding's.
         seconds: expected of the round.
         tokens: expected of the round, of all rows.
@@ -94,9 +96,33 @@ class Choice:
     budget: int
     length: int
     shared: bool
+    ngram: int = 0
     ratio: float = 1.0
     seconds: float = 0.0
     tokens: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ngrams:
+    """What the context offers for some rows of a batch.
+
+    Attributes:
+        acceptance: [rows] of a token of it.
+        lengths: [rows] int, how many there are.
+    """
+
+    acceptance: Array
+    lengths: np.ndarray
+
+    def take(self, longest: int) -> tuple[Array, Array]:
+        """Tokens that the rows advance by, and tokens to verify, taking 0, 1, ... ``longest`` of each."""
+        step = np.arange(1, longest + 1)
+        there = step <= self.lengths[:, None]
+        gained = (self.acceptance[:, None] ** step * there).sum(0)
+        rows = len(self.lengths)
+        tokens = rows + np.concatenate(([0.0], np.cumsum(gained)))
+        verified = rows + np.concatenate(([0.0], np.cumsum(there.sum(0))))
+        return tokens, verified
 
 
 def choose(
@@ -107,39 +133,48 @@ def choose(
     going_on: float,
     longest: int,
     padded: bool = False,
+    ngrams: Ngrams | None = None,
 ) -> Choice:
     """The best way to speculate for a batch, whether or not it is better than plain decoding.
 
     Args:
         num_layers: of the target.
         acceptance: [2, rows, budgets] of a draft token, with each row's own mask and with a shared one.
-        layers: [2, budgets] layers that a draft step of the batch runs, in the same order.
+        layers: [2, budgets] layers that a draft step of these rows runs, in the same order.
         going_on: the probability that drafting goes on after a token.
         longest: draft tokens at most, from 1 on.
         padded: whether drafts that stop early are verified in full length all the same.
+        ngrams: of further rows, for which the context offers something. They are not drafted for.
     """
     rows = acceptance.shape[1]
     step = np.arange(longest)
     stays = going_on**step  # a row is still drafted for at the step
-    drafted = np.cumsum(stays)  # [longest], of a row
     runs = 1 - (1 - stays) ** rows  # the step is run at all
     in_step = np.maximum(1.0, rows * stays / np.maximum(runs, 1e-9))
-    # [2, budgets, longest]
-    tokens = rows + np.cumsum((acceptance[..., None] ** (step + 1) * stays).sum(1), axis=-1)
-    drafting = np.cumsum(runs * costs.draft(in_step, layers[..., None]), axis=-1)
-    verified = rows * (1 + (step + 1.0 if padded else drafted))
-    seconds = drafting + costs.verify(verified, num_layers)
-    plain = float(costs.verify(rows, num_layers)) / rows
-    best = np.unravel_index(np.argmax(tokens / seconds), tokens.shape)
-    shared, budget, length = (int(i) for i in best)
-    return Choice(
-        budget,
-        length + 1,
-        bool(shared),
-        float(plain * tokens[best] / seconds[best]),
-        float(seconds[best]),
-        float(tokens[best]),
-    )
+    drafted = step + 1.0 if padded else np.cumsum(stays)  # [longest], of a row
+    # [2, budgets, longest + 1], from no draft tokens on
+    tokens = rows + _from_zero(np.cumsum((acceptance[..., None] ** (step + 1) * stays).sum(1), axis=-1))
+    drafting = _from_zero(np.cumsum(runs * costs.draft(in_step, layers[..., None]), axis=-1))
+    verified = rows * (1 + _from_zero(drafted))
+    extra_tokens, extra_verified = (np.zeros(1),) * 2 if ngrams is None else ngrams.take(longest)
+    # [2, budgets, longest + 1, taken + 1]
+    tokens = tokens[..., None] + extra_tokens
+    steps = costs.verify(verified[:, None] + extra_verified, num_layers)
+    seconds = drafting[..., None] + steps
+    rate = tokens / seconds
+    plain = float(rate[0, 0, 0, 0])
+    rate[:, :, 0, 0] = 0.0  # that is not to speculate
+    if not rows:
+        rate[:, :, 1:] = 0.0
+    best = np.unravel_index(np.argmax(rate), rate.shape)
+    shared, budget, length, ngram = (int(i) for i in best)
+    ratio = float(rate[best]) / plain
+    return Choice(budget, length, bool(shared), ngram, ratio, float(seconds[best]), float(tokens[best]))
+
+
+def _from_zero(sums: Any) -> Array:
+    """A leading zero on the last axis."""
+    return np.concatenate((np.zeros((*sums.shape[:-1], 1)), sums), axis=-1)
 
 
 def rounds_between_passes(

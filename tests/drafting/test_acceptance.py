@@ -75,11 +75,26 @@ def test_a_shared_masks_acceptance_is_its_own():
     assert own > shared
 
 
+def test_what_the_context_offers_has_an_acceptance_of_its_own():
+    learnt = evidence()
+    for _ in range(50):
+        learnt.add_ngrams(np.array([0, 1]), np.array([4, 0]), np.array([False, True]))
+    learnt.start(2)
+    good, bad, new = learnt.ngram_acceptance(np.array([0, 1, 2]))
+    assert good > 0.9
+    assert bad < 0.2
+    assert bad < new < good
+    assert (learnt.offset == 0).all()
+
+
 def outcome(lengths, certain, verified, rejected, here=("a", "b"), limit: int = 4) -> list:
     """What ``Outcomes`` makes of drafts for a and b: the calls of add_verified and add_lengths."""
     calls: list = []
 
     class Recorder:
+        def add_ngrams(self, slots, accepted, refused):
+            pass
+
         def add_verified(self, slots, sampling, budget, shared, accepted, refused):
             calls.append((slots.tolist(), accepted.tolist(), refused.tolist()))
 
@@ -89,7 +104,7 @@ def outcome(lengths, certain, verified, rejected, here=("a", "b"), limit: int = 
     outcomes = Outcomes(Recorder())
     lengths = torch.tensor(lengths)
     choice = Choice(1, limit, False)
-    flags = np.zeros(2, dtype=bool), np.array(certain)
+    flags = np.zeros(2, dtype=bool), np.zeros(2, dtype=bool), np.array(certain)
     outcomes.drafted(Drafts(["a", "b"], np.array([5, 7]), *flags, lengths, choice))
     outcomes.verified(list(here), np.array(verified), None if rejected is None else torch.tensor(rejected))
     return calls

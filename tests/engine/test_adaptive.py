@@ -3,7 +3,13 @@
 import pytest
 from engines import PROMPTS, Outcome, drafter, engine_process, generate, running
 
-CLASP = {"method": "clasp", "num_speculative_tokens": 4, "max_optimized_requests": 1}
+CLASP = {
+    "method": "clasp",
+    "num_speculative_tokens": 4,
+    "max_optimized_requests": 1,
+    # vLLM's n-gram lookup loads numba, after which vLLM starts no further engine in the same process.
+    "ngram_cascade": False,
+}
 SETTINGS = {"max_num_seqs": 8}
 
 
@@ -60,6 +66,33 @@ def test_masks_are_shared_when_that_pays(call, plain):
     outcome, chosen = call(adaptive_outcome, CLASP | {"num_skipped_layers": 12})
     assert outcome.token_ids == plain.token_ids
     assert any(shared for _, length, _, shared in chosen if length)
+
+
+def looked_up(config: object) -> tuple[Outcome, int, int]:
+    """Text that repeats itself beside text that does not, greedy and sampled: with drafts looked up."""
+    from vllm import SamplingParams
+
+    repeating = "a = 1, b = 2, c = 3, d = 4; " * 4
+    with running(speculative_config=config, **SETTINGS) as llm:
+        if config:
+            drafter(llm).adaptive.evidence.ngram_overall = 4.0
+        outcome = generate(llm, [repeating, PROMPTS[3], repeating + PROMPTS[6], PROMPTS[10]], max_tokens=48)
+        params = SamplingParams(temperature=1.0, max_tokens=24, ignore_eos=True)
+        sampled = llm.generate([repeating] * 4, params, use_tqdm=False)
+        assert all(len(output.outputs[0].token_ids) == 24 for output in sampled)
+        found = drafter(llm).statistics.total.ngrams if config else 0
+        return outcome, found, outcome.num_accepted_tokens
+
+
+def test_drafts_looked_up_in_the_context():
+    with engine_process("v1") as call:
+        plain, _, _ = call(looked_up, None)
+        without, none_found, _ = call(looked_up, CLASP)
+        cascade, found, accepted = call(looked_up, CLASP | {"ngram_cascade": True})
+    assert cascade.token_ids == without.token_ids == plain.token_ids
+    assert found > 10
+    assert none_found == 0
+    assert accepted > 0
 
 
 def left_over(config: dict) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from clasp_vllm.skipping.controller import (
     PROBE_SHARE,
     WORTH_IT,
     Choice,
+    Ngrams,
     PassCosts,
     Probes,
     choose,
@@ -80,29 +81,55 @@ def test_the_ratio_is_that_of_tokens_per_second(alpha, rows, longest):
     assert found.ratio == pytest.approx(found.tokens / rows * plain / found.seconds)
 
 
+@pytest.mark.parametrize("ngrams", [None, Ngrams(np.array([0.3]), np.array([2]))])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_it_is_the_best_of_all(rows):
+def test_it_is_the_best_of_all(rows, ngrams):
     """Against trying every way, with early exit, by loops."""
     random = np.random.default_rng(0)
     acceptance = random.uniform(0.1, 0.95, (2, rows, 3))
     layers = np.array([[20.0, 15.0, 12.0], [18.0, 12.0, 8.0]])
     going_on = 0.8
+    every = rows + (ngrams is not None)
 
-    def ratio(shared: int, budget: int, length: int) -> float:
-        tokens, seconds, drafted = float(rows), 0.0, 0.0
+    def ratio(shared: int, budget: int, length: int, taken: int) -> float:
+        tokens, seconds, drafted = float(every), 0.0, 0.0
         for k in range(length):
             stays = going_on**k
             some = 1 - (1 - stays) ** rows
             seconds += some * float(COSTS.draft(max(1.0, rows * stays / some), layers[shared, budget]))
             drafted += rows * stays
             tokens += sum(alpha ** (k + 1) * stays for alpha in acceptance[shared, :, budget])
-        seconds += float(COSTS.verify(rows + drafted, NUM_LAYERS))
-        return tokens / rows * float(COSTS.verify(rows, NUM_LAYERS)) / seconds
+        for k in range(min(taken, 2)):
+            drafted += 1
+            tokens += 0.3 ** (k + 1)
+        seconds += float(COSTS.verify(every + drafted, NUM_LAYERS))
+        return tokens / every * float(COSTS.verify(every, NUM_LAYERS)) / seconds
 
-    ways = [(shared, budget, k) for shared in (0, 1) for budget in range(3) for k in range(1, 7)]
-    found = choose(COSTS, NUM_LAYERS, acceptance, layers, going_on, 6)
-    assert (int(found.shared), found.budget, found.length) == max(ways, key=lambda way: ratio(*way))
-    assert found.ratio == pytest.approx(max(ratio(*way) for way in ways))
+    taken = range(1 if ngrams is None else 3)
+    ways = [
+        (s, budget, k, m) for s in (0, 1) for budget in range(3) for k in range(7) for m in taken if k + m
+    ]
+    found = choose(COSTS, NUM_LAYERS, acceptance, layers, going_on, 6, ngrams=ngrams)
+    best = max(ways, key=lambda way: ratio(*way))
+    assert (int(found.shared), found.budget, found.length, found.ngram) == best
+    assert found.ratio == pytest.approx(ratio(*best))
+
+
+def test_what_the_context_offers_is_taken_when_it_is_good():
+    own = np.stack((np.full((1, 16), 0.7), np.zeros((1, 16))))
+    layers = np.stack((NUM_LAYERS - BUDGETS,) * 2).astype(float)
+
+    def best(acceptance: float, length: int, others: np.ndarray = own) -> Choice:
+        offer = Ngrams(np.array([acceptance]), np.array([length]))
+        return choose(COSTS, NUM_LAYERS, others, layers, 1.0, 8, ngrams=offer)
+
+    nobody = np.zeros((2, 0, 16))
+    good, bad = best(0.9, 5, nobody), best(0.05, 5, nobody)
+    assert (good.length, good.ngram) == (0, 5)
+    assert good.tokens == pytest.approx(1 + sum(0.9**k for k in range(1, 6)))
+    assert good.seconds == pytest.approx(float(COSTS.verify(6, NUM_LAYERS)))
+    assert bad.ngram == 1
+    assert bad.ratio < WORTH_IT
 
 
 def test_padded_drafts_cost_their_full_length():
