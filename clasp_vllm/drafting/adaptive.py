@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,6 +39,7 @@ class AdaptiveDrafting:
         sharing: bool,
         padded: bool,
         ranks: int,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         """
         Args:
@@ -50,6 +51,7 @@ class AdaptiveDrafting:
             padded: whether drafts that stop early are verified in full length all the same.
             ranks: that run the layers together. They must choose alike, so with more than one
                 corrections of costs wait until rank 0 shares its own.
+            log: told in words whenever another choice is made.
         """
         self.evidence = AcceptanceEvidence(capacity, budgets, num_layers)
         self.outcomes = Outcomes(self.evidence)
@@ -62,6 +64,8 @@ class AdaptiveDrafting:
         self.padded = padded
         self._longest = longest
         self._probing = False
+        self._log = log
+        self._logged: tuple[object, ...] = ()
         self._shares = ranks > 1
         self._scales = dict(self.corrections.scales) if self._shares else self.corrections.scales
         self._budgets = budgets
@@ -137,12 +141,42 @@ class AdaptiveDrafting:
         if not worth_it and not self._probing:
             self._probing = self._probes.due(choice, float(costs.verify(rows, self._num_layers)))
         self.wanted = max(choice.length, choice.ngram) if worth_it or self._probing else 0
+        self._explain(choice, costs, slots, worth_it)
         if self.wanted and allowed:
             self._off_rows = self._off_steps = 0
             self._probing = False
             return replace(choice, length=min(choice.length, allowed), ngram=min(choice.ngram, allowed))
         self._off_rows, self._off_steps = rows, self._off_steps + 1
         return replace(choice, length=0, ngram=0)
+
+    def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray, worth_it: bool) -> None:
+        made = len(slots), choice.budget, choice.length, choice.shared, choice.ngram, worth_it, self._probing
+        if made == self._logged:
+            return
+        self._logged = made
+        acceptance = self.evidence.acceptance(slots)[int(choice.shared), :, choice.budget].mean()
+        skipped = self._budgets[choice.budget]
+        plain = 1000 * float(costs.verify(len(slots), self._num_layers))
+        step = 1000 * float(costs.draft(len(slots), self._num_layers - skipped))
+        what = "speculating" if worth_it else "probing" if self._probing else "off"
+        self._log(
+            f"{len(slots)} sequences: {what}; "
+            f"best: {choice.length} tokens with {skipped} of {self._num_layers} layers skipped"
+            f"{' by all alike' if choice.shared else ''}, {choice.ngram} from the context, expected "
+            f"{choice.ratio:.2f} times plain decoding (acceptance {acceptance:.2f}, "
+            f"a plain step {plain:.1f} ms, a draft step {step:.1f} ms)"
+        )
+
+    def gauges(self) -> dict[str, float]:
+        """What is chosen now, by the name of its metric."""
+        if self.last is None:
+            return {}
+        on = self.wanted > 0
+        return {
+            "draft_length": float(self.last.length if on else 0),
+            "skipped_layers": float(self._budgets[self.last.budget]),
+            "expected_ratio": self.last.ratio,
+        }
 
     def _best(
         self, costs: PassCosts, slots: np.ndarray, masks: Tensor, shared_mask: Tensor, offered: np.ndarray

@@ -8,6 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+# What the controller chooses, and what it means on /metrics.
+GAUGES = {
+    "draft_length": "Draft tokens by layer skipping chosen for a round; 0 = speculation is off.",
+    "skipped_layers": "Layers that the best draft would skip.",
+    "expected_ratio": "Tokens per second that the best draft promises, over plain decoding's.",
+}
 # The counts that are metrics, and what they mean there.
 COUNTERS = {
     "rounds": "Drafting rounds of the batch.",
@@ -85,7 +91,9 @@ class DraftStatistics:
         layers = ", ".join(f"{layer} ({share[layer]:.0%})" for layer in sorted(most.tolist()))
         line = (
             f"Layer skipping: drafting rounds: {now.rounds - last.rounds}, "
-            f"draft steps: {now.steps - last.steps}, masks found: {now.optimized - last.optimized}, "
+            f"draft steps: {now.steps - last.steps}, steps without drafts: "
+            f"{now.plain_steps - last.plain_steps}, drafts looked up: {now.ngrams - last.ngrams}, "
+            f"masks found: {now.optimized - last.optimized}, "
             f"mean layers skipped: {share.sum():.1f} of {len(share)}, skipped most: {layers or 'none'}"
         )
         self._reported, self._reported_at = self._copy(), time.monotonic()

@@ -153,6 +153,7 @@ def build_drafter(
             sharing=config.memory > 0,
             padded=padded,
             ranks=get_tp_group().world_size,
+            log=lambda line: logger.debug("Layer skipping: %s", line),
         )
         if config.is_adaptive
         else None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
@@ -17,9 +17,10 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
 
 from clasp_vllm.drafting.drafter import Drafter
-from clasp_vllm.drafting.statistics import COUNTERS
+from clasp_vllm.drafting.statistics import COUNTERS, GAUGES
 
 KEY = "layer_skip"
+CHOSEN = "layer_skip_chosen"  # what the controller chose, by gauge
 WANTED = "layer_skip_wanted"  # draft tokens to schedule
 
 
@@ -59,8 +60,11 @@ def send_counts(drafter: Drafter, output: Any) -> Any:
     counts = drafter.statistics.take()
     if counts:
         found[KEY] = counts
-    if drafter.adaptive is not None and drafter.adaptive.padded:
-        found[WANTED] = drafter.adaptive.wanted
+    if drafter.adaptive is not None:
+        if counts:
+            found[CHOSEN] = drafter.adaptive.gauges()
+        if drafter.adaptive.padded:
+            found[WANTED] = drafter.adaptive.wanted
     if not found:
         return outer
     stats = ECConnectorOutput(ec_connector_stats=ECConnectorStats(data=found))
@@ -69,16 +73,21 @@ def send_counts(drafter: Drafter, output: Any) -> Any:
 
 
 class LayerSkipStatLogger(AggregateStatLoggerBase):
-    """Prometheus counters named vllm:layer_skip_*, one child per engine."""
+    """Prometheus counters and gauges named vllm:layer_skip_*, one child per engine."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         model_name = vllm_config.model_config.served_model_name
         labels: dict[int, list[object]] = {index: [model_name, str(index)] for index in engine_indexes}
+        names = ["model_name", "engine"]
         self._counters = {
+            name: create_metric_per_engine(Counter(f"vllm:layer_skip_{name}", meaning, names), labels)
+            for name, meaning in COUNTERS.items()
+        }
+        self._gauges = {
             name: create_metric_per_engine(
-                Counter(f"vllm:layer_skip_{name}", documentation, ["model_name", "engine"]), labels
+                Gauge(f"vllm:layer_skip_{name}", meaning, names, multiprocess_mode="mostrecent"), labels
             )
-            for name, documentation in COUNTERS.items()
+            for name, meaning in GAUGES.items()
         }
 
     def record(
@@ -95,6 +104,8 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
         scheduler_stats.ec_connector_stats = None
         for name, count in slot[KEY].items():
             self._counters[name][engine_idx].inc(count)
+        for name, value in slot.get(CHOSEN, {}).items():
+            self._gauges[name][engine_idx].set(value)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""

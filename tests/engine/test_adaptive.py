@@ -114,20 +114,29 @@ def test_nothing_is_kept_of_finished_requests():
     assert pending < 8
 
 
-def off_from_the_start(config: dict) -> tuple[Outcome, int, int]:
-    """With drafts that could never pay: what was generated, rounds with drafts and without."""
+def off_from_the_start(config: dict) -> tuple[Outcome, dict[str, float], list[str]]:
+    """With drafts that could never pay: what was generated, our metrics, and what the controller said."""
     with running(speculative_config=config, **SETTINGS) as llm:
         ours = drafter(llm)
         ours.adaptive.corrections.scales["draft_scale"] = 1e9
+        lines: list[str] = []
+        ours.adaptive._log = lines.append
         outcome = generate(llm, PROMPTS[:10], max_tokens=32)
-        return outcome, ours.statistics.total.rounds, ours.statistics.total.plain_steps
+        prefix = "vllm:layer_skip_"
+        metrics = {
+            m.name.removeprefix(prefix): m.value for m in llm.get_metrics() if m.name.startswith(prefix)
+        }
+        return outcome, metrics, lines
 
 
 def test_off_means_off(call, plain):
     """Not one draft step, not one optimisation pass, and nothing verified but room made before it was off."""
-    outcome, rounds, plain_steps = call(off_from_the_start, CLASP)
+    outcome, metrics, lines = call(off_from_the_start, CLASP)
     assert outcome.token_ids == plain.token_ids
-    assert rounds == 0
-    assert plain_steps >= 32
+    assert metrics["rounds"] == metrics["steps"] == metrics["optimized"] == 0
+    assert metrics["plain_steps"] >= 32
+    assert metrics["draft_length"] == 0
+    assert metrics["expected_ratio"] < 1
+    assert "off; best: " in lines[0]
     assert outcome.num_accepted_tokens == 0
     assert outcome.num_draft_tokens <= 8 * 4
