@@ -49,9 +49,12 @@ def speculative_config(
         except ValueError as error:
             raise ConfigError(f"num_speculative_tokens_per_batch_size={schedule!r}: {error}") from None
     refuse_unsupported(engine_args, target_model_config, target_parallel_config)
+    vllm_settings = config.vllm_settings()
+    if config.is_adaptive and schedule is None and not current_platform.is_cpu():
+        vllm_settings["num_speculative_tokens_per_batch_size"] = every_length(config.num_speculative_tokens)
     try:
         made = LayerSkipSpeculativeConfig(
-            **config.vllm_settings(),
+            **vllm_settings,
             target_model_config=target_model_config,
             target_parallel_config=target_parallel_config,
             layer_skip=config,
@@ -66,6 +69,14 @@ def speculative_config(
             "acceptance; allowed there is standard"
         )
     return made
+
+
+def every_length(longest: int) -> list[list[int]]:
+    """A table of draft lengths by batch size in which each occurs, so that vLLM captures graphs for all.
+
+    Which one is used is what the controller wants (``schedule_wanted``), from its first step on.
+    """
+    return [[size, size, longest - size + 1] for size in range(1, longest + 2)]
 
 
 def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_config: ParallelConfig) -> None:

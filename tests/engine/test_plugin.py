@@ -22,6 +22,15 @@ def vllm(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+def test_every_draft_length_gets_its_graphs():
+    """On a GPU vLLM captures graphs for the lengths of the table that it is given."""
+    from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+
+    from clasp_vllm.engine.translate import every_length
+
+    assert set(build_dynamic_sd_schedule_lookup(every_length(5), 16, 5)[1:]) == {0, 1, 2, 3, 4, 5}
+
+
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
