@@ -176,6 +176,26 @@ def model_runner(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
+def change_costs(llm: Any, every: int = 6) -> list[tuple[bool, Any]]:
+    """Make drafts seem to cost nothing for a few rounds, then more than they could be worth, and so on.
+
+    Returns a list that grows with what the controller chooses: (whether drafts were dear, the choice).
+    """
+    chosen: list[tuple[bool, Any]] = []
+    controller = drafter(llm).adaptive
+    original = controller.choose
+
+    def choose(*args: Any) -> Any:
+        dear = len(chosen) // every % 2 == 1
+        controller.corrections.scales["draft_scale"] = 1e6 if dear else 1e-6
+        choice = original(*args)
+        chosen.append((dear, choice))
+        return choice
+
+    controller.choose = choose
+    return chosen
+
+
 def drafter(llm: Any) -> Any:
     """Our drafter, whichever the runner."""
     runner = model_runner(llm)

@@ -1,7 +1,7 @@
 """The controller in the engine: lossless whatever it chooses, off when it says so, nothing left behind."""
 
 import pytest
-from engines import PROMPTS, Outcome, drafter, engine_process, generate, running
+from engines import PROMPTS, Outcome, change_costs, drafter, engine_process, generate, running
 
 CLASP = {
     "method": "clasp",
@@ -19,25 +19,11 @@ def plain_outcome() -> Outcome:
 
 
 def adaptive_outcome(config: dict) -> tuple[Outcome, list[tuple]]:
-    """What was generated and what was chosen, with a controller whose costs change as it serves.
-
-    Drafts seem to cost nothing for six rounds, then more than they could ever be worth for six, and so on.
-    """
-    chosen: list[tuple] = []
+    """What was generated and what was chosen, with a controller whose costs change as it serves."""
     with running(speculative_config=config, **SETTINGS) as llm:
-        controller = drafter(llm).adaptive
-        original = controller.choose
-
-        def choose(*args):
-            dear = len(chosen) // 6 % 2 == 1
-            controller.corrections.scales["draft_scale"] = 1e6 if dear else 1e-6
-            choice = original(*args)
-            chosen.append((dear, choice.length, choice.budget, choice.shared))
-            return choice
-
-        controller.choose = choose
+        chosen = change_costs(llm)
         outcome = generate(llm, PROMPTS[:10], max_tokens=32)
-    return outcome, chosen
+    return outcome, [(dear, choice.length, choice.budget, choice.shared) for dear, choice in chosen]
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])

@@ -5,7 +5,16 @@ scheduler's logic and that nothing trusts the host's counts, not the order of st
 """
 
 import pytest
-from engines import PROMPTS, Outcome, drafter, engine_process, force_async_scheduling, generate, running
+from engines import (
+    PROMPTS,
+    Outcome,
+    change_costs,
+    drafter,
+    engine_process,
+    force_async_scheduling,
+    generate,
+    running,
+)
 
 CLASP = {
     "method": "clasp",
@@ -25,6 +34,8 @@ def outcomes(speculative_config: object) -> tuple[list[Outcome], float]:
     with running(speculative_config=speculative_config, **settings) as llm:
         core = llm.llm_engine.engine_core.engine_core
         assert type(core.scheduler).__name__ == "AsyncScheduler"
+        if speculative_config and speculative_config["adaptive"]:
+            change_costs(llm)
         found = [
             generate(llm, [*PROMPTS[:9], LONG], max_tokens=40),
             generate(llm, [LONG, *PROMPTS[8:12]], max_tokens=30, ignore_eos=False, stop=["\n"]),
@@ -33,14 +44,17 @@ def outcomes(speculative_config: object) -> tuple[list[Outcome], float]:
             rounds = next(m.value for m in llm.get_metrics() if m.name == "vllm:layer_skip_rounds")
             total = drafter(llm).statistics.total.rounds
             assert total - 2 <= rounds <= total, (rounds, total)  # the last step's output is not waited for
+            assert (drafter(llm).statistics.total.plain_steps > 0) == speculative_config["adaptive"]
         return found, core.scheduler.kv_cache_manager.usage
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
-def test_output_is_plain_vllms(runner):
+def test_output_is_plain_vllms(runner, adaptive):
+    """With the controller too, switching on and off: draft lengths that the scheduler hears of late."""
     with engine_process(runner) as call:
         plain, _ = call(outcomes, None)
-        clasp, usage = call(outcomes, CLASP)
+        clasp, usage = call(outcomes, CLASP | {"adaptive": adaptive})
     assert [o.token_ids for o in clasp] == [o.token_ids for o in plain]
     assert [o.texts for o in clasp] == [o.texts for o in plain]
     assert all(outcome.num_accepted_tokens > 0 for outcome in clasp)
