@@ -103,7 +103,7 @@ def watch_engine(llm: Any) -> Stopwatch:
     stopwatch.watch(attention, "build_attn_metadata", "{}: attention metadata")
     stopwatch.watch(ours, "_optimize", "optimise: masks")
     stopwatch.watch(ours, "run_programme", "optimise: forward")
-    stopwatch.watch(ours.attention, "copy_blocks", "optimise: copies")
+    stopwatch.watch(ours.passes.attention, "copy_blocks", "optimise: copies")
     return stopwatch
 
 
@@ -139,11 +139,13 @@ def profile(
 
 
 def _counters(llm: Any) -> dict[str, float]:
+    from vllm.v1.metrics.reader import Counter
+
     prefixes = ("vllm:spec_decode_", "vllm:layer_skip_")
     return {
         metric.name.removeprefix("vllm:"): metric.value
         for metric in llm.get_metrics()
-        if metric.name.startswith(prefixes) and hasattr(metric, "value")
+        if metric.name.startswith(prefixes) and isinstance(metric, Counter)
     }
 
 

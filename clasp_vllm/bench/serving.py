@@ -110,8 +110,12 @@ def measure(server: Server, workload: Workload, dataset: list[str], prompts: int
 
 def speculation(server: Server) -> dict[str, float]:
     """vLLM's and our counters of speculation."""
+    from clasp_vllm.drafting.statistics import GAUGES  # imports torch
+
     prefixes = ("spec_decode_", "layer_skip_")
-    return {name: value for name, value in server.metrics().items() if name.startswith(prefixes)}
+    gauges = {f"layer_skip_{name}" for name in GAUGES}
+    found = server.metrics()
+    return {name: found[name] for name in found if name.startswith(prefixes) and name not in gauges}
 
 
 def profiles(args: argparse.Namespace, methods: dict[str, str]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,6 @@ certainty. All other tokens are drafted by the target with each row's skipped la
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,23 +21,20 @@ from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.evidence import SkipEvidence
 from clasp_vllm.drafting.host import HostFlag, HostMasks
 from clasp_vllm.drafting.outcomes import Drafts
+from clasp_vllm.drafting.passes import Passes, Plan
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.drafting.statistics import DraftStatistics
-from clasp_vllm.drafting.timing import Mark, measure_pass_costs
+from clasp_vllm.drafting.timing import Mark
 from clasp_vllm.skipping.controller import Choice
-from clasp_vllm.skipping.dynamic_program import Programme, State, backtrack, columns_at, run_programme
-from clasp_vllm.skipping.mask import evenly_spaced_layers
+from clasp_vllm.skipping.dynamic_program import Programme, backtrack
 
 # sample(hidden_states [rows, hidden_size], positions [rows], step) -> tokens [rows] int64 and, where
 # the drafter has an exit threshold, their probabilities [rows] float32 under the draft.
 Sample = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
 
 ENOUGH_PASSES = 8  # until the average over all is trusted with new sequences
-LARGEST_MEASURED = {"cpu": 64, "cuda": 512}  # rows of a pass; costs of larger ones lie on a line
 MAX_PLANS = 256  # kept; there is one for every set of sequences drafted for
-# The sub-layers to run: layer, part, and the rows that skip it ([rows, 1] bool) or None.
-Plan = list[tuple[int, int, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -108,13 +104,11 @@ class Drafter:
                 where the engine cannot go on. None: all are raised.
         """
         self.decoder = decoder
-        self.attention = attention
-        self.scratch = scratch
         self.sequences = sequences
         self.options = options
         self.evidence = evidence
         self.adaptive = adaptive
-        self._predict = predict
+        self.passes = Passes(decoder, attention, scratch, predict)
         # Leave sequences that have stopped out of further steps. It takes a host that knows which, as on a
         # CPU, and a ``sample`` to which rows are all alike.
         self.drop_stopped = False
@@ -303,54 +297,16 @@ class Drafter:
         layers = torch.stack([backtrack(choices, budget) for budget in budgets], dim=1)
         findings = None
         if self.adaptive is not None:
-            findings = self._share(self.adaptive.findings(self._agreement(programme)))
+            findings = self._share(self.adaptive.findings(self.passes.agreement(programme, budgets)))
         masks = layers.unsqueeze(-1).expand(-1, -1, -1, 2)
         if self._new_masks.put(batch.request_ids, masks, findings):
             self._apply_new_masks()
         return hidden
 
-    def _agreement(self, programme: Programme) -> Tensor:
-        """[rows, budgets] bool: the state of the budget predicts the token that the full model does."""
-        columns = [0, *self.options.budgets]
-        delta, residual = (x[columns].flatten(0, 1) for x in programme.states)
-        tokens = self._predict(self.decoder.finish((delta, residual))).view(len(columns), -1)
-        return (tokens[1:] == tokens[0]).t()
-
     def run_programme(self, batch: DraftBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""
-        assert self.scratch is not None
-        budget, rows = self.options.num_skipped_layers, len(batch)
-        tables, source, target = self.scratch.virtual_requests(batch.block_table, batch.positions)
-        positions = batch.positions.repeat(budget + 1)
-        max_lengths = batch.max_lengths.repeat(budget + 1)
-        rotary_positions = self._rotary(positions)
-        columns = 0
-
-        with ExitStack() as context:
-
-            def layer(i: int, state: State) -> State:
-                nonlocal columns
-                if columns != columns_at(i, budget):
-                    columns = columns_at(i, budget)
-                    first = slice(columns * rows)  # column-major
-                    context.close()
-                    context.enter_context(
-                        self.attention.decode(positions[first], tables[first], max_lengths[first])
-                    )
-                if columns > 1:
-                    self.attention.copy_blocks(i, source, target[:, : columns - 1])
-                return self.decoder.run_layer(i, rotary_positions[: columns * rows], state)
-
-            programme = run_programme(
-                self.decoder.embed(batch.tokens),
-                layer,
-                self.decoder.num_layers,
-                budget,
-                prior,
-                self.evidence.memory if self.evidence else 0.0,
-            )
-            delta, residual = (x[0].clone() for x in programme.states)
-            return programme, self.decoder.finish((delta, residual))
+        memory = self.evidence.memory if self.evidence else 0.0
+        return self.passes.programme(batch, self.options.num_skipped_layers, prior, memory)
 
     def _first_hidden(
         self, batch: DraftBatch, slots: np.ndarray, due: np.ndarray, exact: Tensor, choice: Choice
@@ -365,25 +321,11 @@ class Drafter:
         return hidden
 
     def _draft_step(self, batch: DraftBatch, plan: Plan) -> Tensor:
-        """One forward pass of the target without the skipped sub-layers: [rows, hidden_size]."""
-        state = self.decoder.embed(batch.tokens)
-        positions = self._rotary(batch.positions)
+        """One forward pass of the draft: [rows, hidden_size]."""
         self.statistics.total.sublayers += len(plan)
         if self._controlled is not None:
             self._predicted += self._controlled.forward_seconds(len(batch), len(plan) / 2)
-        with self.attention.decode(batch.positions, batch.block_table, batch.max_lengths):
-            for layer, part, skip in plan:
-                if skip is None:
-                    state = self.decoder.run_sublayer(layer, part, positions, state)
-                else:  # some rows skip it: run it for all, keep their states
-                    delta, residual = state
-                    ran = self.decoder.run_sublayer(layer, part, positions, (delta.clone(), residual.clone()))
-                    state = torch.where(skip, delta, ran[0]), torch.where(skip, residual, ran[1])
-            return self.decoder.finish(state)
-
-    def _rotary(self, positions: Tensor) -> Tensor:
-        # Past the end there is nothing to draft, but the rotary table must still hold the position.
-        return positions.clamp(max=self.attention.max_model_len - 1)
+        return self.passes.draft(batch, plan)
 
     def _masks(self, slots: np.ndarray, choice: Choice) -> Tensor:
         """[rows, num_layers, 2] bool, what each row skips."""
@@ -413,27 +355,12 @@ class Drafter:
         return plan
 
     def measure_costs(self, device: torch.device) -> None:
-        """Find out what forward passes cost, while nothing is served, for the controller if there is one."""
+        """Find out what passes cost, while nothing is served, for the controller if there is one."""
         if self.adaptive is None:
             return
-        num_layers, block_size = self.decoder.num_layers, self.attention.block_size
-        position = min(block_size, self.attention.max_model_len) - 1  # of the scratch block; it is written
-
-        def forward(rows: int, layers: int) -> None:
-            skipped = evenly_spaced_layers(num_layers, num_layers - layers)
-            plan: Plan = [(i, part, None) for i in range(num_layers) if i not in skipped for part in range(2)]
-            tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-            table = torch.full((rows, 1), self.attention.scratch_block, dtype=torch.int32, device=device)
-            lengths = torch.full((rows,), position + 1, dtype=torch.int32)
-            batch = DraftBatch([], tokens, tokens + position, table, lengths)
-            self._predict(self._draft_step(batch, plan))
-
-        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        longest = min(self.attention.max_rows, LARGEST_MEASURED.get(device.type, 64))
-        costs = measure_pass_costs(forward, num_layers, longest, synchronize)
+        costs = self.passes.measure(device)
         shared = self._share(torch.tensor([costs.layer, costs.besides], device=device)).tolist()
         self.adaptive.costs = replace(costs, layer=tuple(shared[0]), besides=tuple(shared[1]))
-        self.statistics.total.sublayers = 0
 
 
 def _rows(left: np.ndarray, rows: int) -> slice | Tensor:

@@ -53,7 +53,9 @@ def test_tasks_take_turns():
     assert mixed_prompts(26)[-1] == prompts[0]
 
 
-@pytest.mark.parametrize("config", [None, '{"method": "clasp", "optimization_interval": 2}'])
+@pytest.mark.parametrize(
+    "config", [None, '{"method": "clasp", "adaptive": false, "optimization_interval": 2}']
+)
 def test_command(config, tmp_path):
     """The command on the demo model: every part is there, and they add up."""
     path = tmp_path / "profile.json"

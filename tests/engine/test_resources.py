@@ -27,7 +27,7 @@ def resources(speculative_config: object) -> dict:
         if speculative_config:
             ours = runner.speculator if hasattr(runner, "speculator") else runner.drafter
             found["same_model"] = ours.model is runner.model
-            found["scratch"] = drafter(llm).scratch._ids
+            found["scratch"] = drafter(llm).passes.scratch._ids
             found["compute_hash"] = config.speculative_config.compute_hash()
             generate(llm, PROMPTS[:6], max_tokens=8)
         found["usage"] = core.scheduler.kv_cache_manager.usage
