@@ -59,14 +59,19 @@ def parallel(speculative_config: object, forced: bool = False) -> tuple:
         return outcome, llm.collective_rpc(masks_of)
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
-def test_ranks_agree(runner, monkeypatch):
+def two_ranks(runner: str, monkeypatch):
+    """An ``engine_process`` of which each rank has a core of its own."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(os.path.dirname(__file__))]))
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(os.path.dirname(__file__)))
     if runner == "v2":
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    with engine_process(runner) as call:
+    return engine_process(runner)
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_ranks_agree(runner, monkeypatch):
+    with two_ranks(runner, monkeypatch) as call:
         plain, _ = call(parallel, None)
         clasp, masks = call(parallel, CLASP)
         forced, forced_masks = call(parallel, CLASP, True)
@@ -109,12 +114,7 @@ def adaptive(speculative_config: object) -> tuple:
 
 @pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
 def test_ranks_choose_alike(runner, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(os.path.dirname(__file__))]))
-    if runner == "v2":
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    with engine_process(runner) as call:
+    with two_ranks(runner, monkeypatch) as call:
         plain, _ = call(adaptive, None)
         clasp, chosen = call(adaptive, CLASP | {"adaptive": True})
     assert clasp.token_ids == plain.token_ids
