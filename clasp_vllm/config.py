@@ -100,7 +100,7 @@ class LayerSkipConfig(BaseModel):
         default=None,
         description="Where a request's last tokens occurred in it before, verify what followed them there in "
         "the place of drafts by skipping, if that promises more (vLLM's n-gram lookup). Needs adaptive, "
-        "greedy drafts, and Model Runner V1 without async scheduling, where it is on by default.",
+        "greedy drafts, and Model Runner V1 on a CPU without async scheduling, where it is on by default.",
     )
     prompt_lookup_min: int = Field(
         default=2, ge=1, le=64, description="For ngram_cascade: the fewest tokens to look up (vLLM's key)."
@@ -186,6 +186,8 @@ class LayerSkipConfig(BaseModel):
             if ratio is None:
                 ratio = LARGEST_SKIP_RATIO if self.chooses_budget else 0.5
             budget, key = round(ratio * num_layers), "skip_ratio"
+            if self.skip_ratio is None:
+                budget = min(budget, num_layers - 1)
         if budget >= num_layers:
             raise ConfigError(
                 f"{key}: skipping {budget} layers leaves none; the model has {num_layers}, "

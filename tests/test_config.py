@@ -130,6 +130,7 @@ def test_same_meaning_however_it_is_given(tmp_path):
         ({"method": "clasp"}, 24, 16),
         ({"method": "clasp", "adaptive": False}, 24, 12),
         ({"method": "layer_skip"}, 24, 12),
+        ({"method": "clasp"}, 1, 0),
         ({"method": "clasp", "skip_ratio": 0.4}, 32, 13),
         ({"method": "clasp", "num_skipped_layers": 0}, 32, 0),
         ({"method": "layer_skip", "skip_layers": [4, 2]}, 32, 2),

@@ -17,7 +17,9 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 RATE = 0.15  # how far one draft token moves its sequence's offset
-OVERALL_RATE = 0.01  # and the mean, and the difference that sharing a mask makes
+OVERALL_RATE = 0.01  # and how far the mean moves to the offsets
+SHARING_SCALE = 4.0  # an error of acceptance as one of an offset: 1 / (p (1 - p)) at its least
+FORGET_ROUND = 1e-3  # of what may not be in use, each round
 FORGET = 1 / 64  # what passes forget of the curve, for each sequence optimised
 PRIOR_PASSES = 2.0  # how many the first guess of the curve counts for
 LENGTHS_RATE = 0.002  # how far one draft token moves the estimate of drafting going on
@@ -75,22 +77,30 @@ class AcceptanceEvidence:
                 continue
             expected = self.acceptance(slots[rows])[int(shared), :, budget]
             error = accepted[rows] * (1 - expected) - refused[rows] * expected
-            np.add.at(self.offset, slots[rows], RATE * error)
-            self.overall[int(kind)] += OVERALL_RATE * error.sum()
-            if shared:
-                self.sharing += OVERALL_RATE * error.sum()
-        np.clip(self.offset, -LIMIT, LIMIT, out=self.offset)
-        np.clip(self.overall, -LIMIT, LIMIT, out=self.overall)
-        self.sharing = float(np.clip(self.sharing, -LIMIT, 1.0))
+            self.offset[slots[rows]] = (self.offset[slots[rows]] + RATE * error).clip(-LIMIT, LIMIT)
+            tokens = int((accepted + refused)[rows].sum())
+            self.overall[int(kind)] += _share(OVERALL_RATE, tokens) * (
+                self.offset[slots[rows]].mean() - self.overall[int(kind)]
+            )
+            if shared and tokens:
+                change = _share(OVERALL_RATE, tokens) * error.sum() / tokens
+                self.sharing = min(max(self.sharing + SHARING_SCALE * change, -LIMIT), 1.0)
 
     def add_ngrams(self, slots: np.ndarray, accepted: np.ndarray, refused: np.ndarray) -> None:
         """What verification said of n-grams of the context; arguments as above."""
         expected = self.ngram_acceptance(slots)
         error = accepted * (1 - expected) - refused * expected
-        np.add.at(self.ngram_offset, slots, RATE * error)
-        self.ngram_overall += OVERALL_RATE * float(error.sum())
-        np.clip(self.ngram_offset, -LIMIT, LIMIT, out=self.ngram_offset)
-        self.ngram_overall = float(np.clip(self.ngram_overall, -LIMIT, LIMIT))
+        if not len(slots):
+            return
+        self.ngram_offset[slots] = (self.ngram_offset[slots] + RATE * error).clip(-LIMIT, LIMIT)
+        share = _share(OVERALL_RATE, int((accepted + refused).sum()))
+        self.ngram_overall += share * float(self.ngram_offset[slots].mean() - self.ngram_overall)
+
+    def forget(self) -> None:
+        """Count a round: what is not in use is not tried either, so verdicts on it do not last for ever."""
+        self.sharing *= 1 - FORGET_ROUND
+        self.ngram_overall *= 1 - FORGET_ROUND
+        self.ngram_offset *= 1 - FORGET_ROUND
 
     def ngram_acceptance(self, slots: np.ndarray) -> Array:
         """[rows], of a token of an n-gram of the context."""
@@ -101,7 +111,7 @@ class AcceptanceEvidence:
         """Of draft tokens that were not the last allowed, how many drafting went on after."""
         tokens = went_on + stopped
         if tokens:
-            self.going_on += (1 - (1 - LENGTHS_RATE) ** tokens) * (went_on / tokens - self.going_on)
+            self.going_on += _share(LENGTHS_RATE, tokens) * (went_on / tokens - self.going_on)
 
     def acceptance(self, slots: np.ndarray) -> Array:
         """[2, rows, budgets]: of a draft token, with each sequence's own mask and with a shared one."""
@@ -109,3 +119,8 @@ class AcceptanceEvidence:
         own = np.log(curve / (1 - curve)) + self.offset[slots, None]
         found: Array = 1 / (1 + np.exp(-np.stack((own, own + self.sharing))))
         return found
+
+
+def _share(rate: float, count: int) -> float:
+    """What ``count`` observations have of a decaying average of which one has ``rate``."""
+    return float(1 - (1 - rate) ** count)

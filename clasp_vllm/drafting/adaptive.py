@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clasp_vllm.drafting.acceptance import AcceptanceEvidence
+from clasp_vllm.drafting.batch import index
 from clasp_vllm.drafting.outcomes import Drafts, Outcomes
 from clasp_vllm.drafting.timing import CostCorrections, Mark
 from clasp_vllm.skipping.controller import (
@@ -22,7 +23,9 @@ from clasp_vllm.skipping.controller import (
     rounds_between_passes,
 )
 
-OFF_CHECK = 8  # steps without speculation until the same number of rows is thought over again
+OFF_CHECK = 8  # steps without speculation until it is thought over again,
+OFF_CHANGE = 0.25  # unless the number of rows has changed by this share
+PATIENCE = 6  # steps that a probe waits for room in
 MASKS_TO_SHARE = 2  # rows from which on
 
 
@@ -38,6 +41,7 @@ class AdaptiveDrafting:
         interval: int | None,
         sharing: bool,
         padded: bool,
+        narrows: bool,
         ranks: int,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -49,12 +53,13 @@ class AdaptiveDrafting:
             interval: rounds between two passes for a sequence, where that is fixed.
             sharing: whether masks may be shared.
             padded: whether drafts that stop early are verified in full length all the same.
+            narrows: whether rows that stop early leave the batch of the draft.
             ranks: that run the layers together. They must choose alike, so with more than one
                 corrections of costs wait until rank 0 shares its own.
             log: told in words whenever another choice is made.
         """
         self.evidence = AcceptanceEvidence(capacity, budgets, num_layers)
-        self.outcomes = Outcomes(self.evidence)
+        self.outcomes = Outcomes(self.evidence, longest)
         self.corrections = CostCorrections()
         self.costs: PassCosts | None = None  # as measured at start-up
         self.last: Choice | None = None
@@ -62,8 +67,10 @@ class AdaptiveDrafting:
         # (``padded``) it has to be told.
         self.wanted = longest
         self.padded = padded
-        self._longest = longest
-        self._probing = False
+        self._narrows = narrows
+        self._sent: int | None = None
+        self.longest = longest
+        self._probing = 0  # steps since a probe was decided on and room for it was asked for
         self._log = log
         self._logged: tuple[object, ...] = ()
         self._shares = ranks > 1
@@ -83,10 +90,10 @@ class AdaptiveDrafting:
         self.corrections.settle()
         assert self.costs is not None
         # Steps with prefill are of another kind, and between batches the engine may have waited.
-        if self._ended is not None and self._running.issuperset(request_ids):
+        ended, self._ended = self._ended, None
+        if ended is not None and self._running.issuperset(request_ids):
             predicted = self.forward_seconds(int(lengths.sum()), self._num_layers)
-            now = Mark(self._ended.device)
-            self.corrections.add("verify_scale", predicted, self._ended, now)
+            self.corrections.add("verify_scale", predicted, ended, Mark(ended.device))
 
     def forward_seconds(self, rows: int, layers: float) -> float:
         """Of a forward pass, without correction."""
@@ -96,6 +103,7 @@ class AdaptiveDrafting:
     def drafted(self, drafts: Drafts, ended: Mark) -> None:
         """A round has ended: remember its drafts until they are verified."""
         self.outcomes.drafted(drafts)
+        self.evidence.forget()
         self._running, self._ended = frozenset(drafts.request_ids), ended
 
     def timed(self, marks: tuple[Mark, Mark, Mark], predicted: float, optimized: int) -> None:
@@ -135,19 +143,31 @@ class AdaptiveDrafting:
         costs = self.costs.scaled(self._scales)
         offered = np.array([len(found) for found in ngrams or ()], dtype=np.int64)
         choice = self.last
-        if choice is None or rows != self._off_rows or self._off_steps % OFF_CHECK == 0 or offered.any():
+        if choice is None or self._is_due(rows) or offered.any():
             choice = self.last = self._best(costs, slots, masks, shared_mask, offered)
         worth_it = choice.ratio >= WORTH_IT
-        if not worth_it and not self._probing:
-            self._probing = self._probes.due(choice, float(costs.verify(rows, self._num_layers)))
-        self.wanted = max(choice.length, choice.ngram) if worth_it or self._probing else 0
+        ask = worth_it
+        if worth_it:
+            self._probing = 0
+        elif self._probing:
+            self._probing = (self._probing + 1) % PATIENCE
+        elif self._probes.due(choice, float(costs.verify(rows, self._num_layers))):
+            self._probing, ask = 1, True
+        self.wanted = max(choice.length, choice.ngram) if ask else 0
         self._explain(choice, costs, slots, worth_it)
-        if self.wanted and allowed:
-            self._off_rows = self._off_steps = 0
-            self._probing = False
+        if allowed and (worth_it or self._probing):
+            self._off_rows = self._off_steps = self._probing = 0
             return replace(choice, length=min(choice.length, allowed), ngram=min(choice.ngram, allowed))
-        self._off_rows, self._off_steps = rows, self._off_steps + 1
+        self._off_steps += 1
         return replace(choice, length=0, ngram=0)
+
+    def _is_due(self, rows: int) -> bool:
+        """Whether to think again: always while speculating, now and then while off."""
+        similar = self._off_rows * (1 - OFF_CHANGE) <= rows <= self._off_rows * (1 + OFF_CHANGE)
+        if self._off_steps % OFF_CHECK and similar:
+            return False
+        self._off_rows = rows
+        return True
 
     def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray, worth_it: bool) -> None:
         made = len(slots), choice.budget, choice.length, choice.shared, choice.ngram, worth_it, self._probing
@@ -166,6 +186,17 @@ class AdaptiveDrafting:
             f"{choice.ratio:.2f} times plain decoding (acceptance {acceptance:.2f}, "
             f"a plain step {plain:.1f} ms, a draft step {step:.1f} ms)"
         )
+
+    def take_wanted(self) -> int | None:
+        """Draft tokens that the scheduler is to make room for, where that has changed since the last call.
+
+        Drafts that it sees before it makes room for them need no word ahead of time.
+        """
+        wanted = self.wanted if self.padded else self.longest
+        if wanted == self._sent:
+            return None
+        self._sent = wanted
+        return wanted
 
     def gauges(self) -> dict[str, float]:
         """What is chosen now, by the name of its metric."""
@@ -186,12 +217,17 @@ class AdaptiveDrafting:
         def ways(rows: np.ndarray, ngrams: Ngrams | None) -> Choice:
             own = masks[torch.from_numpy(slots[rows])].all(0)
             layers = torch.stack((own, shared_mask)).logical_not_().flatten(2).sum(2).double().numpy() / 2
-            acceptance = self.evidence.acceptance(slots[rows])
-            if not self._sharing or len(rows) < MASKS_TO_SHARE:
-                acceptance[1] = 0.0
-            going_on = self.evidence.going_on
+            kinds = 2 if self._sharing and len(rows) >= MASKS_TO_SHARE else 1
             return choose(
-                costs, self._num_layers, acceptance, layers, going_on, self._longest, self.padded, ngrams
+                costs,
+                self._num_layers,
+                self.evidence.acceptance(slots[rows])[:kinds],
+                layers[:kinds],
+                self.evidence.going_on,
+                self.longest,
+                self.padded,
+                self._narrows,
+                ngrams,
             )
 
         best = ways(np.arange(len(slots)), None)
@@ -216,8 +252,8 @@ class AdaptiveDrafting:
 
         ``agree``: [rows, budgets] bool, the budget's state predicts the full model's token.
         """
-        scales = torch.tensor([*self.corrections.scales.values()], device=agree.device)
-        return torch.cat((agree.float().flatten(), scales))
+        scales = np.array([*self.corrections.scales.values()], dtype=np.float32)
+        return torch.cat((agree.float().flatten(), index(scales, agree.device)))
 
     def learn(self, findings: np.ndarray) -> None:
         """Take in what a pass found, as shared by rank 0."""

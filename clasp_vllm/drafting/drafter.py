@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,13 +28,14 @@ from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.drafting.statistics import DraftStatistics
 from clasp_vllm.drafting.timing import Mark
 from clasp_vllm.skipping.controller import Choice
-from clasp_vllm.skipping.dynamic_program import Programme, backtrack
+from clasp_vllm.skipping.dynamic_program import Programme, backtrack_all
 
 # sample(hidden_states [rows, hidden_size], positions [rows], step) -> tokens [rows] int64 and, where
 # the drafter has an exit threshold, their probabilities [rows] float32 under the draft.
 Sample = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
 
 ENOUGH_PASSES = 8  # until the average over all is trusted with new sequences
+Result = TypeVar("Result")
 MAX_PLANS = 256  # kept; there is one for every set of sequences drafted for
 
 
@@ -119,6 +121,7 @@ class Drafter:
         # What to run for the rows of a batch, until a mask changes.
         self._plans: dict[tuple[bytes, int, bool], Plan] = {}
         self._plans_version = -1
+        self._budgets: Tensor | None = None
         self._predicted = 0.0  # seconds of the draft steps of this round
 
     def draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> tuple[Tensor, Tensor] | None:
@@ -130,8 +133,12 @@ class Drafter:
                 length merely unlikely to be accepted.
             lengths: [rows] int64, how many of a row's tokens are worth verifying.
         """
+        return self.guarded(lambda: self._draft(batch, num_tokens, sample))
+
+    def guarded(self, work: Callable[[], Result]) -> Result | None:
+        """Do a part of drafting; None if that failed and the engine can go on."""
         try:
-            return self._draft(batch, num_tokens, sample)
+            return work()
         except Exception as error:
             if self._on_failure is None:
                 raise
@@ -148,8 +155,9 @@ class Drafter:
             rejected: [reqs] int on the device, how many of its draft tokens were rejected; None if there
                 were none.
         """
-        if self._controlled is not None:
-            self._controlled.observe(request_ids, lengths, rejected)
+        controller = self._controlled
+        if controller is not None:
+            self.guarded(lambda: controller.observe(request_ids, lengths, rejected))
 
     @property
     def _controlled(self) -> AdaptiveDrafting | None:
@@ -269,8 +277,8 @@ class Drafter:
                 self.sequences.set_initial_mask(masks[-2])
                 self.sequences.set_shared_mask(masks[-1])
             self.sequences.set_masks(request_ids, masks[: len(request_ids)])
-            if self.adaptive is not None and findings is not None:
-                self.adaptive.learn(findings.numpy())
+            if self._controlled is not None and findings is not None:
+                self._controlled.learn(findings.numpy())
 
     def _optimize(self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray) -> Tensor:
         """Find new masks for the batch; the full model's final hidden states [rows, hidden_size].
@@ -293,8 +301,10 @@ class Drafter:
             known = self.sequences.has_own[running] | np.isin(running, slots)
             shared = self.evidence.shared_choices(index(running, device), index(~known, device))
             choices = torch.cat((choices, self.evidence.overall_choices(), shared), dim=2)
-        budgets = self.options.budgets
-        layers = torch.stack([backtrack(choices, budget) for budget in budgets], dim=1)
+        if self._budgets is None:  # kept on the device: a copy would wait for it
+            self._budgets = torch.tensor(self.options.budgets, device=device)
+        budgets = self._budgets
+        layers = backtrack_all(choices, budgets)
         findings = None
         if self.adaptive is not None:
             findings = self._share(self.adaptive.findings(self.passes.agreement(programme, budgets)))
@@ -354,8 +364,13 @@ class Drafter:
             ]
         return plan
 
-    def measure_costs(self, device: torch.device) -> None:
-        """Find out what passes cost, while nothing is served, for the controller if there is one."""
+    @torch.inference_mode()
+    def start(self, device: torch.device) -> None:
+        """Before anything is served: forget the engine's warm-up, and find out what passes cost."""
+        self.sequences.reset()
+        self.statistics = DraftStatistics(self.decoder.num_layers)
+        if self.evidence is not None:
+            self.evidence.reset()
         if self.adaptive is None:
             return
         costs = self.passes.measure(device)

@@ -27,6 +27,12 @@ class SkipEvidence:
         self._own = torch.zeros(capacity, num_layers, columns, device=device)
         self._overall = torch.zeros(num_layers, columns, device=device)
 
+    def reset(self) -> None:
+        """Forget everything."""
+        self.passes = 0
+        self._own.zero_()
+        self._overall.zero_()
+
     def prior(self, slots: Tensor, fresh: Tensor) -> Tensor | None:
         """[num_layers, columns, rows] margins for [rows] slots; None if there are none yet.
 

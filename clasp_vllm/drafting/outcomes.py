@@ -40,8 +40,10 @@ class Drafts:
 class Outcomes:
     """Puts drafts and what verification says of them together. On a GPU a round late, never waiting."""
 
-    def __init__(self, evidence: AcceptanceEvidence) -> None:
+    def __init__(self, evidence: AcceptanceEvidence, longest: int) -> None:
+        """``longest``: draft tokens at most."""
         self._evidence = evidence
+        self._longest = longest
         self._drafts: Drafts | None = None
         self._pending: tuple[Drafts, np.ndarray, np.ndarray, HostCopy] | None = None
 
@@ -61,7 +63,12 @@ class Outcomes:
         drafts, self._drafts = self._drafts, None
         if drafts is not None and rejected is not None:
             row_of = {request_id: row for row, request_id in enumerate(request_ids)}
-            found = [(i, row_of[r]) for i, r in enumerate(drafts.request_ids) if r in row_of]
+            # A request that was preempted comes back with more tokens than a draft has.
+            found = [
+                (i, row_of[r])
+                for i, r in enumerate(drafts.request_ids)
+                if r in row_of and verified[row_of[r]] <= self._longest
+            ]
             ours, theirs = np.array(found, dtype=np.int64).reshape(-1, 2).T
             index = torch.from_numpy(np.stack((ours, theirs))).to(rejected.device, non_blocking=True)
             counts = torch.stack((drafts.lengths[index[0]], rejected[index[1]].long()))
@@ -79,6 +86,7 @@ class Outcomes:
         ours = ~drafts.looked_up[rows]
         self._evidence.add_ngrams(drafts.slots[rows][~ours], accepted[~ours], refused[~ours])
         certain = drafts.certain[rows] & (accepted > 0)
+        refused &= ~drafts.certain[rows] | (accepted > 0)  # of a certain token neither is evidence
         self._evidence.add_verified(
             drafts.slots[rows][ours],
             drafts.sampling[rows][ours],

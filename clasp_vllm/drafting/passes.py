@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -86,11 +86,11 @@ class Passes:
             delta, residual = (x[0].clone() for x in programme.states)
             return programme, self._decoder.finish((delta, residual))
 
-    def agreement(self, programme: Programme, budgets: Sequence[int]) -> Tensor:
-        """[rows, budgets] bool: the state of the budget predicts the token that the full model does."""
-        columns = [0, *budgets]
-        delta, residual = (x[columns].flatten(0, 1) for x in programme.states)
-        tokens = self._predict(self._decoder.finish((delta, residual))).view(len(columns), -1)
+    def agreement(self, programme: Programme, budgets: Tensor) -> Tensor:
+        """[rows, budgets] bool: the state of the budget ([budgets] int64) predicts the full model's token."""
+        states = (torch.cat((x[:1], x.index_select(0, budgets))).flatten(0, 1) for x in programme.states)
+        delta, residual = states
+        tokens = self._predict(self._decoder.finish((delta, residual))).view(len(budgets) + 1, -1)
         return (tokens[1:] == tokens[0]).t()
 
     def measure(self, device: torch.device) -> PassCosts:

@@ -24,6 +24,13 @@ class SequenceTable:
     def __init__(self, capacity: int, initial_mask: Tensor) -> None:
         """``initial_mask``: [budgets, num_layers, 2] bool, True = skipped; one mask for each budget."""
         self.capacity = capacity
+        self._first_mask = initial_mask
+        self.version = 0  # grows whenever a mask changes
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        capacity, initial_mask = self.capacity, self._first_mask
         self.initial_mask = initial_mask
         self.shared_mask = initial_mask  # where all sequences of a batch skip the same layers
         self.masks = initial_mask.repeat(capacity, 1, 1, 1)  # [capacity, budgets, num_layers, 2]
@@ -33,7 +40,7 @@ class SequenceTable:
         # until theirs is found. Else it is found at once.
         self.spread: int | None = None
         self._arrivals = 0
-        self.version = 0  # grows whenever a mask changes
+        self.version += 1
         self._started: list[int] = []
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently seen first
 

@@ -30,16 +30,16 @@ def measure_pass_costs(
     layer: list[float] = []
     besides: list[float] = []
     for rows in sizes:
-        seconds: dict[int, list[float]] = {few: [], num_layers: []}
+        seconds: list[list[float]] = [[], []]
         for _ in range(repeats):
-            for layers, found in seconds.items():
+            for layers, found in zip((few, num_layers), seconds, strict=True):
                 synchronize()
                 before = time.perf_counter()
                 forward(rows, layers)
                 synchronize()
                 found.append(time.perf_counter() - before)
-        some, every = (min(found) for found in seconds.values())
-        one = max(every - some, 0.0) / max(num_layers - few, 1)
+        some, every = (min(found) for found in seconds)
+        one = every if num_layers == few else max(every - some, 0.0) / (num_layers - few)
         layer.append(max([one, *layer[-1:]]))  # more rows never cost less
         besides.append(max(every - num_layers * layer[-1], 0.0))
     return PassCosts(tuple(map(float, sizes)), tuple(layer), tuple(besides))

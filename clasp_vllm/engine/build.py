@@ -38,10 +38,9 @@ def num_scratch_blocks(vllm_config: VllmConfig) -> int:
     """KV blocks to hold back from the scheduler for optimisation passes."""
     config = layer_skip_config(vllm_config)
     assert config is not None
-    if config.interval is None:
-        return int(config.is_adaptive)  # a place to measure costs in
     columns = config.budget(num_layers_of(vllm_config))
-    return ScratchBlocks.count(_max_optimized(vllm_config), columns)
+    count = 0 if config.interval is None else ScratchBlocks.count(_max_optimized(vllm_config), columns)
+    return max(count, int(config.is_adaptive))  # costs are measured in one
 
 
 def hold_back_scratch_blocks(vllm_config: VllmConfig, scheduler_config: KVCacheConfig) -> None:
@@ -83,7 +82,7 @@ def refuse_ngram_cascade(config: LayerSkipConfig, why: str) -> None:
     """Raises ConfigError where the cascade is asked for and the engine cannot have it."""
     if config.ngram_cascade:
         raise ConfigError(
-            f"ngram_cascade=True: {why}; it needs Model Runner V1 (VLLM_USE_V2_MODEL_RUNNER=0) and "
+            f"ngram_cascade=True: {why}; it needs a CPU, Model Runner V1 (VLLM_USE_V2_MODEL_RUNNER=0) and "
             "--no-async-scheduling"
         )
 
@@ -104,10 +103,13 @@ def build_drafter(
     decoder: Decoder,
     device: torch.device,
     padded: bool,
+    narrows: bool = False,
 ) -> tuple[Drafter, TargetAttention]:
     """A drafter over the target's layers and KV cache, and the attention it uses.
 
-    ``padded``: whether the runner verifies drafts in full length, however short they are.
+    Args:
+        padded: whether the runner verifies drafts in full length, however short they are.
+        narrows: whether rows that stop early may leave the batch of the draft (``Drafter.drop_stopped``).
     """
     config = layer_skip_config(vllm_config)
     assert config is not None
@@ -152,6 +154,7 @@ def build_drafter(
             config.optimization_interval,
             sharing=config.memory > 0,
             padded=padded,
+            narrows=narrows,
             ranks=get_tp_group().world_size,
             log=lambda line: logger.debug("Layer skipping: %s", line),
         )
@@ -160,6 +163,7 @@ def build_drafter(
         share=_share_rank_zero if get_tp_group().world_size > 1 else lambda found: found,
         on_failure=_go_on_without_drafts,
     )
+    drafter.drop_stopped = narrows
     return drafter, attention
 
 

@@ -12,7 +12,7 @@ loads its plugins; a worker's hooks follow where it uses us, so that others neve
 | worker                | installs its runner's hooks              | late, and only where we are used |
 | stat_loggers          | a logger of our counts, before the others| plugins' own loggers come last   |
 | update_from_output    | draft lengths that the drafter asks for  | room is made before drafting     |
-| warm_up               | costs of passes are measured at its end  | the controller chooses by them   |
+| warm_up               | the drafter starts at its end            | it measures what passes cost     |
 | sample_tokens         | our counts ride on the runner's output   | no slot for a speculator's own   |
 | speculator_v2         | our speculator in Model Runner V2        | its list of methods is closed    |
 | proposer_v1           | our proposer in Model Runner V1          | likewise                         |
@@ -181,7 +181,7 @@ def _warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
     def compile_or_warm_up_model(self: Any) -> Any:
         times = original(self)
         if _uses_us(self.vllm_config):
-            _ours(self.model_runner).measure_costs(self.device)
+            _ours(self.model_runner).start(self.device)
         return times
 
     return compile_or_warm_up_model

@@ -63,8 +63,9 @@ def send_counts(drafter: Drafter, output: Any) -> Any:
     if drafter.adaptive is not None:
         if counts:
             found[CHOSEN] = drafter.adaptive.gauges()
-        if drafter.adaptive.padded:
-            found[WANTED] = drafter.adaptive.wanted
+        wanted = drafter.adaptive.take_wanted()
+        if wanted is not None:
+            found[WANTED] = wanted
     if not found:
         return outer
     stats = ECConnectorOutput(ec_connector_stats=ECConnectorStats(data=found))

@@ -39,8 +39,8 @@ class LayerSkipProposer(DraftModelProposer):
         assert config is not None
         # The context has to be on the host when drafting begins.
         self._lookup: Any = None
-        if runner.use_async_scheduling:
-            refuse_ngram_cascade(config, "async scheduling is on")
+        if runner.use_async_scheduling or device.type != "cpu":
+            refuse_ngram_cascade(config, "async scheduling is on, or the tokens are on a GPU")
         elif config.cascades:
             # Not before it is needed: once numba is loaded, vLLM starts no further engine on a CPU in the
             # same process.
@@ -63,11 +63,9 @@ class LayerSkipProposer(DraftModelProposer):
             self.decoder,
             self.device,
             padded=self.runner.use_async_scheduling,
-        )
-        self.drafter.drop_stopped = (
-            self.device.type == "cpu"
+            narrows=self.device.type == "cpu"
             and not self._enable_probabilistic_draft_probs
-            and self.vllm_config.parallel_config.tensor_parallel_size == 1
+            and self.vllm_config.parallel_config.tensor_parallel_size == 1,
         )
         self.draft_attn_groups = [g for groups in attention.attn_groups for g in groups]
         self.kv_cache_gid = 0
@@ -122,7 +120,7 @@ class LayerSkipProposer(DraftModelProposer):
             common_attn_metadata.block_table_tensor[:num_reqs],
             max_lengths[:num_reqs] + 1,
             np.array([request_id not in greedy for request_id in request_ids]),
-            self._looked_up(next_token_ids, positions, rows),
+            self.drafter.guarded(lambda: self._looked_up(next_token_ids, positions, rows)),
         ).select(rows)
 
         probs: list[Tensor] = []

@@ -13,6 +13,7 @@ from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_
 
 from clasp_vllm.config import ConfigError, parse_config
 from clasp_vllm.engine.speculative_config import LayerSkipSpeculativeConfig
+from clasp_vllm.skipping.controller import draft_lengths
 
 # Quantised caches with scales of their own beside the values are left out: nobody has tried to copy
 # their blocks.
@@ -50,8 +51,9 @@ def speculative_config(
             raise ConfigError(f"num_speculative_tokens_per_batch_size={schedule!r}: {error}") from None
     refuse_unsupported(engine_args, target_model_config, target_parallel_config)
     vllm_settings = config.vllm_settings()
-    if config.is_adaptive and schedule is None and not current_platform.is_cpu():
-        vllm_settings["num_speculative_tokens_per_batch_size"] = every_length(config.num_speculative_tokens)
+    one_engine = target_parallel_config.data_parallel_size == 1
+    if config.is_adaptive and schedule is None and one_engine and not current_platform.is_cpu():
+        vllm_settings["num_speculative_tokens_per_batch_size"] = graph_lengths(config.num_speculative_tokens)
     try:
         made = LayerSkipSpeculativeConfig(
             **vllm_settings,
@@ -71,12 +73,15 @@ def speculative_config(
     return made
 
 
-def every_length(longest: int) -> list[list[int]]:
-    """A table of draft lengths by batch size in which each occurs, so that vLLM captures graphs for all.
+def graph_lengths(longest: int) -> list[list[int]]:
+    """A table of draft lengths by batch size in which those that the controller may choose occur.
 
+    vLLM captures graphs for those that a batch size up to max_num_seqs has: the longest and none come first.
     Which one is used is what the controller wants (``schedule_wanted``), from its first step on.
     """
-    return [[size, size, longest - size + 1] for size in range(1, longest + 2)]
+    lengths = draft_lengths(longest)
+    ordered = [lengths[-1], *lengths[:-1]]
+    return [[size, size, length] for size, length in enumerate(ordered, start=1)]
 
 
 def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_config: ParallelConfig) -> None:

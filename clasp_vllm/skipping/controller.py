@@ -133,24 +133,28 @@ def choose(
     going_on: float,
     longest: int,
     padded: bool = False,
+    narrows: bool = True,
     ngrams: Ngrams | None = None,
 ) -> Choice:
     """The best way to speculate for a batch, whether or not it is better than plain decoding.
 
     Args:
         num_layers: of the target.
-        acceptance: [2, rows, budgets] of a draft token, with each row's own mask and with a shared one.
-        layers: [2, budgets] layers that a draft step of these rows runs, in the same order.
+        acceptance: [2, rows, budgets] of a draft token, with each row's own mask and with a shared one;
+            or [1, rows, budgets] where none may be shared.
+        layers: [2, budgets] layers that a draft step of these rows runs, in the same order; or [1, budgets].
         going_on: the probability that drafting goes on after a token.
         longest: draft tokens at most, from 1 on.
-        padded: whether drafts that stop early are verified in full length all the same.
-        ngrams: of further rows, for which the context offers something. They are not drafted for.
+        padded: whether drafts that stop early are verified in full length all the same, and lengths are
+            those of ``draft_lengths`` only.
+        narrows: whether rows that stop early leave the batch of the draft.
+        ngrams: of further rows, for which the context offers something. Some of that is taken.
     """
     rows = acceptance.shape[1]
     step = np.arange(longest)
     stays = going_on**step  # a row is still drafted for at the step
     runs = 1 - (1 - stays) ** rows  # the step is run at all
-    in_step = np.maximum(1.0, rows * stays / np.maximum(runs, 1e-9))
+    in_step = np.maximum(1.0, rows * stays / np.maximum(runs, 1e-9)) if narrows else np.full(longest, rows)
     drafted = step + 1.0 if padded else np.cumsum(stays)  # [longest], of a row
     # [2, budgets, longest + 1], from no draft tokens on
     tokens = rows + _from_zero(np.cumsum((acceptance[..., None] ** (step + 1) * stays).sum(1), axis=-1))
@@ -163,13 +167,22 @@ def choose(
     seconds = drafting[..., None] + steps
     rate = tokens / seconds
     plain = float(rate[0, 0, 0, 0])
-    rate[:, :, 0, 0] = 0.0  # that is not to speculate
+    rate[..., 0, 0] = 0.0  # that is not to speculate
+    if ngrams is not None:
+        rate[..., 0] = 0.0
     if not rows:
         rate[:, :, 1:] = 0.0
+    if padded:
+        rate[:, :, np.isin(np.arange(longest + 1), draft_lengths(longest), invert=True)] = 0.0
     best = np.unravel_index(np.argmax(rate), rate.shape)
     shared, budget, length, ngram = (int(i) for i in best)
     ratio = float(rate[best]) / plain
     return Choice(budget, length, bool(shared), ngram, ratio, float(seconds[best]), float(tokens[best]))
+
+
+def draft_lengths(longest: int) -> list[int]:
+    """Lengths to choose from where the engine captures graphs for each: none, powers of two, the longest."""
+    return sorted({0, longest, *(1 << i for i in range(longest.bit_length()))})
 
 
 def _from_zero(sums: Any) -> Array:

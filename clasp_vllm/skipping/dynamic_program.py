@@ -70,6 +70,13 @@ def backtrack(skipped: Tensor, num_skipped: int | Tensor) -> Tensor:
     return mask
 
 
+def backtrack_all(skipped: Tensor, budgets: Tensor) -> Tensor:
+    """[num_layers, columns, rows] choices to the [rows, budgets, num_layers] masks of [budgets] int64."""
+    num_layers, _, rows = skipped.shape
+    masks = backtrack(skipped.repeat(1, 1, len(budgets)), budgets.repeat_interleave(rows))
+    return masks.view(len(budgets), rows, num_layers).transpose(0, 1)
+
+
 def run_programme(
     state: State,
     layer: Layer,

@@ -66,6 +66,23 @@ def test_new_sequences_inherit_the_mean_of_their_kind():
     assert greedy > evidence().acceptance(np.array([0]))[0, 0, 1] > sampled
 
 
+def test_the_mean_holds_still_however_many_there_are():
+    """Waves of requests that start together, each from what the last have shown."""
+    for count in (1, 8, 64):
+        learnt, random = AcceptanceEvidence(count, BUDGETS, 24), np.random.default_rng(0)
+        slots, starts = np.arange(count), []
+        for _ in range(max(12, 200 // count)):
+            for slot in slots:
+                learnt.start(slot)
+            starts.append(float(learnt.acceptance(slots)[0, :, 2].mean()))
+            for _ in range(40):
+                tokens = random.random((count, 4)) < 0.6
+                accepted = np.where(tokens.all(1), 4, tokens.argmin(1))
+                learnt.add_verified(slots, np.zeros(count, dtype=bool), 2, False, accepted, accepted < 4)
+        assert abs(np.mean(starts[-5:]) - 0.6) < 0.1
+        assert np.ptp(starts[-5:]) < 0.2
+
+
 def test_a_shared_masks_acceptance_is_its_own():
     learnt = evidence()
     for _ in range(200):
@@ -101,7 +118,7 @@ def outcome(lengths, certain, verified, rejected, here=("a", "b"), limit: int = 
         def add_lengths(self, went_on, stopped):
             calls.append((went_on, stopped))
 
-    outcomes = Outcomes(Recorder())
+    outcomes = Outcomes(Recorder(), 8)
     lengths = torch.tensor(lengths)
     choice = Choice(1, limit, False)
     flags = np.zeros(2, dtype=bool), np.zeros(2, dtype=bool), np.array(certain)
@@ -119,6 +136,7 @@ def test_accepted_and_refused_tokens():
 def test_a_certain_token_is_no_evidence():
     assert outcome([4, 4], [True, False], [4, 4], [4 - 1, 4])[0] == ([5, 7], [0, 0], [True, True])
     assert outcome([1, 1], [True, False], [1, 1], [0, 0])[0] == ([5, 7], [0, 1], [False, False])
+    assert outcome([4, 4], [True, False], [4, 4], [4, 4])[0] == ([5, 7], [0, 0], [False, True])
 
 
 def test_tokens_that_only_fill_up_are_no_evidence():
@@ -130,6 +148,7 @@ def test_the_engine_may_have_cut_drafts_or_lost_requests():
     assert outcome([4, 4], [False, False], [2, 0], [0, 0])[0] == ([5, 7], [2, 0], [False, False])
     assert outcome([4, 4], [False, False], [7, 4], [0, 1], here=("new", "b"))[0] == ([7], [3], [True])
     assert outcome([4, 4], [False, False], [0, 0], None) == []
+    assert outcome([4, 4], [False, False], [9, 4], [0, 1])[0] == ([7], [3], [True])  # preempted and back
 
 
 def test_drafting_that_stops_early_is_expected_to():

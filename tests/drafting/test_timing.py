@@ -46,3 +46,10 @@ def test_one_measurement_moves_a_correction_little(clock):
     corrections.add("draft_scale", 0.2, start, Mark(torch.device("cpu")))
     corrections.settle()
     assert 1.0 < corrections.scales["draft_scale"] < 1.1
+
+
+def test_a_model_of_one_layer(clock):
+    def forward(rows: int, layers: int) -> None:
+        clock.now += 0.1 * rows * layers
+
+    assert measure_pass_costs(forward, 1, 2, lambda: None).layer == pytest.approx([0.1, 0.2])

@@ -54,6 +54,29 @@ def test_masks_are_shared_when_that_pays(call, plain):
     assert any(shared for _, length, _, shared in chosen if length)
 
 
+def with_odd_settings(configs: list[dict]) -> list[list[list[int]]]:
+    found = []
+    for config in configs:
+        with running(speculative_config=config, max_num_seqs=1) as llm:
+            change_costs(llm, every=3)
+            found.append(generate(llm, PROMPTS[:2], max_tokens=24).token_ids)
+    return found
+
+
+def test_nothing_to_choose_from():
+    """No layer to skip, one draft token, one sequence, no memory, fixed masks."""
+    few = {"num_speculative_tokens": 1, "ngram_cascade": False}
+    configs = [
+        {"method": "clasp", "num_skipped_layers": 0} | few,
+        {"method": "clasp", "mask_memory": 0.0} | few,
+        {"method": "layer_skip", "adaptive": True, "skip_layers": [3]} | few,
+    ]
+    with engine_process("v1") as call:
+        plain = call(plain_outcome).token_ids
+        for found in call(with_odd_settings, configs):
+            assert found == [ids[:24] for ids in plain[:2]]
+
+
 def looked_up(config: object) -> tuple[Outcome, int, int]:
     """Text that repeats itself beside text that does not, greedy and sampled: with drafts looked up."""
     from vllm import SamplingParams

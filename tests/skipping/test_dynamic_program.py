@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clasp_vllm.skipping.dynamic_program import columns_at, run_programme
+from clasp_vllm.skipping.dynamic_program import backtrack, backtrack_all, columns_at, run_programme
 from clasp_vllm.skipping.reference import best_skip_set
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -169,3 +169,11 @@ def test_state_may_be_low_precision():
     model.x0 = model.x0.bfloat16()
     mask = model.run(3).mask(3)
     assert (mask.sum(1) == 3).all()
+
+
+def test_all_budgets_backtracked_at_once():
+    choices = torch.rand(7, 5, 3, generator=torch.Generator().manual_seed(0)) > 0.5
+    choices[:, 0] = False
+    choices |= torch.arange(5).view(1, -1, 1) > torch.arange(7).view(-1, 1, 1)
+    found = backtrack_all(choices, torch.tensor([1, 2, 4]))
+    assert torch.equal(found, torch.stack([backtrack(choices, budget) for budget in (1, 2, 4)], dim=1))
