@@ -82,7 +82,10 @@ def tiny_llama(folder: Path) -> Path:
 def engine_process(runner: str) -> Iterator[Callable[..., Any]]:
     """``call(function, *args, **kwargs)`` runs a module-level function in a process of that runner."""
     settings = _COMMON | (_V2 if runner == "v2" else {})
-    before = {key: os.environ.get(key) for key in settings}
+    before = {key: os.environ.get(key) for key in _COMMON | _V2}
+    if runner != "v2":  # another process with V2 may be alive
+        for key in [key for key in _V2 if os.environ.get(key) == _V2[key]]:
+            del os.environ[key]
     os.environ.update(settings)
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -90,7 +93,7 @@ def engine_process(runner: str) -> Iterator[Callable[..., Any]]:
     finally:
         for key, value in before.items():
             if value is None:
-                del os.environ[key]
+                os.environ.pop(key, None)
             else:
                 os.environ[key] = value
 

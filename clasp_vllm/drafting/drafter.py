@@ -371,7 +371,9 @@ class Drafter:
         self.statistics = DraftStatistics(self.decoder.num_layers)
         if self.evidence is not None:
             self.evidence.reset()
-        if self.adaptive is None:
+        if (
+            self.adaptive is None or self.passes.attention.scratch_block < 1
+        ):  # so small a cache is refused next
             return
         costs = self.passes.measure(device)
         shared = self._share(torch.tensor([costs.layer, costs.besides], device=device)).tolist()

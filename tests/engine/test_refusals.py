@@ -161,7 +161,7 @@ def start(settings: dict) -> str:
 
 def test_too_small_a_cache(call):
     found = call(start, {"speculative_config": CLASP, "num_gpu_blocks_override": 50, "block_size": 32})
-    for part in ("50 blocks of 32 tokens", "48 are scratch", "512 tokens", "max_optimized_requests"):
+    for part in ("50 blocks of 32 tokens", "64 are scratch", "512 tokens", "max_optimized_requests"):
         assert part in found
 
 

@@ -28,7 +28,7 @@ def watch_drafts(llm) -> list[tuple[set, set, set, set]]:
 
     ours, rounds, slots = drafter(llm), [], set()
     build, original = attention.build_attn_metadata, ours.draft
-    scratch = set(ours.scratch._ids.flatten().tolist())
+    scratch = set(ours.passes.scratch._ids.flatten().tolist())
 
     def build_attn_metadata(**arguments):
         slots.update(arguments["slot_mappings"].flatten().tolist())
