@@ -10,11 +10,10 @@ they were found on, so its curve is too good; the offsets, of which new sequence
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+from clasp_vllm.skipping.controller import Array
 
 RATE = 0.15  # how far one draft token moves its sequence's offset
 OVERALL_RATE = 0.01  # and how far the mean moves to the offsets
@@ -76,7 +75,7 @@ class AcceptanceEvidence:
             if not rows.any():
                 continue
             expected = self.acceptance(slots[rows])[int(shared), :, budget]
-            error = accepted[rows] * (1 - expected) - refused[rows] * expected
+            error = _error(expected, accepted[rows], refused[rows])
             self.offset[slots[rows]] = (self.offset[slots[rows]] + RATE * error).clip(-LIMIT, LIMIT)
             tokens = int((accepted + refused)[rows].sum())
             self.overall[int(kind)] += _share(OVERALL_RATE, tokens) * (
@@ -88,10 +87,9 @@ class AcceptanceEvidence:
 
     def add_ngrams(self, slots: np.ndarray, accepted: np.ndarray, refused: np.ndarray) -> None:
         """What verification said of n-grams of the context; arguments as above."""
-        expected = self.ngram_acceptance(slots)
-        error = accepted * (1 - expected) - refused * expected
         if not len(slots):
             return
+        error = _error(self.ngram_acceptance(slots), accepted, refused)
         self.ngram_offset[slots] = (self.ngram_offset[slots] + RATE * error).clip(-LIMIT, LIMIT)
         share = _share(OVERALL_RATE, int((accepted + refused).sum()))
         self.ngram_overall += share * float(self.ngram_offset[slots].mean() - self.ngram_overall)
@@ -104,8 +102,7 @@ class AcceptanceEvidence:
 
     def ngram_acceptance(self, slots: np.ndarray) -> Array:
         """[rows], of a token of an n-gram of the context."""
-        found: Array = 1 / (1 + np.exp(-self.ngram_offset[slots]))
-        return found
+        return _probability(self.ngram_offset[slots])
 
     def add_lengths(self, went_on: int, stopped: int) -> None:
         """Of draft tokens that were not the last allowed, how many drafting went on after."""
@@ -117,8 +114,18 @@ class AcceptanceEvidence:
         """[2, rows, budgets]: of a draft token, with each sequence's own mask and with a shared one."""
         curve = np.minimum.accumulate(np.clip(self._curve, 0.02, 0.98))  # skipping more is never better
         own = np.log(curve / (1 - curve)) + self.offset[slots, None]
-        found: Array = 1 / (1 + np.exp(-np.stack((own, own + self.sharing))))
-        return found
+        return _probability(np.stack((own, own + self.sharing)))
+
+
+def _probability(logit: Array) -> Array:
+    found: Array = 1 / (1 + np.exp(-logit))
+    return found
+
+
+def _error(expected: Array, accepted: np.ndarray, refused: np.ndarray) -> Array:
+    """[rows], of tokens seen and ``expected`` to be accepted: the sum of outcome less expectation."""
+    found: Array = accepted * (1 - expected) - refused * expected
+    return found
 
 
 def _share(rate: float, count: int) -> float:
