@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic.fields import FieldInfo
 
 from clasp_vllm import __version__
 from clasp_vllm.bench import costs, profile, serving
 from clasp_vllm.bench.options import split_arguments
-from clasp_vllm.calibration import fixed_mask
+from clasp_vllm.calibration import calibrate, fixed_mask
 from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
 
 
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     fixed_mask.add_arguments(
         commands.add_parser("search", help="the best fixed set of layers to skip, found by trying")
     )
+    calibrate.add_arguments(
+        commands.add_parser("calibrate", help="anchors and skip sets for method knn_ssd, found by trying")
+    )
     wide = commands.add_parser("widen", help="a checkpoint made as costly as a larger one, same function")
     wide.add_argument("model", type=Path, help="folder of a checkpoint of the Llama family")
     wide.add_argument("output", type=Path, help="folder to write")
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words, server_arguments = split_arguments(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words, argparse.Namespace(server_arguments=server_arguments))
-    if args.server_arguments and args.command not in ("bench", "costs", "profile"):
+    if args.server_arguments and args.command not in ("bench", "calibrate", "costs", "profile"):
         parser.error(f"{args.command} takes nothing after --")
     if args.command == "keys":
         print(key_table())
@@ -60,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return costs.main(args)
     if args.command == "search":
         return fixed_mask.main(args)
+    if args.command == "calibrate":
+        return calibrate.main(args)
     if args.command == "widen":
         return _widen(args)
     try:
@@ -97,19 +103,19 @@ def _show(value: object) -> str:
 
 def _allowed(name: str, field: FieldInfo) -> str:
     schema = LayerSkipConfig.model_json_schema()["properties"][name]
-    for option in schema.get("anyOf", [schema]):
-        if "enum" in option:
-            return " or ".join(f"`{value}`" for value in option["enum"])
-        if "minimum" in option:
-            low = option["minimum"]
-            if "exclusiveMaximum" in option:
-                return f"{low:g} to below {option['exclusiveMaximum']:g}"
-            return f"{low} to {option['maximum']}" if "maximum" in option else f"from {low} on"
-        if option.get("type") == "boolean":
-            return "`true` or `false`"
-        if option.get("type") == "array":
-            return "a list"
-    return "as in vLLM"
+    options = [_option(option) for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
+    return ", or ".join(options)
+
+
+def _option(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    if "minimum" in schema:
+        low = schema["minimum"]
+        if "exclusiveMaximum" in schema:
+            return f"{low:g} to below {schema['exclusiveMaximum']:g}"
+        return f"{low} to {schema['maximum']}" if "maximum" in schema else f"from {low} on"
+    return {"boolean": "`true` or `false`", "array": "a list", "string": "a path"}[schema["type"]]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def test_check_explains(capsys):
     [
         (["nowhere.yaml"], "no such file"),
         (['{"method": "clasp", "num_skipped_layers": 24}', "--num-layers", "24"], "0 to 23"),
-        (['{"method": "ngram"}'], "'clasp' or 'layer_skip'"),
+        (['{"method": "ngram"}'], "'clasp', 'knn_ssd' or 'layer_skip'"),
     ],
 )
 def test_check_refuses(arguments, part, capsys):
@@ -28,7 +28,9 @@ def test_check_refuses(arguments, part, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["keys", "check", "bench", "profile", "costs", "search", "widen"])
+@pytest.mark.parametrize(
+    "command", ["keys", "check", "bench", "profile", "costs", "search", "calibrate", "widen"]
+)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

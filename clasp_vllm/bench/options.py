@@ -27,6 +27,23 @@ def numbers(least: int) -> Callable[[str], list[int]]:
     return lambda text: [number(least)(part) for part in text.split(",")]
 
 
+def loads(text: str) -> list[int | str]:
+    """An argparse type: numbers of requests at once, separated by commas.
+
+    One may also rise and fall while it is measured: 1-4-16-4-1.
+    """
+    found: list[int | str] = []
+    for part in text.split(","):
+        levels = [number(1)(level) for level in part.split("-")]
+        found.append(levels[0] if len(levels) == 1 else part)
+    return found
+
+
+def levels(load: int | str) -> list[int]:
+    """The numbers of requests at once of a load, in turn."""
+    return [int(level) for level in str(load).split("-")]
+
+
 def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """A command line before and after ``--``: argparse gives positionals behind options to nobody."""
     cut = words.index("--") if "--" in words else len(words)

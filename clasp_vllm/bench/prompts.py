@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from clasp_vllm.bench.options import levels
+
 TASKS = ("maths", "code", "prose", "sql", "json")
 HELD_OUT = 5  # measurements ask a task's first prompts; calibration may look at those from here on
 WARM_UP = "warm-up"  # a task of the prompts held out
@@ -15,6 +17,21 @@ def task_prompts(task: str) -> list[str]:
     """The prompts of one of the tasks that come with the package."""
     lines = Path(__file__).with_name("tasks").joinpath(f"{task}.jsonl").read_text().splitlines()
     return [json.loads(line)["prompt"] for line in lines]
+
+
+def read_prompts(path: Path, option: str) -> list[str]:
+    """The prompts of a file of lines {"prompt": "..."}.
+
+    Raises:
+        ValueError: it is something else; the message begins with ``option``.
+    """
+    try:
+        prompts = [json.loads(line)["prompt"] for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{option}: not lines {{"prompt": "..."}} ({error!r})') from None
+    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        raise ValueError(f'{option}: holds no prompts; allowed are lines {{"prompt": "..."}}')
+    return prompts
 
 
 def mixed_prompts(count: int) -> list[str]:
@@ -41,7 +58,8 @@ def datasets(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
                 f"--spec-bench-output-len={args.max_tokens}",
             ]
             continue
-        longest = number_of_prompts(args.prompts, max(args.concurrency))
+        at_once = max(level for load in args.concurrency for level in levels(load))
+        longest = number_of_prompts(args.prompts, at_once)
         if task == WARM_UP:
             few = [prompt for known in TASKS for prompt in task_prompts(known)[HELD_OUT:]]
         else:

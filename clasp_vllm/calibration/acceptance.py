@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
+from clasp_vllm.calibration.store import fingerprint
+
 _NAME = "exact_past"
+
+
+def _nothing(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A forward hook: the sub-layer adds nothing to the hidden state."""
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
 
 
 class Acceptance:
@@ -51,6 +60,38 @@ class Acceptance:
         self._model.config.num_hidden_layers = len(kept)
         same = self._predict() == self._predicted
         return float(same.float().mean())
+
+    def shares(self) -> list[float]:
+        """[2 num_layers] share of each sub-layer in the weights that a decode step reads."""
+        head = self._model.lm_head.weight.numel()
+        sizes = [
+            sum(weight.numel() for weight in module.parameters())
+            for layer in self._layers
+            for module in (layer.self_attn, layer.mlp)
+        ]
+        return [size / (sum(sizes) + head) for size in sizes]
+
+    def facts(self) -> dict[str, Any]:
+        """What tells this model from others: its shape, and the fingerprint of its norms."""
+        norms = [n for x in self._layers for n in (x.input_layernorm, x.post_attention_layernorm)]
+        return {
+            "num_layers": self.num_layers,
+            "hidden_size": self._model.config.hidden_size,
+            "fingerprint": fingerprint(norm.weight for norm in (*norms, self._model.model.norm)),
+        }
+
+    def of_sublayers(self, skipped: frozenset[int]) -> float:
+        """The same for sub-layers: ``2 i`` is the attention of layer ``i``, ``2 i + 1`` its MLP."""
+        handles = []
+        try:
+            for item in skipped:
+                layer = self._layers[item // 2]
+                module = layer.mlp if item % 2 else layer.self_attn
+                handles.append(module.register_forward_hook(_nothing))
+            return self(frozenset())
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @torch.inference_mode()
     def _continue(self, prompt: list[int], num_tokens: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from clasp_vllm.bench.about import about
 from clasp_vllm.bench.options import number
-from clasp_vllm.bench.prompts import HELD_OUT, TASKS, task_prompts
+from clasp_vllm.bench.prompts import HELD_OUT, TASKS, read_prompts, task_prompts
 from clasp_vllm.calibration.search import SEARCHES, Trials
 from clasp_vllm.skipping.mask import evenly_spaced_layers
 
@@ -40,10 +40,9 @@ def main(args: argparse.Namespace) -> int:
     prompts = [prompt for task in TASKS for prompt in task_prompts(task)[HELD_OUT:]]
     try:
         if args.prompts:
-            lines = args.prompts.read_text().splitlines()
-            prompts = [json.loads(line)["prompt"] for line in lines if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f'clasp-vllm: error: --prompts {args.prompts}: not lines {{"prompt": ...}} ({error!r})')
+            prompts = read_prompts(args.prompts, f"--prompts {args.prompts}")
+    except ValueError as error:
+        print(f"clasp-vllm: error: {error}")
         return 2
     acceptance = Acceptance(args.model, prompts, args.max_tokens)
     if args.num_skipped_layers >= acceptance.num_layers:
@@ -57,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         bar = progress.add_task(args.search, total=args.trials)
         trials = Trials(acceptance, args.trials, lambda: progress.advance(bar))
         start = frozenset(evenly_spaced_layers(acceptance.num_layers, args.num_skipped_layers))
-        best = SEARCHES[args.search](trials, acceptance.num_layers, start, args.seed)
+        best = SEARCHES[args.search](trials, acceptance.num_layers, start, args.seed, False)
     found: dict[str, Any] = {
         "about": about(),
         "search": args.search,

@@ -2,7 +2,7 @@
 
 Two searches that know nothing of models. ``bayesian`` is Self-SD's (arXiv 2309.08168, section 4.1): a
 Gaussian process over 0/1 vectors and the expected improvement. ``swaps`` climbs: it trades one skipped
-layer for a kept one and stays where that was better.
+layer for a kept one, or where the size is free skips or keeps one more, and stays where that was better.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Trials:
         return max(self.scores, key=lambda skipped: self.scores[skipped])
 
 
-def swaps(trials: Trials, num_layers: int, start: SkipSet, seed: int = 0) -> SkipSet:
-    """Climb from ``start`` by single swaps in random order; from a random set again when on top."""
+def swaps(trials: Trials, num_layers: int, start: SkipSet, seed: int = 0, any_size: bool = False) -> SkipSet:
+    """Climb from ``start`` by single changes in random order; from a random set again when on top."""
     random = np.random.default_rng(seed)
     current = start
     while trials.left:
         value = trials(current)
-        neighbours = _neighbours(current, num_layers)
+        neighbours = _neighbours(current, num_layers, any_size)
         random.shuffle(neighbours)  # type: ignore[arg-type]
         for candidate in neighbours:
             if candidate in trials.scores:
@@ -68,13 +68,20 @@ def swaps(trials: Trials, num_layers: int, start: SkipSet, seed: int = 0) -> Ski
                 current = candidate
                 break
         else:
-            current = _random_set(random, num_layers, len(start))
-            if len(trials.scores) >= math.comb(num_layers, len(start)):
+            current = _random_set(random, num_layers, len(start), any_size)
+            if len(trials.scores) >= _how_many(num_layers, len(start), any_size):
                 break
     return trials.best
 
 
-def bayesian(trials: Trials, num_layers: int, start: SkipSet, seed: int = 0, first: int = 20) -> SkipSet:
+def bayesian(
+    trials: Trials,
+    num_layers: int,
+    start: SkipSet,
+    seed: int = 0,
+    any_size: bool = False,
+    first: int = 20,
+) -> SkipSet:
     """Bayesian optimisation, after ``start`` and ``first`` random sets."""
     from scipy.stats import norm
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -82,9 +89,9 @@ def bayesian(trials: Trials, num_layers: int, start: SkipSet, seed: int = 0, fir
 
     random = np.random.default_rng(seed)
     trials(start)
-    everything = math.comb(num_layers, len(start))
+    everything = _how_many(num_layers, len(start), any_size)
     while trials.left and len(trials.scores) < min(first, everything):
-        trials(_random_set(random, num_layers, len(start)))
+        trials(_random_set(random, num_layers, len(start), any_size))
     kernel = ConstantKernel(1.0) * RBF(np.sqrt(num_layers)) + WhiteKernel(1e-3)
     process = GaussianProcessRegressor(kernel, normalize_y=True)
     while trials.left and len(trials.scores) < everything:
@@ -93,8 +100,8 @@ def bayesian(trials: Trials, num_layers: int, start: SkipSet, seed: int = 0, fir
         known = list(trials.scores)
         process.fit(_vectors(known, num_layers), list(trials.scores.values()))
         process.kernel = process.kernel_
-        pool = {_random_set(random, num_layers, len(start)) for _ in range(400)}
-        pool |= set(_neighbours(trials.best, num_layers))
+        pool = {_random_set(random, num_layers, len(start), any_size) for _ in range(400)}
+        pool |= set(_neighbours(trials.best, num_layers, any_size))
         candidates = sorted(pool - trials.scores.keys(), key=sorted)
         if not candidates:
             continue
@@ -105,16 +112,32 @@ def bayesian(trials: Trials, num_layers: int, start: SkipSet, seed: int = 0, fir
     return trials.best
 
 
-SEARCHES: dict[str, Callable[[Trials, int, SkipSet, int], SkipSet]] = {"bayesian": bayesian, "swaps": swaps}
+# search(trials, number of layers, start, seed, whether sets of other sizes are tried too)
+SEARCHES: dict[str, Callable[[Trials, int, SkipSet, int, bool], SkipSet]] = {
+    "bayesian": bayesian,
+    "swaps": swaps,
+}
 
 
-def _neighbours(skipped: SkipSet, num_layers: int) -> list[SkipSet]:
+def _neighbours(skipped: SkipSet, num_layers: int, any_size: bool) -> list[SkipSet]:
     kept = [layer for layer in range(num_layers) if layer not in skipped]
-    return [skipped - {out} | {into} for out in sorted(skipped) for into in kept]
+    found = [skipped - {out} | {into} for out in sorted(skipped) for into in kept]
+    if any_size:
+        found += [skipped ^ {layer} for layer in range(num_layers) if skipped != {layer}]
+    return found
 
 
-def _random_set(random: np.random.Generator, num_layers: int, size: int) -> SkipSet:
+def _random_set(random: np.random.Generator, num_layers: int, size: int, any_size: bool) -> SkipSet:
+    if any_size:
+        size = int(random.integers(1, min(2 * size, num_layers)))
     return frozenset(random.choice(num_layers, size, replace=False).tolist())
+
+
+def _how_many(num_layers: int, size: int, any_size: bool) -> int:
+    """Sets there are to try."""
+    if not any_size:
+        return math.comb(num_layers, size)
+    return sum(math.comb(num_layers, some) for some in range(1, min(2 * size, num_layers)))
 
 
 def _vectors(sets: list[SkipSet], num_layers: int) -> np.ndarray:

@@ -36,6 +36,15 @@ def test_all_positions_at_once_are_those_one_by_one():
     assert acceptance(frozenset(range(1, 23))) < acceptance(skipped) < 1.0
 
 
+def test_sublayers_of_whole_layers_are_these():
+    acceptance = Acceptance(str(DEMO_MODEL), PROMPTS[:2], num_tokens=12)
+    layers = frozenset({2, 5, 11, 17})
+    both = frozenset(2 * layer + part for layer in layers for part in (0, 1))
+    assert acceptance.of_sublayers(both) == acceptance(layers) < 1.0
+    assert acceptance.of_sublayers(frozenset()) == 1.0  # nothing is left of the last call
+    assert acceptance.of_sublayers(both - {2 * layer for layer in layers}) > acceptance(layers)
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [

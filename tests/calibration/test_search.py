@@ -20,7 +20,7 @@ def additive(skipped: frozenset[int]) -> float:
 def test_finds_nearly_the_best(name, seed):
     start, calls = frozenset(range(4)), []
     trials = Trials(additive, 120, lambda: calls.append(1))
-    best = SEARCHES[name](trials, LAYERS, start, seed)
+    best = SEARCHES[name](trials, LAYERS, start, seed, False)
     scores = sorted((additive(frozenset(s)) for s in combinations(range(LAYERS), 4)), reverse=True)
     assert len(best) == 4
     assert start in trials.scores
@@ -32,9 +32,20 @@ def test_finds_nearly_the_best(name, seed):
 @pytest.mark.parametrize("name", SEARCHES)
 def test_fewer_sets_than_trials(name):
     trials = Trials(additive, 100)
-    best = SEARCHES[name](trials, 4, frozenset({0, 1}), 0)
+    best = SEARCHES[name](trials, 4, frozenset({0, 1}), 0, False)
     assert len(trials.scores) == 6
     assert trials.scores[best] == max(additive(frozenset(s)) for s in combinations(range(4), 2))
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_sets_of_any_size(name):
+    """The best set has six layers, those whose gain is positive; the search starts from three others."""
+    gains = {layer: 1.0 if layer % 2 else -1.0 for layer in range(LAYERS)}
+    trials = Trials(lambda skipped: sum(gains[layer] for layer in skipped), 150)
+    best = SEARCHES[name](trials, LAYERS, frozenset({0, 2, 4}), 0, True)
+    assert len(best) > 3
+    assert trials.scores[best] >= 4.0
+    assert all(skipped for skipped in trials.scores)
 
 
 def test_the_limit_holds():

@@ -1,0 +1,106 @@
+"""Anchors from prompts: embeddings by the engine, k-means centres, and whether the tasks lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clasp_vllm.skipping.anchors import Anchors
+
+MARGIN = 2.0  # times as far from the anchors as the farthest prompt calibrated with: of no task known
+
+
+def embed(model: str, prompts: Sequence[str], settings: Mapping[str, Any]) -> Tensor:
+    """[prompts, hidden_size] float32: the mean over a prompt's tokens of the final hidden states.
+
+    By vLLM's own mean pooling, in batches. ``settings``: of vllm.LLM.
+    """
+    from vllm import LLM
+    from vllm.config import PoolerConfig
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        model,
+        runner="pooling",
+        convert="embed",
+        pooler_config=PoolerConfig(pooling_type="MEAN", use_activation=False),
+        enable_chunked_prefill=False,
+        enable_prefix_caching=False,
+        **settings,
+    )
+    try:
+        outputs = llm.embed(list(prompts))
+        return torch.tensor([output.outputs.embedding for output in outputs], dtype=torch.float32)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def find_anchors(embeddings: Sequence[Tensor], count: int, seed: int) -> Anchors:
+    """K-means centres of each task's embeddings ([prompts, hidden_size]), ``count`` or as many as prompts."""
+    from sklearn.cluster import KMeans
+
+    centres, tasks = [], []
+    for task, found in enumerate(embeddings):
+        fitted = KMeans(min(count, len(found)), random_state=seed, n_init=10).fit(_unit(found).numpy())
+        centres.append(torch.from_numpy(fitted.cluster_centers_).float())
+        tasks += [task] * len(fitted.cluster_centers_)
+    anchors = Anchors(torch.cat(centres), torch.tensor(tasks), torch.tensor(-1.0))
+    _, cosine = anchors.match(torch.cat(list(embeddings)))
+    # Prompts not seen lie farther from the centres than those that made them.
+    least = 1 - MARGIN * max(1 - float(cosine.min()), _neighbour_distance(embeddings))
+    return Anchors(anchors.vectors, anchors.tasks, torch.tensor(least))
+
+
+def _neighbour_distance(embeddings: Sequence[Tensor]) -> float:
+    """The largest distance of a prompt to the nearest other of its task."""
+    distances = [0.0]
+    for found in embeddings:
+        if len(found) > 1:
+            cosine = _unit(found) @ _unit(found).T
+            distances += (1 - cosine.fill_diagonal_(-1.0).max(dim=1).values).tolist()
+    return max(distances)
+
+
+def silhouette(embeddings: Sequence[Tensor]) -> float | None:
+    """How far apart the tasks lie, by cosine: from -1 to 1; None for a single task."""
+    from sklearn.metrics import silhouette_score
+
+    if len(embeddings) < 2 or all(len(found) < 2 for found in embeddings):
+        return None
+    labels = np.repeat(np.arange(len(embeddings)), [len(found) for found in embeddings])
+    return float(silhouette_score(torch.cat(list(embeddings)).numpy(), labels, metric="cosine"))
+
+
+def plot(path: Path, names: Sequence[str], embeddings: Sequence[Tensor], anchors: Anchors) -> None:
+    """The prompts and anchors on their first two principal components, a colour for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from sklearn.decomposition import PCA
+
+    plane = PCA(2).fit(torch.cat([_unit(found) for found in embeddings]).numpy())
+    figure, axis = pyplot.subplots(figsize=(6, 4.5))
+    for task, (name, found) in enumerate(zip(names, embeddings, strict=True)):
+        points = plane.transform(_unit(found).numpy())
+        centres = plane.transform(anchors.vectors[anchors.tasks == task].numpy())
+        dots = axis.scatter(*points.T, s=14, alpha=0.6, label=name)
+        axis.scatter(*centres.T, s=90, marker="x", color=dots.get_facecolor()[0], alpha=1.0)
+    explained = plane.explained_variance_ratio_
+    axis.set(xlabel=f"first component ({explained[0]:.0%})", ylabel=f"second ({explained[1]:.0%})")
+    axis.set_title("prompts (dots) and anchors (crosses)")
+    axis.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors, dim=1)

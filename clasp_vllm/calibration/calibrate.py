@@ -1,0 +1,227 @@
+"""The command that calibrates for KNN-SSD: anchors for each task, and what each task skips.
+
+Source: KNN-SSD (arXiv 2505.16162), section 3. Everything it finds goes to the output folder at once, so
+that an interrupted calibration goes on where it stopped and ends with the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clasp_vllm.bench.about import about
+from clasp_vllm.bench.cost_model import expected_tokens
+from clasp_vllm.bench.options import engine_settings, number
+from clasp_vllm.bench.prompts import HELD_OUT, TASKS, read_prompts, task_prompts
+from clasp_vllm.calibration.search import SEARCHES, SkipSet, Trials
+
+EVERYTHING = "everything"  # the task of prompts that are of no task known: the best set for all together
+OVERHEAD = 0.03  # of a draft step, in plain steps, besides its sub-layers
+LONGEST = 8  # draft tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("model", help="name or path of a model of the Llama family")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; interrupted, it goes on")
+    parser.add_argument(
+        "--tasks",
+        type=lambda text: text.split(","),
+        default=list(TASKS),
+        help='of the package\'s, or NAME=FILE with lines {"prompt": "..."} (default: '
+        f"{','.join(TASKS)}, their held-out prompts)",
+    )
+    parser.add_argument(
+        "--anchors", type=number(1), default=10, help="per task at most (default %(default)s)"
+    )
+    parser.add_argument(
+        "--trials", type=number(1), default=200, help="sets to try per task (default %(default)s)"
+    )
+    parser.add_argument(
+        "--search", choices=SEARCHES, default="swaps", help="how to search (default %(default)s)"
+    )
+    parser.add_argument(
+        "--search-prompts",
+        type=number(1),
+        default=8,
+        help="prompts of a task to search with (default %(default)s)",
+    )
+    parser.add_argument("--max-tokens", type=number(2), default=64, help="tokens of each answer to score")
+    parser.add_argument("--seed", type=int, default=0, help="of clustering and search (default %(default)s)")
+    parser.epilog = "Arguments after -- are those of vllm serve, for the engine that embeds the prompts."
+
+
+def tasks_of(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Prompts by task.
+
+    Raises:
+        ValueError: a task is unknown, or its file holds no prompts.
+    """
+    found: dict[str, list[str]] = {}
+    for text in args.tasks:
+        name, _, path = text.partition("=")
+        if path:
+            found[name] = read_prompts(Path(path), f"--tasks {text}")
+        elif name in TASKS:
+            found[name] = task_prompts(name)[HELD_OUT:]
+        else:
+            raise ValueError(f"--tasks {text}: allowed are {', '.join(TASKS)} and NAME=FILE")
+        if name == EVERYTHING:
+            raise ValueError(f"--tasks {text}: this name is taken")
+    return found
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    try:
+        tasks = tasks_of(args)
+        args.output.mkdir(parents=True, exist_ok=True)
+        keep_settings(args, tasks)
+    except (ValueError, OSError) as error:
+        console.print(f"clasp-vllm: error: {error}", markup=False)
+        return 2
+    found = calibrate(args, tasks)
+    (args.output / "about.json").write_text(json.dumps(about(), indent=1) + "\n")
+    apart = "one task" if found["silhouette"] is None else f"silhouette {found['silhouette']:.2f}"
+    console.print(f"{args.output}: {apart}; anchors.png shows whether the tasks lie apart", markup=False)
+    for task in found["tasks"]:
+        skipped = len(task["skip_attention"]), len(task["skip_mlp"])
+        console.print(
+            f"{task['name']}: {skipped[0]} attentions and {skipped[1]} MLPs skipped, "
+            f"acceptance {task['acceptance']:.3f}, promises {task['speedup']:.2f}",
+            markup=False,
+        )
+    return 0
+
+
+def keep_settings(args: argparse.Namespace, tasks: dict[str, list[str]]) -> None:
+    """Write down what is to be done; refuse to go on with something else.
+
+    Raises:
+        ValueError: the folder holds a calibration with other settings.
+    """
+    settings = {name: str(value) for name, value in sorted(settings_of(args).items())}
+    settings |= {f"prompts of {name}": str(len(prompts)) for name, prompts in tasks.items()}
+    path = args.output / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        other = [name for name in {*before, *settings} if before.get(name) != settings.get(name)]
+        if other:
+            name = min(other)
+            raise ValueError(
+                f"--output {args.output}: holds a calibration with {name}={before.get(name)}, not "
+                f"{settings.get(name)}; give another folder, or remove this one"
+            )
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, int | float | str]:
+    """What the result depends on."""
+    names = ("model", "anchors", "trials", "search", "search_prompts", "max_tokens", "seed")
+    return {name: getattr(args, name) for name in names} | {"tasks": ",".join(args.tasks)}
+
+
+def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str, Any]:
+    """Do what is not done yet; the manifest."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from clasp_vllm.calibration.acceptance import Acceptance
+    from clasp_vllm.calibration.anchors import embed, find_anchors, plot, silhouette
+    from clasp_vllm.calibration.store import FORMAT, Manifest, Task, save
+
+    path = args.output / "embeddings.safetensors"
+    if not path.exists():
+        prompts = [prompt for some in tasks.values() for prompt in some]
+        vectors = embed(args.model, prompts, engine_settings(args.model, args.server_arguments))
+        split = torch.split(vectors, [len(some) for some in tasks.values()])
+        partial = path.with_suffix(".partial")
+        save_file({name: part.contiguous() for name, part in zip(tasks, split, strict=True)}, partial)
+        partial.rename(path)
+    embeddings = [load_file(path)[name] for name in tasks]
+    anchors = find_anchors(embeddings, args.anchors, args.seed)
+    some = {name: prompts[: args.search_prompts] for name, prompts in tasks.items()}
+    some[EVERYTHING] = [prompt for prompts in some.values() for prompt in prompts]
+    found, facts = [], {}
+    for name, prompts in some.items():
+        acceptance = Acceptance(args.model, prompts, args.max_tokens)
+        facts = acceptance.facts()
+        best, accepted, speedup = search(acceptance, name, args)
+        found.append(
+            Task(
+                name=name,
+                skip_attention=sorted(item // 2 for item in best if item % 2 == 0),
+                skip_mlp=sorted(item // 2 for item in best if item % 2),
+                acceptance=round(accepted, 6),
+                speedup=round(speedup, 6),
+                trials=args.trials,
+            )
+        )
+    manifest = Manifest(
+        format=FORMAT,
+        model=args.model,
+        tasks=found,
+        silhouette=silhouette(embeddings),
+        settings=settings_of(args),
+        versions={name: value for name, value in about().items() if name in ("python", "vllm", "torch")},
+        **facts,
+    )
+    save(args.output, manifest, anchors)
+    plot(args.output / "anchors.png", list(tasks), embeddings, anchors)
+    return manifest.model_dump()
+
+
+def search(acceptance: Any, name: str, args: argparse.Namespace) -> tuple[SkipSet, float, float]:
+    """The best set of sub-layers for a task, its acceptance, and what it promises."""
+    from rich.progress import Progress
+
+    shares = acceptance.shares()
+    path = args.output / f"trials-{name}.jsonl"
+    known: dict[SkipSet, float] = {}
+    if path.exists():  # the last line may have been cut off
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        known = {frozenset(one["skipped"]): one["acceptance"] for one in map(json.loads, whole)}
+        path.write_text("".join(whole))
+
+    def accepted(skipped: SkipSet) -> float:
+        if skipped not in known:
+            known[skipped] = acceptance.of_sublayers(skipped)
+            with path.open("a") as file:
+                file.write(json.dumps({"skipped": sorted(skipped), "acceptance": known[skipped]}) + "\n")
+        return known[skipped]
+
+    with Progress() as progress:
+        bar = progress.add_task(name, total=args.trials)
+        trials = Trials(
+            lambda skipped: promised(accepted(skipped), skipped, shares),
+            args.trials,
+            lambda: progress.advance(bar),
+        )
+        best = SEARCHES[args.search](trials, len(shares), first_set(len(shares)), args.seed, True)
+    return best, known[best], trials.scores[best]
+
+
+def first_set(num_items: int) -> SkipSet:
+    """Where a search starts: half of the layers, evenly spaced."""
+    from clasp_vllm.skipping.mask import evenly_spaced_layers
+
+    layers = evenly_spaced_layers(num_items // 2, num_items // 4)
+    return frozenset(2 * layer + part for layer in layers for part in (0, 1))
+
+
+def promised(acceptance: float, skipped: SkipSet, shares: Sequence[float]) -> float:
+    """Tokens per second over plain decoding's, at the best draft length.
+
+    Args:
+        shares: [items] of a plain step's time that each sub-layer takes.
+    """
+    step = 1 - sum(shares[item] for item in skipped) + OVERHEAD
+    return max(expected_tokens(acceptance, k) / (1 + k * step) for k in range(1, LONGEST + 1))

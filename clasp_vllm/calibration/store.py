@@ -1,0 +1,130 @@
+"""A calibration on disk: the tasks, what each skips, and the anchors that prompts are matched with.
+
+A folder of ``manifest.json`` and ``anchors.safetensors``. It holds for one model, told by the weights of its
+norms, which quantisation and tensor parallelism leave as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clasp_vllm.config import ConfigError
+from clasp_vllm.skipping.anchors import Anchors
+
+FORMAT = 1
+
+
+class Task(BaseModel):
+    """What was found for one task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    skip_attention: list[int] = Field(description="Layers whose attention is skipped.")
+    skip_mlp: list[int] = Field(description="Layers whose MLP is skipped.")
+    acceptance: float = Field(description="Of first draft tokens, on the prompts calibrated with.")
+    speedup: float = Field(description="What that promises at the cost of the sub-layers left.")
+    trials: int = Field(description="Sets tried.")
+
+    def mask(self, num_layers: int) -> Tensor:
+        """[num_layers, 2] bool, True = skipped."""
+        mask = torch.zeros(num_layers, 2, dtype=torch.bool)
+        mask[self.skip_attention, 0] = True
+        mask[self.skip_mlp, 1] = True
+        return mask
+
+
+class Manifest(BaseModel):
+    """What a calibration holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = Field(description="Version of the format.")
+    model: str = Field(description="Name or path of the model calibrated for.")
+    fingerprint: str = Field(description="SHA-256 of its norms.")
+    num_layers: int
+    hidden_size: int
+    tasks: list[Task] = Field(description="The last one is for prompts that are of none of the others.")
+    silhouette: float | None = Field(description="Of the embeddings by task: 1 = far apart, 0 = mixed up.")
+    settings: dict[str, int | float | str] = Field(description="Of the calibration.")
+    versions: dict[str, str]
+
+
+class Calibration:
+    """A calibration that has been read.
+
+    Attributes:
+        manifest: what it holds.
+        anchors: of all tasks but the last.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read it.
+
+        Raises:
+            ConfigError: there is none, or it is damaged.
+        """
+        self.folder = Path(folder).expanduser()
+        try:
+            self.manifest = Manifest.model_validate_json((self.folder / "manifest.json").read_text("utf-8"))
+            found = load_file(self.folder / "anchors.safetensors")
+            self.anchors = Anchors(found["vectors"], found["tasks"], found["least"])
+        except (OSError, UnicodeError, ValidationError, SafetensorError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"calibration={str(folder)!r} cannot be read: {reason}; "
+                "make one with `clasp-vllm calibrate MODEL --output FOLDER`"
+            ) from None
+        if self.manifest.format != FORMAT:
+            raise ConfigError(
+                f"calibration={str(folder)!r} has format {self.manifest.format}; allowed is {FORMAT}: "
+                "make it again with this version's `clasp-vllm calibrate`"
+            )
+
+    def check_shape(self, num_layers: int, hidden_size: int) -> None:
+        """Raises ConfigError where a model has another shape than the one calibrated for."""
+        mine = self.manifest.num_layers, self.manifest.hidden_size
+        if mine != (num_layers, hidden_size):
+            raise self._of_another(
+                f"which has {mine[0]} layers of width {mine[1]}; this one has {num_layers} of {hidden_size}"
+            )
+
+    def check_model(self, found: str) -> None:
+        """Raises ConfigError where a model's fingerprint is another than that of the one calibrated for."""
+        if found != self.manifest.fingerprint:
+            raise self._of_another("whose norms have other weights than this one's")
+
+    def _of_another(self, difference: str) -> ConfigError:
+        return ConfigError(
+            f"calibration={str(self.folder)!r} is of another model, {self.manifest.model}, {difference}. "
+            "Calibrate for this model with `clasp-vllm calibrate`"
+        )
+
+    def masks(self) -> Tensor:
+        """[tasks, num_layers, 2] bool, True = skipped."""
+        return torch.stack([task.mask(self.manifest.num_layers) for task in self.manifest.tasks])
+
+
+def save(folder: Path, manifest: Manifest, anchors: Anchors) -> None:
+    """Write a calibration."""
+    tensors = {"vectors": anchors.vectors, "tasks": anchors.tasks, "least": anchors.least}
+    save_file(tensors, folder / "anchors.safetensors")
+    (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def fingerprint(norms: Iterable[Tensor]) -> str:
+    """Of a model's norms: layer by layer those before attention and MLP, and the last."""
+    digest = hashlib.sha256()
+    for weight in norms:
+        digest.update(
+            weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
