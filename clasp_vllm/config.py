@@ -15,8 +15,22 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-METHODS = ("clasp", "layer_skip")
+METHODS = ("clasp", "knn_ssd", "layer_skip")
+# Keys that belong to some methods only.
+METHODS_OF_KEY = {
+    "skip_ratio": ("clasp", "layer_skip"),
+    "num_skipped_layers": ("clasp", "layer_skip"),
+    "skip_layers": ("layer_skip",),
+    "calibration": ("knn_ssd",),
+    "optimization_interval": ("clasp",),
+    "max_optimized_requests": ("clasp",),
+    "mask_memory": ("clasp",),
+}
 LARGEST_SKIP_RATIO = 2 / 3  # where the controller chooses
+# What the controller chooses: how many layers to skip, how far to draft, whether all skip the same, when to
+# stop early, and whether to speculate at all.
+CHOICES = ("layers", "length", "sharing", "exit", "off")
+EXIT_THRESHOLD = 0.3
 
 # vLLM's own keys, passed through under their own names.
 VLLM_KEYS = (
@@ -45,18 +59,21 @@ class LayerSkipConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    method: Literal["clasp", "layer_skip"] = Field(
+    method: Literal["clasp", "knn_ssd", "layer_skip"] = Field(
         description="clasp: layers chosen in context by dynamic programming (arXiv 2505.24196); "
+        "knn_ssd: sub-layers chosen by what a prompt is nearest to (arXiv 2505.16162), from a calibration; "
         "layer_skip: a fixed set of layers for all requests."
     )
     num_speculative_tokens: int = Field(
         default=8, ge=1, le=64, description="Draft tokens per round at most (vLLM's key)."
     )
-    adaptive: bool | None = Field(
+    adaptive: bool | list[Literal["layers", "length", "sharing", "exit", "off"]] | None = Field(
         default=None,
-        description="Choose in each round how many layers to skip, how far to draft, how often to "
-        "optimise, and whether to speculate at all, by what has been accepted and what it costs (default "
-        "for clasp: true). What is fixed by another key stays so. false = as much as the keys say, always.",
+        description="Choose in each round how many layers to skip, how far to draft, whether all requests "
+        "skip the same, when to stop early, and whether to speculate at all, by what has been accepted and "
+        "what it costs (default for clasp and knn_ssd: true). What is fixed by another key stays so. "
+        "A list = only what it names of layers, length, sharing, exit and off; "
+        "false = as much as the keys say, always.",
     )
     skip_ratio: float | None = Field(
         default=None,
@@ -74,6 +91,10 @@ class LayerSkipConfig(BaseModel):
         default=None,
         description="layer_skip only: the layers to skip, counted from 0. Without it as many layers "
         "as skip_ratio or num_skipped_layers says, evenly spaced.",
+    )
+    calibration: str | None = Field(
+        default=None,
+        description="knn_ssd only, and required there: the folder that `clasp-vllm calibrate` wrote.",
     )
     optimization_interval: int | None = Field(
         default=None,
@@ -99,8 +120,9 @@ class LayerSkipConfig(BaseModel):
     ngram_cascade: bool | None = Field(
         default=None,
         description="Where a request's last tokens occurred in it before, verify what followed them there in "
-        "the place of drafts by skipping, if that promises more (vLLM's n-gram lookup). Needs adaptive, "
-        "greedy drafts, and Model Runner V1 on a CPU without async scheduling, where it is on by default.",
+        "the place of drafts by skipping, or let a draft step check it first, if that promises more (vLLM's "
+        "n-gram lookup). Needs adaptive, and Model Runner V1 on a CPU without async scheduling, where it is "
+        "on by default.",
     )
     prompt_lookup_min: int = Field(
         default=2, ge=1, le=64, description="For ngram_cascade: the fewest tokens to look up (vLLM's key)."
@@ -108,20 +130,22 @@ class LayerSkipConfig(BaseModel):
     prompt_lookup_max: int = Field(
         default=4, ge=1, le=64, description="For ngram_cascade: the most tokens to look up (vLLM's key)."
     )
-    draft_exit_threshold: float = Field(
-        default=0.3,
+    draft_exit_threshold: float | None = Field(
+        default=None,
         ge=0,
         lt=1,
         description="Stop drafting for a request after a token less probable than this under the "
-        "draft; 0 = off.",
+        f"draft; 0 = off (default {EXIT_THRESHOLD}, or chosen if adaptive).",
     )
     num_speculative_tokens_per_batch_size: list[list[int]] | None = Field(
         default=None,
         description="Draft length by batch size: triples of first and last batch size and draft length "
         "(vLLM's key).",
     )
-    draft_sample_method: Literal["greedy", "probabilistic"] = Field(
-        default="greedy", description="How draft tokens are drawn (vLLM's key)."
+    draft_sample_method: Literal["greedy", "probabilistic"] | None = Field(
+        default=None,
+        description="How draft tokens of sampling requests are drawn (vLLM's key). Default: probabilistic on "
+        "CPUs with Model Runner V1, else greedy as in vLLM.",
     )
     rejection_sample_method: Literal["standard", "synthetic", "block"] = Field(
         default="standard", description="How drafts are verified (vLLM's key)."
@@ -140,22 +164,16 @@ class LayerSkipConfig(BaseModel):
         ]
         if len(budgets) > 1:
             raise ValueError(f"{' and '.join(budgets)} exclude each other; give one of them")
-        wrong = (
-            ["skip_layers"]
-            if self.method == "clasp"
-            else ["optimization_interval", "max_optimized_requests", "mask_memory"]
-        )
-        for key in wrong:
-            if getattr(self, key) is not None:
-                allowed = "layer_skip" if self.method == "clasp" else "clasp"
+        for key, allowed in METHODS_OF_KEY.items():
+            if getattr(self, key) is not None and self.method not in allowed:
                 raise ValueError(
-                    f"{key}={getattr(self, key)!r} is only allowed with method: {allowed}, "
+                    f"{key}={getattr(self, key)!r} is only allowed with method: {' or '.join(allowed)}, "
                     f"not with method: {self.method}"
                 )
+        if self.method == "knn_ssd" and self.calibration is None:
+            raise ValueError("calibration=None: method: knn_ssd needs the folder of a calibration")
         if self.ngram_cascade and not self.is_adaptive:
             raise ValueError("ngram_cascade=True needs adaptive: true")
-        if self.ngram_cascade and self.draft_sample_method != "greedy":
-            raise ValueError("ngram_cascade=True needs draft_sample_method: greedy")
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min={self.prompt_lookup_min} is more than "
@@ -198,19 +216,39 @@ class LayerSkipConfig(BaseModel):
     @property
     def is_adaptive(self) -> bool:
         """Whether a controller chooses what the configuration leaves open."""
-        return self.method == "clasp" if self.adaptive is None else self.adaptive
+        return self.method != "layer_skip" if self.adaptive is None else self.adaptive is not False
+
+    @property
+    def open_choices(self) -> frozenset[str]:
+        """What the controller chooses, of ``CHOICES``."""
+        if not self.is_adaptive:
+            return frozenset()
+        found = set(self.adaptive) if isinstance(self.adaptive, list) else set(CHOICES)
+        fixed = (self.skip_ratio, self.num_skipped_layers, self.skip_layers)
+        if self.method != "clasp" or any(key is not None for key in fixed):
+            found.discard("layers")
+        if not self.memory:
+            found.discard("sharing")  # nobody knows what others' tokens said
+        if self.draft_exit_threshold is not None:
+            found.discard("exit")
+        return frozenset(found)
 
     @property
     def chooses_budget(self) -> bool:
         """Whether the controller chooses how many layers to skip."""
-        fixed = (self.skip_ratio, self.num_skipped_layers, self.skip_layers)
-        return self.is_adaptive and self.method == "clasp" and all(key is None for key in fixed)
+        return "layers" in self.open_choices
+
+    @property
+    def exit_threshold(self) -> float | None:
+        """The probability below which drafting stops; None where the controller says when."""
+        if self.draft_exit_threshold is None and "exit" not in self.open_choices:
+            return EXIT_THRESHOLD
+        return self.draft_exit_threshold
 
     @property
     def cascades(self) -> bool:
         """Whether the context is looked up, where the engine allows it."""
-        possible = self.is_adaptive and self.draft_sample_method == "greedy"
-        return possible if self.ngram_cascade is None else self.ngram_cascade
+        return self.is_adaptive if self.ngram_cascade is None else self.ngram_cascade
 
     def budgets(self, num_layers: int) -> tuple[int, ...]:
         """The numbers of layers to skip that there are to choose from, ascending."""
@@ -220,27 +258,27 @@ class LayerSkipConfig(BaseModel):
     @property
     def interval(self) -> int | None:
         """Rounds between two optimisation passes; None for fixed masks."""
-        if self.method == "layer_skip":
-            return None
-        return self.optimization_interval or 32
+        return self.optimization_interval or 32 if self.method == "clasp" else None
 
     @property
     def optimized_requests(self) -> int:
         """How many requests may be optimised in one step."""
-        return 0 if self.method == "layer_skip" else self.max_optimized_requests or 4
+        return self.max_optimized_requests or 4 if self.method == "clasp" else 0
 
     @property
     def memory(self) -> float:
         """What the averages over earlier passes keep; 0 where there are none."""
-        if self.method == "layer_skip":
+        if self.method != "clasp":
             return 0.0
         return 0.8 if self.mask_memory is None else self.mask_memory
 
     def explain(self, num_layers: int | None = None) -> list[str]:
         """What the configuration will do, in words; some of them need the model's number of layers."""
-        most = "up to " if self.is_adaptive else ""
+        most = "up to " if "length" in self.open_choices else ""
         lines = [f"method: {self.method}", f"draft tokens per round: {most}{self.num_speculative_tokens}"]
-        if num_layers is not None:
+        if self.calibration is not None:
+            lines.append(f"layers skipped: by task, as in {self.calibration}")
+        elif num_layers is not None:
             most = "up to " if self.chooses_budget else ""
             lines.append(f"layers skipped: {most}{self.budget(num_layers)} of {num_layers}")
         if self.interval is not None:
@@ -250,13 +288,14 @@ class LayerSkipConfig(BaseModel):
             lines.append(
                 f"layers chosen anew {rounds}, for at most {self.optimized_requests} requests in one step"
             )
-        threshold = self.draft_exit_threshold
-        lines.append(
-            f"drafting stops below a probability of {threshold}"
-            if threshold
-            else "drafting never stops early"
-        )
-        if self.is_adaptive:
+        threshold = self.exit_threshold
+        if threshold is None:
+            lines.append("drafting stops where a further token would not pay")
+        elif threshold:
+            lines.append(f"drafting stops below a probability of {threshold}")
+        else:
+            lines.append("drafting never stops early")
+        if "off" in self.open_choices:
             lines.append("no speculation where it does not pay")
         return lines
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,20 @@ def change_costs(llm: Any, every: int = 6) -> list[tuple[bool, Any]]:
 
     controller.choose = choose
     return chosen
+
+
+def look_up(llm: Any, checked: bool) -> None:
+    """Make drafts from the context seem best, verified as they are or checked by a draft step first."""
+    import clasp_vllm.drafting.adaptive as module
+
+    controller = drafter(llm).adaptive
+    controller.evidence.ngrams.mean[:] = 4.0
+    if not checked:
+        controller._scales["draft_scale"] = 1e9
+        controller.corrections.settle = lambda: None
+        return
+    original = module.choose
+    module.choose = lambda *args: replace(original(*args), ratio=0.0)
 
 
 def drafter(llm: Any) -> Any:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from clasp_vllm.config import ConfigError, LayerSkipConfig, is_ours, parse_config, read_settings
+from clasp_vllm.config import CHOICES, ConfigError, LayerSkipConfig, is_ours, parse_config, read_settings
 
 BAD = [
     ({"method": "clasp", "skip_raito": 0.5}, ["skip_raito=0.5", "did you mean skip_ratio?", "allowed keys"]),
@@ -155,15 +155,36 @@ def test_what_a_key_fixes_is_not_chosen(settings, budgets):
     assert parse_config(settings).budgets(6) == budgets
 
 
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        ({"method": "clasp"}, CHOICES),
+        ({"method": "clasp", "adaptive": False}, ()),
+        ({"method": "clasp", "adaptive": ["length", "off"]}, ("length", "off")),
+        ({"method": "clasp", "adaptive": []}, ()),
+        (
+            {"method": "clasp", "num_skipped_layers": 3, "draft_exit_threshold": 0.5},
+            ("length", "sharing", "off"),
+        ),
+        ({"method": "clasp", "mask_memory": 0}, ("layers", "length", "exit", "off")),
+        ({"method": "layer_skip"}, ()),
+        ({"method": "layer_skip", "adaptive": True}, ("length", "exit", "off")),
+    ],
+)
+def test_what_is_chosen(settings, chosen):
+    assert parse_config(settings).open_choices == set(chosen)
+
+
 def test_it_says_what_is_chosen():
     assert parse_config({"method": "clasp"}).explain(24) == [
         "method: clasp",
         "draft tokens per round: up to 8",
         "layers skipped: up to 16 of 24",
         "layers chosen anew as often as it pays, for at most 4 requests in one step",
-        "drafting stops below a probability of 0.3",
+        "drafting stops where a further token would not pay",
         "no speculation where it does not pay",
     ]
+    assert "drafting stops below a probability of 0.3" in parse_config({"method": "layer_skip"}).explain()
     fixed = parse_config({"method": "clasp", "adaptive": False, "draft_exit_threshold": 0.0}).explain(24)
     assert fixed[1:] == [
         "draft tokens per round: 8",

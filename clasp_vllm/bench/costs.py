@@ -26,6 +26,7 @@ from clasp_vllm.bench.prompts import mixed_prompts
 from clasp_vllm.config import ConfigError, parse_config
 
 LENGTHS = (0, 1, 2, 4, 8)  # of made-up drafts
+MASKS_AT_ONCE = 4  # as by default
 
 
 class Timings:
@@ -56,6 +57,8 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
     import torch
     from vllm import SamplingParams
 
+    from clasp_vllm.drafting.drafter import Draft
+    from clasp_vllm.policies.base import Policy
     from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
 
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -75,9 +78,10 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
         def draft(tokens: int) -> Callable[[], Any]:
             return lambda: real_draft(drafts, tokens, sample)
 
-        options = drafter.options
+        options, policy = drafter.options, drafter.policy
         # So low a threshold costs what any does and stops nobody.
-        drafter.options = replace(options, optimization_interval=None, draft_exit_threshold=1e-30)
+        drafter.options = replace(options, draft_exit_threshold=1e-30)
+        drafter.policy = Policy()
         for layers in kept:
             mask = layers_mask(num_layers, evenly_spaced_layers(num_layers, num_layers - layers))
             drafter.sequences.slots(drafts.request_ids)
@@ -85,16 +89,18 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
             draft(1)()  # what follows from the mask is worked out once
             timings.time(("draft", layers, 1), draft(1))
             timings.time(("draft", layers, longest), draft(longest))
-        drafter.options = options
+        drafter.options, drafter.policy = options, policy
         hidden = drafter.decoder.finish(drafter.decoder.embed(drafts.tokens))
-        timings.time("head", lambda: sample(hidden, drafts.positions, 0))
-        due = drafts.select(np.arange(min(batch, options.max_optimized_requests)))
+        everyone = np.arange(len(drafts))
+        timings.time("head", lambda: sample(hidden, drafts.positions, 0, everyone))
+        due = drafts.select(np.arange(min(batch, MASKS_AT_ONCE)))
         slots = drafter.sequences.slots(due.request_ids)
         seconds = timings.time(
-            "optimization pass", lambda: sample(drafter._optimize(due, slots, slots), due.positions, 0)
+            "optimization pass",
+            lambda: sample(policy.optimize(due, slots, slots), due.positions, 0, everyone[: len(due)]),
         )
         timings.seconds["optimize"].append(seconds / len(due))
-        drafter._apply_new_masks()
+        policy.apply()
         if drafter.statistics.total.failures:
             raise RuntimeError("drafting failed; the log says why")
 
@@ -110,8 +116,9 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
             else:
                 parts(drafts, sample)
         tokens = torch.zeros(len(drafts), num_tokens, dtype=torch.int64, device=drafts.tokens.device)
+        worth = torch.full_like(drafts.positions, max(verified, 0))
         in_drafter += time.perf_counter() - started
-        return tokens, torch.full_like(drafts.positions, max(verified, 0))
+        return Draft(tokens, worth, np.full(tokens.shape, -1))
 
     def propose(*args: Any, **kwargs: Any) -> Any:
         nonlocal in_proposer

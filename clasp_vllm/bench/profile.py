@@ -101,8 +101,8 @@ def watch_engine(llm: Any) -> Stopwatch:
     stopwatch.watch(ours, "_draft_step", "draft: forward")
     stopwatch.watch(proposer.model, "compute_logits", "{}: head")
     stopwatch.watch(attention, "build_attn_metadata", "{}: attention metadata")
-    stopwatch.watch(ours, "_optimize", "optimise: masks")
-    stopwatch.watch(ours, "run_programme", "optimise: forward")
+    stopwatch.watch(ours.policy, "optimize", "optimise: masks")
+    stopwatch.watch(ours.passes, "programme", "optimise: forward")
     stopwatch.watch(ours.passes.attention, "copy_blocks", "optimise: copies")
     return stopwatch
 

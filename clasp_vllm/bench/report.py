@@ -10,20 +10,28 @@ from typing import Any
 from clasp_vllm.bench.cost_model import Costs, costs_by_batch
 
 Row = dict[str, Any]
+# (plain, method) measurements by method, task, load and temperature. A load that rises and falls is text.
+Pairs = dict[tuple[str, str, int | str, float], list[tuple[Row, Row]]]
 
 
-def pairs(results: dict[str, Any]) -> dict[tuple[str, str, int, float], list[tuple[Row, Row]]]:
+def pairs(results: dict[str, Any]) -> Pairs:
     """(plain, method) measurements made next to each other, by method, task, concurrency, temperature."""
     by_place: dict[tuple[Any, ...], dict[bool, Row]] = defaultdict(dict)
     for row in results["measurements"]:
         workload = row["workload"]
         key = (row["method"], workload["task"], workload["concurrency"], workload["temperature"])
         by_place[(*key, row["repeat"])][row["plain"]] = row
-    found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]] = defaultdict(list)
+    found: Pairs = defaultdict(list)
     for place, both in by_place.items():
         if len(both) == 2:
             found[place[:4]].append((both[True], both[False]))
     return found
+
+
+def _place(item: tuple[tuple[str, str, int | str, float], Any]) -> tuple[Any, ...]:
+    """Where a row stands in a table: by name and task, then by load, rising ones first."""
+    method, task, load, temperature = item[0]
+    return method, task, isinstance(load, str), load, temperature
 
 
 def ratio(pair: tuple[Row, Row]) -> float:
@@ -60,13 +68,13 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     _plots(found, folder)
 
 
-def _table(found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]]) -> list[str]:
+def _table(found: Pairs) -> list[str]:
     lines = [
         "| method | task | at once | temperature | ratio | tokens/s, plain | tokens/s | accepted length | "
         "by position | TPOT p50, plain | TPOT p50 | p95 | TTFT p50, plain | TTFT p50 | same greedy answers |",
         "|" + "---|" * 15,
     ]
-    for (method, task, concurrency, temperature), both in sorted(found.items()):
+    for (method, task, concurrency, temperature), both in sorted(found.items(), key=_place):
         plain = [pair[0] for pair in both]
         rows = [pair[1] for pair in both]
 
@@ -89,7 +97,7 @@ def _table(found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]]) -> l
     return lines
 
 
-def _predictions(found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]], costs: Any) -> list[str]:
+def _predictions(found: Pairs, costs: Any) -> list[str]:
     """Measured ratios beside those that the cost model gives for the drafting that was counted."""
     known, facts = costs_by_batch(costs), costs["about"]
     lines = [
@@ -98,7 +106,7 @@ def _predictions(found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]]
         "| method | task | at once | temperature | measured | predicted |",
         "|---|---|---|---|---|---|",
     ]
-    for (method, task, concurrency, temperature), both in sorted(found.items()):
+    for (method, task, concurrency, temperature), both in sorted(found.items(), key=_place):
         if concurrency in known and all(pair[1]["counters"].get("layer_skip_rounds") for pair in both):
             predicted = [predicted_ratio(known[concurrency], pair[1]["counters"]) for pair in both]
             measured = [pair[0]["tpot_p50"] / pair[1]["tpot_p50"] for pair in both]
@@ -141,14 +149,20 @@ def _profiles(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _plots(found: dict[tuple[str, str, int, float], list[tuple[Row, Row]]], folder: Path) -> None:
+def _plots(found: Pairs, folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     for temperature in sorted({key[3] for key in found}):
-        here = {key: [ratio(p) for p in both] for key, both in found.items() if key[3] == temperature}
+        here = {
+            key: [ratio(p) for p in both]
+            for key, both in found.items()
+            if key[3] == temperature and isinstance(key[2], int)
+        }
+        if not here:
+            continue
         methods, tasks = sorted({key[0] for key in here}), sorted({key[1] for key in here})
         figure, axes = pyplot.subplots(1, len(tasks), figsize=(3.2 * len(tasks) + 2, 3.6), squeeze=False)
         for axis, task in zip(axes[0], tasks, strict=True):

@@ -21,7 +21,7 @@ from typing import Any
 
 from clasp_vllm.bench.about import about
 from clasp_vllm.bench.cost_model import costs_by_batch
-from clasp_vllm.bench.options import number, numbers
+from clasp_vllm.bench.options import levels, loads, number, numbers
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, WARM_UP, datasets, number_of_prompts
 from clasp_vllm.bench.report import write_report
 from clasp_vllm.bench.servers import Server, ServerError, serve
@@ -50,10 +50,13 @@ QUICK = ("ngram", "clasp")
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of a server in one measurement."""
+    """What is asked of a server in one measurement.
+
+    ``concurrency``: requests at once, or several such numbers in turn, as in ``options.loads``.
+    """
 
     task: str
-    concurrency: int
+    concurrency: int | str
     temperature: float
 
 
@@ -81,7 +84,35 @@ class Measurement:
 
 
 def measure(server: Server, workload: Workload, dataset: list[str], prompts: int) -> dict[str, Any]:
-    """One run of `vllm bench serve`; its result."""
+    """Runs of `vllm bench serve`, one for each level of the load; their result, in one."""
+    found = [
+        _ask(server, workload.temperature, level, dataset, prompts) for level in levels(workload.concurrency)
+    ]
+    if len(found) == 1:
+        return found[0]
+    import numpy as np
+
+    merged: dict[str, Any] = {
+        key: sum(one[key] for one in found) for key in ("total_output_tokens", "duration", "failed")
+    }
+    merged["generated_texts"] = [text for one in found for text in one["generated_texts"]]
+    times = {
+        "ttft": [seconds for one in found for seconds in one["ttfts"]],
+        "tpot": [
+            sum(gaps) / (count - 1)
+            for one in found
+            for gaps, count in zip(one["itls"], one["output_lens"], strict=True)
+            if count > 1
+        ],
+    }
+    for name, seconds in times.items():
+        merged |= {f"p{p}_{name}_ms": 1000 * float(np.percentile(seconds, p)) for p in (50, 95)}
+    return merged
+
+
+def _ask(
+    server: Server, temperature: float, concurrency: int, dataset: list[str], prompts: int
+) -> dict[str, Any]:
     from vllm.benchmarks.serve import add_cli_args, main
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -90,8 +121,8 @@ def measure(server: Server, workload: Workload, dataset: list[str], prompts: int
     options = [
         f"--base-url=http://127.0.0.1:{server.port}",
         f"--model={server.model}",
-        f"--max-concurrency={workload.concurrency}",
-        f"--temperature={workload.temperature}",
+        f"--max-concurrency={concurrency}",
+        f"--temperature={temperature}",
         "--endpoint=/v1/completions",
         "--ignore-eos",
         "--save-detailed",
@@ -101,7 +132,7 @@ def measure(server: Server, workload: Workload, dataset: list[str], prompts: int
         "--skip-chat-template",
         "--percentile-metrics=ttft,tpot",
         "--metric-percentiles=50,95",
-        f"--num-prompts={number_of_prompts(prompts, workload.concurrency)}",
+        f"--num-prompts={number_of_prompts(prompts, concurrency)}",
         *dataset,
     ]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -116,6 +147,16 @@ def speculation(server: Server) -> dict[str, float]:
     gauges = {f"layer_skip_{name}" for name in GAUGES}
     found = server.metrics()
     return {name: found[name] for name in found if name.startswith(prefixes) and name not in gauges}
+
+
+def accepted(counters: dict[str, float]) -> tuple[float | None, list[float]]:
+    """Mean accepted length, and the share of drafts of which each position was accepted."""
+    drafts = counters.get("spec_decode_num_drafts", 0.0)
+    if not drafts:
+        return None, []
+    at = [name for name in counters if name.startswith("spec_decode_num_accepted_tokens_per_pos[")]
+    length = 1 + counters["spec_decode_num_accepted_tokens"] / drafts
+    return length, [counters[f"{at[0].partition('[')[0]}[{i}]"] / drafts for i in range(len(at))]
 
 
 def profiles(args: argparse.Namespace, methods: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -139,7 +180,7 @@ def profiles(args: argparse.Namespace, methods: dict[str, str]) -> Iterator[dict
 def workloads(args: argparse.Namespace) -> list[Workload]:
     """All combinations, but a single task's few prompts never run beside themselves."""
     every = itertools.product(args.tasks, args.concurrency, args.temperature)
-    return [Workload(*one) for one in every if one[0] not in TASKS or one[1] <= HELD_OUT]
+    return [Workload(*one) for one in every if one[0] not in TASKS or max(levels(one[1])) <= HELD_OUT]
 
 
 def compare(
@@ -164,8 +205,7 @@ def compare(
                 workload,
                 repeat,
                 result["total_output_tokens"] / result["duration"],
-                result.get("spec_decode_acceptance_length"),
-                result.get("spec_decode_per_position_acceptance_rates", []),
+                *accepted(counters),
                 result["p50_ttft_ms"],
                 result["p50_tpot_ms"],
                 result["p95_tpot_ms"],
@@ -192,7 +232,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(TASKS)}, mixed (all in turn), spec_bench/CATEGORY (default: the package's)",
     )
     parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's question.jsonl")
-    parser.add_argument("--concurrency", type=numbers(1), help="requests at once (default 1,2,4,8,16)")
+    parser.add_argument(
+        "--concurrency",
+        type=loads,
+        help="requests at once (default 1,2,4,8,16); 1-4-16-4-1 is a load that rises and falls",
+    )
     parser.add_argument(
         "--temperature", type=lambda text: [float(part) for part in text.split(",")], help="default 0,1"
     )

@@ -1,49 +1,99 @@
-"""How often draft tokens are accepted, by budget and by sequence: evidence that costs nothing.
+"""How often draft tokens are accepted: by budget, by sequence and by position. It costs nothing to know.
 
 Every optimisation pass ends with one state for each budget. Whether the head makes the same token of
 it as of the full model's scores all budgets at once. Verification scores the budget in use, for each
-sequence. Both meet in a logistic model: the acceptance of a sequence at a budget is the curve over
-budgets, moved by an offset of the sequence that verification corrects. A pass judges masks by the token
-they were found on, so its curve is too good; the offsets, of which new sequences inherit the mean, know.
+sequence and position. They meet in a logistic model, in which the chance that a sequence advances by a
+token of a draft is the sum, in logits, of
+
+- the curve over budgets. A pass judges masks by the token they were found on, so it is too good;
+- an offset of the sequence, which verification corrects, fast at first and more slowly as more of it has
+  been seen. New sequences inherit the mean;
+- an offset of the token's position in the draft, the same for all: what follows an accepted token is
+  not as likely to be accepted as that was, and drafting may stop before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from clasp_vllm.skipping.controller import Array
 
-RATE = 0.15  # how far one draft token moves its sequence's offset
-OVERALL_RATE = 0.01  # and how far the mean moves to the offsets
-SHARING_SCALE = 4.0  # an error of acceptance as one of an offset: 1 / (p (1 - p)) at its least
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
+
+SPREAD = 1.0  # variance of the offsets of sequences, before anything is known of one
+DRIFT = 0.005  # what one token adds to it
+MEAN_RATE = 0.02  # how far one token moves the mean to the offsets
+POSITION_SPREAD, POSITION_DRIFT = 0.5, 2e-4  # the same of the offsets of positions
+ENOUGH_TOKENS = 16.0  # at a position, for its own offset to count half; else the one before it does
+SHARING_RATE = 0.04
 FORGET_ROUND = 1e-3  # of what may not be in use, each round
 FORGET = 1 / 64  # what passes forget of the curve, for each sequence optimised
 PRIOR_PASSES = 2.0  # how many the first guess of the curve counts for
-LENGTHS_RATE = 0.002  # how far one draft token moves the estimate of drafting going on
+LENGTHS_MEMORY = 500.0  # tokens that the estimate of drafting going on remembers
 LIMIT = 6.0  # of the offsets
+
+
+class SequenceOffsets:
+    """An offset in logits for each sequence, by slot: a filter that knows how sure it is of each.
+
+    One step of Newton's method on the logistic likelihood, with the variance as the prior's.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.offset = np.zeros(capacity)
+        self.variance = np.full(capacity, SPREAD)
+        self.mean = np.zeros(2)  # of greedy and of sampling sequences
+
+    def start(self, slot: int, kind: int) -> None:
+        """A new sequence has got the slot."""
+        self.offset[slot], self.variance[slot] = self.mean[kind], SPREAD
+
+    def add(self, slots: np.ndarray, kinds: np.ndarray, expected: Array, won: Flags, seen: Flags) -> None:
+        """Take in outcomes: [rows, tokens] each, chances and what became of those ``seen``."""
+        tokens = seen.sum(1)
+        error = ((won - expected) * seen).sum(1)
+        information = (expected * (1 - expected) * seen).sum(1)
+        variance = self.variance[slots] / (1 + self.variance[slots] * information)
+        self.offset[slots] = (self.offset[slots] + variance * error).clip(-LIMIT, LIMIT)
+        self.variance[slots] = np.minimum(variance + DRIFT * tokens, SPREAD)
+        for kind in (0, 1):
+            rows = kinds == kind
+            if rows.any():
+                share = 1 - (1 - MEAN_RATE) ** float(tokens[rows].sum())
+                self.mean[kind] += share * (self.offset[slots[rows]].mean() - self.mean[kind])
 
 
 class AcceptanceEvidence:
     """Decaying averages, on the host. Sequences go by the slots of the ``SequenceTable``."""
 
-    def __init__(self, capacity: int, skipped: Sequence[int], num_layers: int) -> None:
-        """``skipped``: [budgets] the layers that each budget skips, ascending."""
+    def __init__(self, capacity: int, skipped: Sequence[int], num_layers: int, longest: int) -> None:
+        """
+        Args:
+            skipped: [budgets] the layers that each budget skips, ascending.
+            longest: draft tokens of a round at most.
+        """
         # A guess, until there is evidence: a token is lost for sure when every layer is skipped.
         self._curve = 0.95 - 0.6 * np.asarray(skipped, dtype=np.float64) / num_layers
         self._trials = PRIOR_PASSES
-        self.offset = np.zeros(capacity)
-        self.overall = np.zeros(2)  # of greedy and of sampling sequences
+        self.kind = np.zeros(capacity, dtype=np.int64)  # 1 for sampling sequences
+        self.drafts = SequenceOffsets(capacity)
+        self.ngrams = SequenceOffsets(capacity)
+        self._position = np.zeros((2, longest))  # by kind; the first stays 0
+        self._position_variance = np.full((2, longest), POSITION_SPREAD)
+        self._position_tokens = np.zeros((2, longest))
         self.sharing = 0.0
-        self.going_on = 0.95
-        self.ngram_offset = np.zeros(capacity)
-        self.ngram_overall = 0.0
+        self.going_on = np.full(longest, 0.95)
+        self._lengths = np.ones(longest)
+        self._steps = np.arange(longest)
 
     def start(self, slot: int, sampling: bool = False) -> None:
         """A new sequence has got the slot."""
-        self.offset[slot] = self.overall[int(sampling)]
-        self.ngram_offset[slot] = self.ngram_overall
+        self.kind[slot] = int(sampling)
+        for offsets in (self.drafts, self.ngrams):
+            offsets.start(slot, int(sampling))
 
     def add_pass(self, agree: np.ndarray) -> None:
         """``agree``: [rows, budgets] bool, the budget's state predicts the full model's token."""
@@ -54,9 +104,9 @@ class AcceptanceEvidence:
     def add_verified(
         self,
         slots: np.ndarray,
-        sampling: np.ndarray,
         budget: int,
         shared: bool,
+        first: np.ndarray,
         accepted: np.ndarray,
         refused: np.ndarray,
     ) -> None:
@@ -64,70 +114,86 @@ class AcceptanceEvidence:
 
         Args:
             slots: [rows] int64.
-            sampling: [rows] bool.
             budget: the one in use.
             shared: whether a shared mask was.
-            accepted: [rows] int64 draft tokens accepted.
-            refused: [rows] bool, whether a token was refused after these.
+            first: [rows] int64 tokens that a draft begins with and that are no evidence.
+            accepted: [rows] int64 draft tokens accepted, those included.
+            refused: [rows] bool, whether the sequence could have advanced by a further token and did not,
+                because that was refused or not drafted.
         """
-        for kind in (False, True):
-            rows = sampling == kind
-            if not rows.any():
-                continue
-            expected = self.acceptance(slots[rows])[int(shared), :, budget]
-            error = _error(expected, accepted[rows], refused[rows])
-            self.offset[slots[rows]] = (self.offset[slots[rows]] + RATE * error).clip(-LIMIT, LIMIT)
-            tokens = int((accepted + refused)[rows].sum())
-            self.overall[int(kind)] += _share(OVERALL_RATE, tokens) * (
-                self.offset[slots[rows]].mean() - self.overall[int(kind)]
-            )
-            if shared and tokens:
-                change = _share(OVERALL_RATE, tokens) * error.sum() / tokens
-                self.sharing = min(max(self.sharing + SHARING_SCALE * change, -LIMIT), 1.0)
-
-    def add_ngrams(self, slots: np.ndarray, accepted: np.ndarray, refused: np.ndarray) -> None:
-        """What verification said of n-grams of the context; arguments as above."""
         if not len(slots):
             return
-        error = _error(self.ngram_acceptance(slots), accepted, refused)
-        self.ngram_offset[slots] = (self.ngram_offset[slots] + RATE * error).clip(-LIMIT, LIMIT)
-        share = _share(OVERALL_RATE, int((accepted + refused).sum()))
-        self.ngram_overall += share * float(self.ngram_offset[slots].mean() - self.ngram_overall)
+        seen, won = self._outcomes(first, accepted, refused)
+        expected = self.acceptance(slots)[int(shared), :, budget]
+        kinds, error = self.kind[slots], (won - expected) * seen
+        self.drafts.add(slots, kinds, expected, won, seen)
+        for kind in (0, 1):
+            self._add_positions(
+                kind, error[kinds == kind], (expected * seen)[kinds == kind], seen[kinds == kind]
+            )
+        if shared:
+            self.sharing = min(max(self.sharing + SHARING_RATE * float(error.sum()), -LIMIT), 1.0)
+
+    def _add_positions(self, kind: int, error: Array, expected: Array, seen: Flags) -> None:
+        information, tokens = (expected * (1 - expected)).sum(0), seen.sum(0)
+        variance = self._position_variance[kind] / (1 + self._position_variance[kind] * information)
+        step = variance * error.sum(0)
+        step[0] = 0.0  # the first is what the others are measured by
+        self._position[kind] = (self._position[kind] + step).clip(-LIMIT, LIMIT)
+        self._position_variance[kind] = np.minimum(variance + POSITION_DRIFT * tokens, POSITION_SPREAD)
+        self._position_tokens[kind] += tokens
+
+    def add_ngrams(self, slots: np.ndarray, accepted: np.ndarray, refused: np.ndarray) -> None:
+        """What became of n-grams of the context; arguments as above."""
+        if not len(slots):
+            return
+        seen, won = self._outcomes(np.zeros_like(accepted), accepted, refused)
+        expected = np.broadcast_to(self.ngram_acceptance(slots)[:, None], seen.shape)
+        self.ngrams.add(slots, self.kind[slots], expected, won, seen)
+
+    def _outcomes(self, first: np.ndarray, accepted: np.ndarray, refused: np.ndarray) -> tuple[Flags, Flags]:
+        """[rows, longest] each: which tokens are evidence, and which of them were accepted."""
+        won = self._steps < accepted[:, None]
+        seen = (self._steps < (accepted + refused)[:, None]) & (self._steps >= first[:, None])
+        return seen, won
 
     def forget(self) -> None:
         """Count a round: what is not in use is not tried either, so verdicts on it do not last for ever."""
         self.sharing *= 1 - FORGET_ROUND
-        self.ngram_overall *= 1 - FORGET_ROUND
-        self.ngram_offset *= 1 - FORGET_ROUND
+        self.ngrams.mean *= 1 - FORGET_ROUND
+        self.ngrams.offset *= 1 - FORGET_ROUND
+        self._position_tokens *= 1 - FORGET_ROUND
 
     def ngram_acceptance(self, slots: np.ndarray) -> Array:
         """[rows], of a token of an n-gram of the context."""
-        return _probability(self.ngram_offset[slots])
+        return _probability(self.ngrams.offset[slots])
 
-    def add_lengths(self, went_on: int, stopped: int) -> None:
-        """Of draft tokens that were not the last allowed, how many drafting went on after."""
-        tokens = went_on + stopped
-        if tokens:
-            self.going_on += _share(LENGTHS_RATE, tokens) * (went_on / tokens - self.going_on)
+    def add_lengths(self, lengths: np.ndarray, limits: np.ndarray) -> None:
+        """Where drafts ended, [rows] int64, of which ``limits`` allowed so many tokens."""
+        there = self._steps < np.minimum(lengths, limits - 1)[:, None]  # another might have followed
+        count, went_on = there.sum(0), (there & (self._steps < lengths[:, None] - 1)).sum(0)
+        self._lengths = np.minimum(self._lengths + count, LENGTHS_MEMORY)
+        self.going_on += (went_on - count * self.going_on) / self._lengths
+
+    def positions(self) -> Array:
+        """[kinds, longest] offset of each position: as far as it has not been seen, that before it."""
+        found = self._position.copy()
+        trust = self._position_tokens / (self._position_tokens + ENOUGH_TOKENS)
+        for step in self._steps[1:]:
+            found[:, step] = found[:, step - 1] + trust[:, step] * (found[:, step] - found[:, step - 1])
+        return found
 
     def acceptance(self, slots: np.ndarray) -> Array:
-        """[2, rows, budgets]: of a draft token, with each sequence's own mask and with a shared one."""
+        """[2, rows, budgets, longest]: that a sequence advances by a token if it does by those before it.
+
+        With its own mask, and with a shared one.
+        """
         curve = np.minimum.accumulate(np.clip(self._curve, 0.02, 0.98))  # skipping more is never better
-        own = np.log(curve / (1 - curve)) + self.offset[slots, None]
+        own = np.log(curve / (1 - curve)) + self.drafts.offset[slots, None]
+        own = own[..., None] + self.positions()[self.kind[slots]][:, None]
         return _probability(np.stack((own, own + self.sharing)))
 
 
 def _probability(logit: Array) -> Array:
     found: Array = 1 / (1 + np.exp(-logit))
     return found
-
-
-def _error(expected: Array, accepted: np.ndarray, refused: np.ndarray) -> Array:
-    """[rows], of tokens seen and ``expected`` to be accepted: the sum of outcome less expectation."""
-    found: Array = accepted * (1 - expected) - refused * expected
-    return found
-
-
-def _share(rate: float, count: int) -> float:
-    """What ``count`` observations have of a decaying average of which one has ``rate``."""
-    return float(1 - (1 - rate) ** count)

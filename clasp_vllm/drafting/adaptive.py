@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +11,19 @@ from torch import Tensor
 
 from clasp_vllm.drafting.acceptance import AcceptanceEvidence
 from clasp_vllm.drafting.batch import index
+from clasp_vllm.drafting.early_exit import Confidence, SurvivalExit
 from clasp_vllm.drafting.outcomes import Drafts, Outcomes
 from clasp_vllm.drafting.timing import CostCorrections, Mark
 from clasp_vllm.skipping.controller import (
     WORTH_IT,
+    Batch,
     Choice,
     Ngrams,
     PassCosts,
     Probes,
     choose,
+    choose_checked,
+    draft_lengths,
     rounds_between_passes,
 )
 
@@ -39,7 +43,7 @@ class AdaptiveDrafting:
         num_layers: int,
         longest: int,
         interval: int | None,
-        sharing: bool,
+        open_choices: Collection[str],
         padded: bool,
         narrows: bool,
         ranks: int,
@@ -51,15 +55,17 @@ class AdaptiveDrafting:
             budgets: the numbers of layers to skip that there are to choose from, ascending.
             longest: draft tokens at most.
             interval: rounds between two passes for a sequence, where that is fixed.
-            sharing: whether masks may be shared.
+            open_choices: what is to be chosen, of length, sharing and off. Else drafts are as long as
+                allowed, masks each sequence's own, and speculation is always on.
             padded: whether drafts that stop early are verified in full length all the same.
             narrows: whether rows that stop early leave the batch of the draft.
             ranks: that run the layers together. They must choose alike, so with more than one
                 corrections of costs wait until rank 0 shares its own.
             log: told in words whenever another choice is made.
         """
-        self.evidence = AcceptanceEvidence(capacity, budgets, num_layers)
-        self.outcomes = Outcomes(self.evidence, longest)
+        self.evidence = AcceptanceEvidence(capacity, budgets, num_layers, longest)
+        self.confidence = Confidence()
+        self.outcomes = Outcomes(self.evidence, self.confidence, longest)
         self.corrections = CostCorrections()
         self.costs: PassCosts | None = None  # as measured at start-up
         self.last: Choice | None = None
@@ -78,7 +84,11 @@ class AdaptiveDrafting:
         self._budgets = budgets
         self._num_layers = num_layers
         self._interval = interval
-        self._sharing = sharing
+        self._open = frozenset(open_choices)
+        self._lengths = [longest]
+        if "length" in open_choices:
+            every = draft_lengths(longest) if padded else range(longest + 1)
+            self._lengths = [length for length in every if length]
         self._probes = Probes()
         self._off_rows, self._off_steps = 0, 0
         self._running: frozenset[str] = frozenset()  # the requests of the last round
@@ -145,7 +155,7 @@ class AdaptiveDrafting:
         choice = self.last
         if choice is None or self._is_due(rows) or offered.any():
             choice = self.last = self._best(costs, slots, masks, shared_mask, offered)
-        worth_it = choice.ratio >= WORTH_IT
+        worth_it = choice.ratio >= WORTH_IT or "off" not in self._open
         ask = worth_it
         if worth_it:
             self._probing = 0
@@ -153,13 +163,13 @@ class AdaptiveDrafting:
             self._probing = (self._probing + 1) % PATIENCE
         elif self._probes.due(choice, float(costs.verify(rows, self._num_layers))):
             self._probing, ask = 1, True
-        self.wanted = max(choice.length, choice.ngram) if ask else 0
+        self.wanted = (self.longest if choice.checked else max(choice.length, choice.ngram)) if ask else 0
         self._explain(choice, costs, slots, worth_it)
         if allowed and (worth_it or self._probing):
             self._off_rows = self._off_steps = self._probing = 0
             return replace(choice, length=min(choice.length, allowed), ngram=min(choice.ngram, allowed))
         self._off_steps += 1
-        return replace(choice, length=0, ngram=0)
+        return replace(choice, length=0, ngram=0, checked=False)
 
     def _is_due(self, rows: int) -> bool:
         """Whether to think again: always while speculating, now and then while off."""
@@ -170,11 +180,12 @@ class AdaptiveDrafting:
         return True
 
     def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray, worth_it: bool) -> None:
-        made = len(slots), choice.budget, choice.length, choice.shared, choice.ngram, worth_it, self._probing
+        plan = choice.budget, choice.length, choice.shared, choice.ngram, choice.checked
+        made = len(slots), *plan, worth_it, self._probing
         if made == self._logged:
             return
         self._logged = made
-        acceptance = self.evidence.acceptance(slots)[int(choice.shared), :, choice.budget].mean()
+        acceptance = self.evidence.acceptance(slots)[int(choice.shared), :, choice.budget].mean(0)
         skipped = self._budgets[choice.budget]
         plain = 1000 * float(costs.verify(len(slots), self._num_layers))
         step = 1000 * float(costs.draft(len(slots), self._num_layers - skipped))
@@ -182,8 +193,10 @@ class AdaptiveDrafting:
         self._log(
             f"{len(slots)} sequences: {what}; "
             f"best: {choice.length} tokens with {skipped} of {self._num_layers} layers skipped"
-            f"{' by all alike' if choice.shared else ''}, {choice.ngram} from the context, expected "
-            f"{choice.ratio:.2f} times plain decoding (acceptance {acceptance:.2f}, "
+            f"{' by all alike' if choice.shared else ''}, {choice.ngram} from the context"
+            f"{', checked first' if choice.checked else ''}, stopping when the chance of all falls under "
+            f"{choice.floor:.2f}, expected {choice.ratio:.2f} times plain decoding (acceptance "
+            f"{' '.join(f'{chance:.2f}' for chance in acceptance)}, "
             f"a plain step {plain:.1f} ms, a draft step {step:.1f} ms)"
         )
 
@@ -214,29 +227,38 @@ class AdaptiveDrafting:
     ) -> Choice:
         """The best way to speculate, with what the context offers where that is better than drafting."""
 
-        def ways(rows: np.ndarray, ngrams: Ngrams | None) -> Choice:
+        def batch(rows: np.ndarray) -> Batch:
             own = masks[torch.from_numpy(slots[rows])].all(0)
             layers = torch.stack((own, shared_mask)).logical_not_().flatten(2).sum(2).double().numpy() / 2
-            kinds = 2 if self._sharing and len(rows) >= MASKS_TO_SHARE else 1
-            return choose(
+            kinds = 2 if "sharing" in self._open and len(rows) >= MASKS_TO_SHARE else 1
+            return Batch(
                 costs,
                 self._num_layers,
                 self.evidence.acceptance(slots[rows])[:kinds],
                 layers[:kinds],
                 self.evidence.going_on,
-                self.longest,
+                self._lengths,
                 self.padded,
                 self._narrows,
-                ngrams,
             )
 
-        best = ways(np.arange(len(slots)), None)
-        if offered.any():
-            looked_up = np.flatnonzero(offered)
-            acceptance = self.evidence.ngram_acceptance(slots[looked_up])
-            with_ngrams = ways(np.flatnonzero(offered == 0), Ngrams(acceptance, offered[looked_up]))
-            best = max(best, with_ngrams, key=lambda choice: choice.ratio)
-        return best
+        everyone = batch(np.arange(len(slots)))
+        ways = [choose(everyone)]
+        looked_up = np.flatnonzero(offered)
+        if looked_up.size:
+            ngrams = Ngrams(self.evidence.ngram_acceptance(slots[looked_up]), offered[looked_up])
+            ways.append(choose(batch(np.flatnonzero(offered == 0)), ngrams))
+            if self._narrows and self.longest > 1:
+                ways.append(choose_checked(everyone, ngrams, looked_up))
+        return max(ways, key=lambda choice: choice.ratio)
+
+    def exit(self, slots: np.ndarray, choice: Choice, device: torch.device) -> SurvivalExit:
+        """When to stop drafting for the sequences of a round."""
+        return self.confidence.exit(self.evidence.kind[slots], choice.floor, device)
+
+    def checked(self, slots: np.ndarray, offered: np.ndarray, matched: np.ndarray) -> None:
+        """What a draft step said of n-grams of the context: so many tokens offered, and so many right."""
+        self.evidence.add_ngrams(slots, matched, matched < offered)
 
     def rounds_between_passes(self, choice: Choice, rows: int) -> int:
         """How often a sequence's layers are chosen anew."""

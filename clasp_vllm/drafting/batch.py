@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +37,38 @@ class PagedAttention(Protocol):
         The blocks of each row of ``target`` are consecutive.
         """
         ...
+
+
+# What a step read of prompts: of each request the final hidden states [tokens, hidden_size] of the tokens
+# of its prompt that it ran, at least one, and whether they are the last.
+PromptTokens = Sequence[tuple[str, Tensor, bool]]
+
+
+def prompt_tokens(
+    request_ids: Sequence[str],
+    hidden: Tensor,
+    ends: np.ndarray,
+    computed: np.ndarray,
+    prompt_lengths: np.ndarray,
+) -> PromptTokens:
+    """Cut the tokens of prompts out of a step.
+
+    Args:
+        request_ids: [reqs] of the step.
+        hidden: [tokens, hidden_size] of all its tokens, request by request.
+        ends: [reqs + 1] int, where each begins and the last ends.
+        computed: [reqs] int, tokens of each that were computed before.
+        prompt_lengths: [reqs] int.
+    """
+    left = np.minimum(prompt_lengths - computed, ends[1:] - ends[:-1])
+    return [
+        (
+            request_ids[row],
+            hidden[ends[row] : ends[row] + left[row]],
+            bool(computed[row] + left[row] == prompt_lengths[row]),
+        )
+        for row in np.flatnonzero(left > 0)
+    ]
 
 
 @dataclass(frozen=True)
@@ -79,6 +111,32 @@ class DraftBatch:
             None if self.sampling is None else self.sampling[rows],
             None if self.ngrams is None else [self.ngrams[row] for row in rows],
         )
+
+    def followed_by(self, tokens: Sequence[Sequence[int]]) -> tuple[DraftBatch, np.ndarray]:
+        """Every row followed by rows of the same sequence for tokens that may come next.
+
+        Args:
+            tokens: [rows] sequences of token ids, which may be empty.
+
+        Returns:
+            the batch, and [rows] int64 where each row is in it.
+        """
+        counts = np.array([len(next_tokens) for next_tokens in tokens])
+        first = np.concatenate(([0], np.cumsum(counts[:-1] + 1)))
+        of = np.repeat(np.arange(len(self)), counts + 1)
+        ahead = np.arange(len(of)) - first[of]
+        batch, device = self.select(of), self.tokens.device
+        new = batch.tokens.clone()
+        new[index(np.flatnonzero(ahead), device)] = torch.tensor(
+            [token for next_tokens in tokens for token in next_tokens], dtype=new.dtype, device=device
+        )
+        batch = replace(
+            batch,
+            tokens=new,
+            positions=batch.positions + index(ahead, device),
+            max_lengths=batch.max_lengths + torch.from_numpy(ahead.astype(np.int32)),
+        )
+        return batch, first
 
 
 def index(rows: np.ndarray, device: torch.device) -> Tensor:

@@ -62,6 +62,11 @@ class Decoder:
         self._embed = inner.embed_input_ids
         self._norm: Any = view(inner.norm)
 
+    def norm_weights(self) -> list[Tensor]:
+        """Of the norms before attention and MLP, layer by layer, and of the last: [hidden_size] each."""
+        norms = [n for x in self.layers for n in (x.input_layernorm, x.post_attention_layernorm)]
+        return [norm.weight for norm in (*norms, self._norm)]
+
     def embed(self, token_ids: Tensor) -> State:
         """[rows] token ids to the state before the first layer, a pair of [rows, hidden_size]."""
         embedding = self._embed(token_ids)

@@ -10,33 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clasp_vllm.drafting.adaptive import AdaptiveDrafting
-from clasp_vllm.drafting.batch import DraftBatch, PagedAttention, index
+from clasp_vllm.drafting.batch import DraftBatch, PromptTokens, index
 from clasp_vllm.drafting.decoder import Decoder
-from clasp_vllm.drafting.evidence import SkipEvidence
-from clasp_vllm.drafting.host import HostFlag, HostMasks
+from clasp_vllm.drafting.early_exit import Exit, FixedExit
 from clasp_vllm.drafting.outcomes import Drafts
-from clasp_vllm.drafting.passes import Passes, Plan
-from clasp_vllm.drafting.scratch import ScratchBlocks
+from clasp_vllm.drafting.passes import Passes
+from clasp_vllm.drafting.plans import Plan, Plans
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.drafting.statistics import DraftStatistics
 from clasp_vllm.drafting.timing import Mark
+from clasp_vllm.drafting.tokens import DraftTokens
+from clasp_vllm.policies.base import Policy
 from clasp_vllm.skipping.controller import Choice
-from clasp_vllm.skipping.dynamic_program import Programme, backtrack_all
 
-# sample(hidden_states [rows, hidden_size], positions [rows], step) -> tokens [rows] int64 and, where
-# the drafter has an exit threshold, their probabilities [rows] float32 under the draft.
-Sample = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
+# sample(hidden_states [n, hidden_size], positions [n], step, rows [n] of the batch) -> tokens [n] int64 and,
+# where the drafter asks for it, the probability [n] float32 of the most likely one under the draft.
+Sample = Callable[[Tensor, Tensor, int, np.ndarray], tuple[Tensor, Tensor | None]]
 
-ENOUGH_PASSES = 8  # until the average over all is trusted with new sequences
 Result = TypeVar("Result")
-MAX_PLANS = 256  # kept; there is one for every set of sequences drafted for
 
 
 @dataclass(frozen=True)
@@ -44,23 +42,31 @@ class DrafterOptions:
     """How to draft.
 
     Attributes:
-        budgets: the numbers of layers to skip that there are to choose from, ascending. The last is
-            the budget M of the dynamic programme.
-        optimization_interval: rounds between two passes for a sequence, unless a controller says; None
-            for fixed masks.
-        max_optimized_requests: how many sequences may be optimised in one round.
-        draft_exit_threshold: stop drafting a sequence after a token less probable than this; 0 = off.
+        budgets: the numbers of layers to skip that there are to choose from, ascending.
+        optimization_interval: rounds between two choices of a sequence's layers, unless a controller says.
+        draft_exit_threshold: stop drafting a sequence after a token less probable than this; 0 = off;
+            None: the controller says when, if there is one.
     """
 
     budgets: tuple[int, ...]
-    optimization_interval: int | None
-    max_optimized_requests: int
-    draft_exit_threshold: float
+    optimization_interval: int
+    draft_exit_threshold: float | None
 
-    @property
-    def num_skipped_layers(self) -> int:
-        """The largest budget."""
-        return self.budgets[-1]
+
+class Draft(NamedTuple):
+    """A round's drafts.
+
+    Attributes:
+        tokens: [rows, num_tokens] int64. All of them are valid to verify, those past a row's length merely
+            unlikely to be accepted.
+        lengths: [rows] int64, how many of a row's tokens are worth verifying.
+        drawn: [rows, num_tokens] int64 on the host, which of all rows that were sampled each token is, in
+            the order of the calls of ``sample``; -1 for tokens that were not sampled.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    drawn: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,14 +74,14 @@ class _Drafted:
     """Drafts made by skipping layers.
 
     Attributes:
-        tokens: [rows, length] int64.
-        lengths: [rows] int64, how many are worth verifying.
+        draft: the tokens.
+        limits: [rows] int64, the tokens there might have been, had drafting not stopped early.
         due: rows whose layers were chosen anew; the first token of these is certain.
         marks: the start of the round, the end of its optimisation pass, and its end.
     """
 
-    tokens: Tensor
-    lengths: Tensor
+    draft: DraftTokens
+    limits: np.ndarray
     due: np.ndarray
     marks: tuple[Mark, Mark, Mark]
 
@@ -86,20 +92,17 @@ class Drafter:
     def __init__(
         self,
         decoder: Decoder,
-        attention: PagedAttention,
-        scratch: ScratchBlocks | None,
+        passes: Passes,
         sequences: SequenceTable,
+        policy: Policy,
         options: DrafterOptions,
-        predict: Callable[[Tensor], Tensor],
-        evidence: SkipEvidence | None = None,
         adaptive: AdaptiveDrafting | None = None,
         share: Callable[[Tensor], Tensor] = lambda found: found,
         on_failure: Callable[[Exception, int], None] | None = None,
     ) -> None:
         """
         Args:
-            predict: the model's head: [rows, hidden_size] to the [rows] int64 most likely tokens.
-            evidence: of earlier passes, if they are to count.
+            policy: who chooses the layers, of these sequences.
             adaptive: the controller, if there is one.
             share: makes what a pass found the same on all ranks that run the layers together.
             on_failure: told of an exception while drafting and how many there were before; raises it
@@ -108,30 +111,22 @@ class Drafter:
         self.decoder = decoder
         self.sequences = sequences
         self.options = options
-        self.evidence = evidence
+        self.policy = policy
         self.adaptive = adaptive
-        self.passes = Passes(decoder, attention, scratch, predict)
-        # Leave sequences that have stopped out of further steps. It takes a host that knows which, as on a
-        # CPU, and a ``sample`` to which rows are all alike.
+        self.passes = passes
+        # Leave sequences that have stopped out of further steps. It takes a host that knows which: a CPU.
         self.drop_stopped = False
         self.statistics = DraftStatistics(decoder.num_layers)
         self._share = share
         self._on_failure = on_failure
-        self._new_masks = HostMasks()
-        # What to run for the rows of a batch, until a mask changes.
-        self._plans: dict[tuple[bytes, int, bool], Plan] = {}
-        self._plans_version = -1
-        self._budgets: Tensor | None = None
+        self._plans: Plans | None = None
         self._predicted = 0.0  # seconds of the draft steps of this round
 
-    def draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> tuple[Tensor, Tensor] | None:
+    def draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> Draft | None:
         """Draft up to ``num_tokens`` tokens for every sequence of the batch.
 
         Returns None if that failed and the engine can go on: a draft writes nothing that verification
-        reads, so a step without drafts is as good as any other. Else:
-            tokens: [rows, num_tokens] int64. All of them are valid to verify, those past a row's
-                length merely unlikely to be accepted.
-            lengths: [rows] int64, how many of a row's tokens are worth verifying.
+        reads, so a step without drafts is as good as any other.
         """
         return self.guarded(lambda: self._draft(batch, num_tokens, sample))
 
@@ -159,174 +154,214 @@ class Drafter:
         if controller is not None:
             self.guarded(lambda: controller.observe(request_ids, lengths, rejected))
 
+    def read(self, prompts: PromptTokens) -> None:
+        """Tell who chooses the layers of prompts, where ``policy.reads_prompts``."""
+        if prompts:
+            self.guarded(lambda: self.policy.read(prompts))
+
     @property
     def _controlled(self) -> AdaptiveDrafting | None:
         """The controller, once it knows what passes cost."""
         return self.adaptive if self.adaptive is not None and self.adaptive.costs is not None else None
 
-    def _draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> tuple[Tensor, Tensor]:
+    def _draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> Draft:
         rows, device = len(batch), batch.tokens.device
         sampling = np.zeros(rows, dtype=bool) if batch.sampling is None else batch.sampling
         slots = self._slots(batch.request_ids, sampling)
-        self._apply_new_masks()
+        self.policy.apply()
         choice = Choice(len(self.options.budgets) - 1, num_tokens, False)
         if self._controlled is not None:
             masks = self.sequences.masks, self.sequences.shared_mask
             choice = self._controlled.choose(slots, *masks, num_tokens, batch.ngrams)
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        looked_up = np.zeros(rows, dtype=bool)
+        drawn, looked_up = np.full((rows, num_tokens), -1), np.zeros(rows, dtype=bool)
         if choice.ngram and batch.ngrams is not None:
-            for row, found in enumerate(batch.ngrams):
-                tokens = torch.tensor(found[: choice.ngram], dtype=torch.int64)
+            looked_up[:] = [bool(found) and not choice.checked for found in batch.ngrams]
+            self.statistics.total.ngrams += int(looked_up.sum())
+            for row in np.flatnonzero(looked_up):
+                tokens = torch.tensor(batch.ngrams[row][: choice.ngram], dtype=torch.int64)
                 drafted[row, : len(tokens)], lengths[row] = tokens, len(tokens)
-                looked_up[row] = bool(found)
         skipping = np.flatnonzero(~looked_up) if choice.length else np.empty(0, dtype=np.int64)
-        by_skipping = None
+        found = None
         if skipping.size:
-            by_skipping = self._draft_by_skipping(
-                batch.select(skipping), slots[skipping], slots, choice, sample
+            found = self._draft_by_skipping(
+                batch.select(skipping),
+                slots[skipping],
+                slots,
+                choice,
+                num_tokens,
+                lambda hidden, positions, step, of: sample(hidden, positions, step, skipping[of]),
             )
-            on_device = _rows(skipping, rows)
-            drafted[on_device, : choice.length], lengths[on_device] = by_skipping.tokens, by_skipping.lengths
+            on_device, width = _rows(skipping, rows), found.draft.tokens.shape[1]
+            drafted[on_device, :width], lengths[on_device] = found.draft.tokens, found.draft.lengths
+            drawn[skipping, :width] = found.draft.drawn
         self.statistics.total.plain_steps += not choice.length and not choice.ngram
-        self.statistics.total.ngrams += int(looked_up.sum())
         if self._controlled is not None:
-            certain = np.zeros(rows, dtype=bool)
-            if by_skipping is not None:
-                certain[skipping[by_skipping.due]] = True
-                self._controlled.timed(by_skipping.marks, self._predicted, by_skipping.due.size)
-            drafts = Drafts(batch.request_ids, slots, sampling, looked_up, certain, lengths, choice)
-            self._controlled.drafted(drafts, Mark(device) if by_skipping is None else by_skipping.marks[-1])
-        return drafted, lengths
+            self._remember(batch.request_ids, slots, skipping, looked_up, lengths, found, choice)
+        return Draft(drafted, lengths, drawn)
+
+    def _remember(
+        self,
+        request_ids: Sequence[str],
+        slots: np.ndarray,
+        skipping: np.ndarray,
+        looked_up: np.ndarray,
+        lengths: Tensor,
+        found: _Drafted | None,
+        choice: Choice,
+    ) -> None:
+        """Tell the controller of a round. ``skipping``: rows drafted for by skipping."""
+        assert self._controlled is not None
+        rows, device = len(slots), lengths.device
+        certain, limits, sure = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=np.int64), None
+        ended = Mark(device)
+        if found is not None:
+            certain[skipping[found.due]] = True
+            limits[skipping] = found.limits
+            if found.draft.confidence is not None:
+                sure = found.draft.confidence.new_zeros(rows, found.draft.confidence.shape[1])
+                sure[_rows(skipping, rows)] = found.draft.confidence
+            self._controlled.timed(found.marks, self._predicted, found.due.size)
+            ended = found.marks[-1]
+        drafts = Drafts(request_ids, slots, looked_up, certain, lengths, limits, sure, choice)
+        self._controlled.drafted(drafts, ended)
 
     def _draft_by_skipping(
-        self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray, choice: Choice, sample: Sample
+        self,
+        batch: DraftBatch,
+        slots: np.ndarray,
+        running: np.ndarray,
+        choice: Choice,
+        room: int,
+        sample: Sample,
     ) -> _Drafted:
         """Draft for the rows with layers left out, after choosing these anew where that is due.
 
-        ``running``: slots of all sequences of the round.
+        Args:
+            running: slots of all sequences of the round.
+            room: tokens of a row at most.
         """
         rows, device = len(batch), batch.tokens.device
         started = Mark(device)
-        due = self._due(slots, choice, len(running))
-        exact = self._optimize(batch.select(due), slots[due], running) if due.size else None
+        due = self.policy.due(slots, self._interval(choice, len(running)))
+        exact = self.policy.optimize(batch.select(due), slots[due], running) if due.size else None
         optimized = Mark(device)
-        drafted = torch.zeros(rows, choice.length, dtype=torch.int64, device=device)
-        lengths = torch.full((rows,), choice.length, dtype=torch.int64, device=device)
+        if self._plans is None:
+            self._plans = Plans(self.sequences, device)
+        rule = self._exit(slots, choice, device)
+        width = room if choice.checked else choice.length
+        draft = DraftTokens(rows, width, rule, self.drop_stopped, device)
         self._predicted = 0.0
-        going_on = HostFlag(device)
-        left = np.arange(rows)  # rows of the batch still drafted for
-        draft_steps = 0
-        for step in range(choice.length):
-            if step == 0 and exact is not None:
-                hidden = self._first_hidden(batch, slots, due, exact, choice)
-                draft_steps += due.size < rows
-            else:
-                hidden = self._draft_step(batch, self._sublayers(slots[left], choice, device))
-                draft_steps += 1
-            tokens, probability = sample(hidden, batch.positions, step)
-            drafted[_rows(left, rows), step] = tokens
-            batch = replace(
-                batch,
-                tokens=tokens,
-                positions=batch.positions + 1,
-                max_lengths=batch.max_lengths + 1,
-            )
-            if probability is None:
-                continue
-            unsure = probability < self.options.draft_exit_threshold
-            if self.drop_stopped:
-                lengths[torch.from_numpy(left[unsure.numpy()])] = step + 1
-                stay = np.flatnonzero(~unsure.numpy())
-                batch, left = batch.select(stay), left[stay]
-                if left.size == 0:
-                    break
-            else:
-                lengths = torch.where(unsure, lengths.clamp(max=step + 1), lengths)
-                if not going_on.update((lengths > step + 1).any()):
-                    drafted[:, step + 1 :] = tokens.unsqueeze(1)
-                    break
+        ahead, draft_steps, sampled = self._first_step(batch, slots, due, exact, choice, draft, sample)
+        for step in range(1, choice.length):
+            left = draft.left
+            if left.size == 0:
+                break
+            on = draft.following(batch)
+            hidden = self._draft_step(on, self._plans.plan(slots[left], choice))
+            draft.take(left, *sample(hidden, on.positions, step, left), sampled + np.arange(left.size))
+            sampled += left.size
+            draft_steps += 1
+        draft.finish()
         self.sequences.advance(slots, due)
-        self.statistics.count_round(self._masks(slots, choice), draft_steps, due.size)
-        return _Drafted(drafted, lengths, due, (started, optimized, Mark(device)))
+        self.statistics.count_round(self._plans.masks(slots, choice), draft_steps, due.size)
+        limits = np.minimum(choice.length + ahead, width)
+        return _Drafted(draft, limits, due, (started, optimized, Mark(device)))
+
+    def _first_step(
+        self,
+        batch: DraftBatch,
+        slots: np.ndarray,
+        due: np.ndarray,
+        exact: Tensor | None,
+        choice: Choice,
+        draft: DraftTokens,
+        sample: Sample,
+    ) -> tuple[np.ndarray, int, int]:
+        """The first draft step: [rows] tokens that each gets beyond one, forward passes and rows sampled.
+
+        Where tokens are to be checked it runs them behind the last one, each in a row of its own, and takes
+        as many as it would have drafted itself.
+        """
+        rows = len(batch)
+        hints = self._hints(batch, due, choice, draft.tokens.shape[1])
+        offered = np.array([len(hint) for hint in hints])
+        extended, first = batch.followed_by(hints) if offered.any() else (batch, np.arange(rows))
+        of = np.repeat(np.arange(rows), offered + 1)
+        hidden = self._first_hidden(extended, slots[of], first[due], exact, choice)
+        tokens, confidence = sample(hidden, extended.positions, 0, of)
+        matched = np.zeros(rows, dtype=np.int64)
+        if offered.any():
+            found = tokens.tolist()
+            for row, hint in enumerate(hints):
+                drafted = found[first[row] : first[row] + len(hint)]
+                wrong = [i for i, pair in enumerate(zip(hint, drafted, strict=True)) if pair[0] != pair[1]]
+                matched[row] = wrong[0] if wrong else len(hint)
+            assert self._controlled is not None
+            checked = np.flatnonzero(offered)
+            self._controlled.checked(slots[checked], offered[checked], matched[checked])
+            self.statistics.total.ngrams += checked.size
+            self.statistics.total.checked += checked.size
+        for i in range(matched.max() + 1):
+            some = draft.left[matched[draft.left] >= i]
+            drawn = first[some] + i
+            at = _rows(drawn, len(of))
+            draft.take(some, tokens[at], None if confidence is None else confidence[at], drawn)
+        return matched, int(due.size < rows), len(of)
+
+    def _hints(
+        self, batch: DraftBatch, due: np.ndarray, choice: Choice, room: int
+    ) -> Sequence[Sequence[int]]:
+        """[rows] tokens for the first draft step to check, as many as a pass takes."""
+        if not choice.checked or batch.ngrams is None:
+            return [()] * len(batch)
+        spare = self.passes.attention.max_rows - len(batch)
+        hints: list[Sequence[int]] = []
+        for row, found in enumerate(batch.ngrams):
+            hints.append(() if row in due else found[: min(choice.ngram, room - 1, spare)])
+            spare -= len(hints[-1])
+        return hints
+
+    def _exit(self, slots: np.ndarray, choice: Choice, device: torch.device) -> Exit | None:
+        """When to stop drafting for the sequences of a round; None: never early."""
+        threshold = self.options.draft_exit_threshold
+        if threshold is None:
+            return None if self._controlled is None else self._controlled.exit(slots, choice, device)
+        return FixedExit(threshold) if threshold else None
+
+    @property
+    def asks_confidence(self) -> bool:
+        """Whether ``sample`` has to say how sure the draft is."""
+        threshold = self.options.draft_exit_threshold
+        return self.adaptive is not None if threshold is None else threshold > 0
 
     def _slots(self, request_ids: Sequence[str], sampling: np.ndarray) -> np.ndarray:
         slots = self.sequences.slots(request_ids)
         started = self.sequences.take_started()
         if self.adaptive is not None:
             for row in np.flatnonzero(np.isin(slots, started)):
-                self.adaptive.evidence.start(slots[row], sampling[row])
+                self.adaptive.evidence.start(slots[row], bool(sampling[row]))
         return slots
 
-    def _due(self, slots: np.ndarray, choice: Choice, running: int) -> np.ndarray:
-        interval = self.options.optimization_interval
-        if interval is None:
-            return np.empty(0, dtype=np.int64)
+    def _interval(self, choice: Choice, running: int) -> int:
+        """Rounds between two choices of a sequence's layers."""
         if self._controlled is not None:
-            interval = self._controlled.rounds_between_passes(choice, running)
-        if self.evidence is not None and self.evidence.passes >= ENOUGH_PASSES:
-            self.sequences.spread = interval
-        return self.sequences.due(slots, interval, self.options.max_optimized_requests)
-
-    def _apply_new_masks(self) -> None:
-        ready = self._new_masks.take()
-        if ready is not None:
-            request_ids, masks, findings = ready
-            if self.evidence is not None:
-                self.sequences.set_initial_mask(masks[-2])
-                self.sequences.set_shared_mask(masks[-1])
-            self.sequences.set_masks(request_ids, masks[: len(request_ids)])
-            if self._controlled is not None and findings is not None:
-                self._controlled.learn(findings.numpy())
-
-    def _optimize(self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray) -> Tensor:
-        """Find new masks for the batch; the full model's final hidden states [rows, hidden_size].
-
-        Args:
-            slots: [rows] of the batch.
-            running: slots of all sequences now drafted for.
-        """
-        prior, device = None, batch.tokens.device
-        if self.evidence is not None:
-            on_device, fresh = index(slots, device), index(~self.sequences.has_own[slots], device)
-            prior = self.evidence.prior(on_device, fresh)
-        programme, hidden = self.run_programme(batch, prior)
-        margins = self._share(programme.margins)
-        # One broken state must not stay in the averages; where nothing is known the layer is run.
-        margins = torch.where(margins.isnan(), -1.0 if prior is None else prior, margins)
-        choices = margins > 0
-        if self.evidence is not None:
-            self.evidence.update(on_device, margins, prior)
-            known = self.sequences.has_own[running] | np.isin(running, slots)
-            shared = self.evidence.shared_choices(index(running, device), index(~known, device))
-            choices = torch.cat((choices, self.evidence.overall_choices(), shared), dim=2)
-        if self._budgets is None:  # kept on the device: a copy would wait for it
-            self._budgets = torch.tensor(self.options.budgets, device=device)
-        budgets = self._budgets
-        layers = backtrack_all(choices, budgets)
-        findings = None
-        if self.adaptive is not None:
-            findings = self._share(self.adaptive.findings(self.passes.agreement(programme, budgets)))
-        masks = layers.unsqueeze(-1).expand(-1, -1, -1, 2)
-        if self._new_masks.put(batch.request_ids, masks, findings):
-            self._apply_new_masks()
-        return hidden
-
-    def run_programme(self, batch: DraftBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
-        """The dynamic programme on one token per row, and the full model's final hidden states."""
-        memory = self.evidence.memory if self.evidence else 0.0
-        return self.passes.programme(batch, self.options.num_skipped_layers, prior, memory)
+            return self._controlled.rounds_between_passes(choice, running)
+        return self.options.optimization_interval
 
     def _first_hidden(
-        self, batch: DraftBatch, slots: np.ndarray, due: np.ndarray, exact: Tensor, choice: Choice
+        self, batch: DraftBatch, slots: np.ndarray, due: np.ndarray, exact: Tensor | None, choice: Choice
     ) -> Tensor:
         """[rows, hidden_size]: the full model's states where optimised, the draft's elsewhere."""
+        assert self._plans is not None
+        if exact is None:
+            return self._draft_step(batch, self._plans.plan(slots, choice))
         hidden = exact.new_empty(len(batch), exact.shape[1])
         hidden[index(due, exact.device)] = exact
         rest = np.setdiff1d(np.arange(len(batch)), due)
         if rest.size:
-            plan = self._sublayers(slots[rest], choice, exact.device)
+            plan = self._plans.plan(slots[rest], choice)
             hidden[index(rest, exact.device)] = self._draft_step(batch.select(rest), plan)
         return hidden
 
@@ -337,40 +372,12 @@ class Drafter:
             self._predicted += self._controlled.forward_seconds(len(batch), len(plan) / 2)
         return self.passes.draft(batch, plan)
 
-    def _masks(self, slots: np.ndarray, choice: Choice) -> Tensor:
-        """[rows, num_layers, 2] bool, what each row skips."""
-        if choice.shared:
-            return self.sequences.shared_mask[choice.budget].expand(len(slots), -1, -1)
-        return self.sequences.masks[torch.from_numpy(slots), choice.budget]
-
-    def _sublayers(self, slots: np.ndarray, choice: Choice, device: torch.device) -> Plan:
-        """The sub-layers that any row runs, each with the rows that skip it ([rows, 1] or None)."""
-        if self._plans_version != self.sequences.version:
-            self._plans.clear()
-            self._plans_version = self.sequences.version
-        key = b"" if choice.shared else slots.tobytes(), choice.budget, choice.shared
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= MAX_PLANS:
-                self._plans.clear()
-            masks = self._masks(slots, choice)
-            some, every = masks.any(0).tolist(), masks.all(0).tolist()
-            on_device = masks.to(device, non_blocking=True)
-            plan = self._plans[key] = [
-                (layer, part, on_device[:, layer, part, None] if some[layer][part] else None)
-                for layer in range(masks.shape[1])
-                for part in range(2)
-                if not every[layer][part]
-            ]
-        return plan
-
     @torch.inference_mode()
     def start(self, device: torch.device) -> None:
         """Before anything is served: forget the engine's warm-up, and find out what passes cost."""
         self.sequences.reset()
         self.statistics = DraftStatistics(self.decoder.num_layers)
-        if self.evidence is not None:
-            self.evidence.reset()
+        self.policy.reset()
         if (
             self.adaptive is None or self.passes.attention.scratch_block < 1
         ):  # so small a cache is refused next

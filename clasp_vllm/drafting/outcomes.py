@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from clasp_vllm.drafting.acceptance import AcceptanceEvidence
+from clasp_vllm.drafting.batch import index
+from clasp_vllm.drafting.early_exit import Confidence
 from clasp_vllm.drafting.host import HostCopy
 from clasp_vllm.skipping.controller import Choice
 
@@ -21,31 +23,46 @@ class Drafts:
     Attributes:
         request_ids: [rows].
         slots: [rows] int64, of the ``SequenceTable``.
-        sampling: [rows] bool, whether the request samples.
         looked_up: [rows] bool, whether the draft is an n-gram of the context and not the model's.
         certain: [rows] bool, whether the first token is the full model's own.
         lengths: [rows] int64 on the device, the tokens worth verifying.
+        limits: [rows] int64, the tokens there might have been, had drafting not stopped early.
+        confidence: [rows, tokens] float32 on the device, how sure the draft was of each; None: not known.
         choice: how they were made.
     """
 
     request_ids: Sequence[str]
     slots: np.ndarray
-    sampling: np.ndarray
     looked_up: np.ndarray
     certain: np.ndarray
     lengths: Tensor
+    limits: np.ndarray
+    confidence: Tensor | None
     choice: Choice
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """Rows of drafts of which verification has spoken: draft tokens verified, and on their way to the host
+    the lengths and how many tokens were rejected, and how sure the draft was."""
+
+    drafts: Drafts
+    rows: np.ndarray
+    verified: np.ndarray
+    counts: HostCopy
+    confidence: HostCopy | None
 
 
 class Outcomes:
     """Puts drafts and what verification says of them together. On a GPU a round late, never waiting."""
 
-    def __init__(self, evidence: AcceptanceEvidence, longest: int) -> None:
+    def __init__(self, evidence: AcceptanceEvidence, confidence: Confidence, longest: int) -> None:
         """``longest``: draft tokens at most."""
         self._evidence = evidence
+        self._confidence = confidence
         self._longest = longest
         self._drafts: Drafts | None = None
-        self._pending: tuple[Drafts, np.ndarray, np.ndarray, HostCopy] | None = None
+        self._pending: _Verified | None = None
 
     def drafted(self, drafts: Drafts) -> None:
         """Remember a round's drafts until they are verified."""
@@ -70,30 +87,36 @@ class Outcomes:
                 if r in row_of and verified[row_of[r]] <= self._longest
             ]
             ours, theirs = np.array(found, dtype=np.int64).reshape(-1, 2).T
-            index = torch.from_numpy(np.stack((ours, theirs))).to(rejected.device, non_blocking=True)
-            counts = torch.stack((drafts.lengths[index[0]], rejected[index[1]].long()))
-            self._pending = drafts, ours, verified[theirs], HostCopy(counts)
+            on_device = index(np.stack((ours, theirs)), rejected.device)
+            counts = torch.stack((drafts.lengths[on_device[0]], rejected[on_device[1]].long()))
+            sure = None if drafts.confidence is None else HostCopy(drafts.confidence[on_device[0]])
+            self._pending = _Verified(drafts, ours, verified[theirs], HostCopy(counts), sure)
             if counts.device.type == "cpu":
                 before, self._pending = self._pending, None
         if before is not None:
-            self._learn(*before)
+            self._learn(before)
 
-    def _learn(self, drafts: Drafts, rows: np.ndarray, verified: np.ndarray, counts: HostCopy) -> None:
-        lengths, rejected = counts.get().numpy()
+    def _learn(self, found: _Verified) -> None:
+        drafts, rows, verified = found.drafts, found.rows, found.verified
+        lengths, rejected = found.counts.get().numpy()
+        slots, limits, first = drafts.slots[rows], drafts.limits[rows], drafts.certain[rows].astype(np.int64)
         drafted = np.minimum(lengths, verified)  # the scheduler may have cut them
         accepted = np.minimum(verified - rejected, drafted)
         refused = accepted < drafted
-        ours = ~drafts.looked_up[rows]
-        self._evidence.add_ngrams(drafts.slots[rows][~ours], accepted[~ours], refused[~ours])
-        certain = drafts.certain[rows] & (accepted > 0)
-        refused &= ~drafts.certain[rows] | (accepted > 0)  # of a certain token neither is evidence
+        ngram, ours = drafts.looked_up[rows], ~drafts.looked_up[rows]
+        self._evidence.add_ngrams(slots[ngram], accepted[ngram], refused[ngram])
+        stopped = (lengths < limits) & (drafted == lengths)
         self._evidence.add_verified(
-            drafts.slots[rows][ours],
-            drafts.sampling[rows][ours],
+            slots[ours],
             drafts.choice.budget,
             drafts.choice.shared,
-            (accepted - certain)[ours],
-            refused[ours],
+            first[ours],
+            accepted[ours],
+            (refused | stopped)[ours],
         )
-        stopped = ours & (lengths < drafts.choice.length)
-        self._evidence.add_lengths(int((lengths[ours] - 1).clip(0).sum()), int(stopped.sum()))
+        self._evidence.add_lengths(lengths[ours], limits[ours])
+        if found.confidence is not None:
+            sure = found.confidence.get().numpy()
+            step = np.arange(sure.shape[1])
+            seen = (step >= first[:, None]) & (step < (accepted + refused)[:, None]) & ours[:, None]
+            self._confidence.add(self._evidence.kind[slots], sure, step < accepted[:, None], seen)

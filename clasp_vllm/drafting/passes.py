@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clasp_vllm.drafting.batch import DraftBatch, PagedAttention
 from clasp_vllm.drafting.decoder import Decoder
+from clasp_vllm.drafting.plans import Plan
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.timing import measure_pass_costs
 from clasp_vllm.skipping.controller import PassCosts
@@ -17,9 +18,6 @@ from clasp_vllm.skipping.dynamic_program import Programme, State, columns_at, ru
 from clasp_vllm.skipping.mask import evenly_spaced_layers
 
 LARGEST_MEASURED = {"cpu": 64, "cuda": 512}  # rows of a pass; costs of larger ones lie on a line
-
-# The sub-layers to run: layer, part, and the rows that skip it ([rows, 1] bool) or None.
-Plan = list[tuple[int, int, Tensor | None]]
 
 
 class Passes:

@@ -21,6 +21,7 @@ COUNTERS = {
     "sublayers": "Attention and MLP sub-layers that forward passes of the draft ran.",
     "plain_steps": "Engine steps after which nothing was drafted, for it would not have paid.",
     "ngrams": "Drafts looked up in the context, one per sequence and round.",
+    "checked": "Of these, those that a draft step checked before they were verified.",
     "optimized": "Skip masks found, one per sequence and optimisation pass.",
     "failures": "Drafting rounds that failed and went without drafts.",
 }
@@ -37,6 +38,7 @@ class DraftCounts:
         sublayers: attention and MLP sub-layers that these ran.
         plain_steps: engine steps after which nothing was drafted, for it would not have paid.
         ngrams: drafts looked up in the context, one per sequence and round.
+        checked: of these, those that a draft step checked before they were verified.
         optimized: masks found, one per sequence and optimisation pass.
         failures: rounds that failed and went without drafts.
         skips: [num_layers] float32, drafts that skipped the layer (a half for half a layer).
@@ -48,6 +50,7 @@ class DraftCounts:
     sublayers: int
     plain_steps: int
     ngrams: int
+    checked: int
     optimized: int
     failures: int
     skips: Tensor
@@ -58,7 +61,7 @@ class DraftStatistics:
 
     def __init__(self, num_layers: int, interval_s: float = 10.0) -> None:
         self.interval_s = interval_s
-        self.total = DraftCounts(0, 0, 0, 0, 0, 0, 0, 0, torch.zeros(num_layers))
+        self.total = DraftCounts(**dict.fromkeys(COUNTERS, 0), sequences=0, skips=torch.zeros(num_layers))
         self._reported = self._copy()
         self._taken = dict.fromkeys(COUNTERS, 0)
         self._reported_at = time.monotonic()

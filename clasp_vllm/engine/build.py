@@ -12,16 +12,21 @@ from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
 from vllm.v1.core.kv_cache_utils import update_kv_cache_capacity
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from clasp_vllm.calibration.store import Calibration, fingerprint
 from clasp_vllm.config import ConfigError, LayerSkipConfig
 from clasp_vllm.drafting.adaptive import AdaptiveDrafting
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.drafter import Drafter, DrafterOptions
 from clasp_vllm.drafting.evidence import SkipEvidence
+from clasp_vllm.drafting.passes import Passes
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.engine.attention import TargetAttention
 from clasp_vllm.engine.eager import eager_view
 from clasp_vllm.engine.speculative_config import layer_skip_config
+from clasp_vllm.policies.base import Policy
+from clasp_vllm.policies.clasp import Clasp
+from clasp_vllm.policies.knn_ssd import KnnSsd
 from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings hold
@@ -114,7 +119,17 @@ def build_drafter(
     config = layer_skip_config(vllm_config)
     assert config is not None
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-    budgets = config.budgets(decoder.num_layers)
+    calibration = None
+    if config.calibration is not None:
+        calibration = Calibration(config.calibration)
+        calibration.check_model(fingerprint(decoder.norm_weights()))
+    if calibration is None:
+        budgets = config.budgets(decoder.num_layers)
+        skipped = (config.skip_layers or evenly_spaced_layers(decoder.num_layers, n) for n in budgets)
+        masks = torch.stack([layers_mask(decoder.num_layers, layers) for layers in skipped])
+    else:
+        masks = calibration.masks()
+        budgets = (round(float(masks.float().mean()) * decoder.num_layers),)
     budget = budgets[-1]
     optimized = _max_optimized(vllm_config)
     first_scratch = kv_cache_config.num_blocks - num_scratch_blocks(vllm_config)
@@ -122,49 +137,45 @@ def build_drafter(
     attention = TargetAttention(vllm_config, kv_cache_config, device, max_rows, first_scratch)
     scratch = None
     if optimized:
-        scratch = ScratchBlocks(
-            first_scratch,
-            optimized,
-            budget,
-            attention.block_size,
-            device,
-        )
-    masks = [
-        layers_mask(
-            decoder.num_layers, config.skip_layers or evenly_spaced_layers(decoder.num_layers, number)
-        )
-        for number in budgets
-    ]
+        scratch = ScratchBlocks(first_scratch, optimized, budget, attention.block_size, device)
     logger.info_once("Layer skipping: %s", "; ".join(config.explain(decoder.num_layers)))
-    drafter = Drafter(
-        decoder,
-        attention,
-        scratch,
-        SequenceTable(max_num_seqs, torch.stack(masks)),
-        DrafterOptions(budgets, config.interval, optimized, config.draft_exit_threshold),
-        lambda hidden: model.compute_logits(hidden).argmax(-1),
-        SkipEvidence(max_num_seqs, decoder.num_layers, budget + 1, config.memory, device)
-        if config.memory
-        else None,
-        AdaptiveDrafting(
+    # Prompts that no calibration says anything of: as those of no task known.
+    sequences = SequenceTable(max_num_seqs, masks if calibration is None else masks[-1:])
+    passes = Passes(decoder, attention, scratch, lambda hidden: model.compute_logits(hidden).argmax(-1))
+    share = _share_rank_zero if get_tp_group().world_size > 1 else _own
+    adaptive = None
+    if config.is_adaptive:
+        adaptive = AdaptiveDrafting(
             max_num_seqs,
             budgets,
             decoder.num_layers,
             config.num_speculative_tokens,
             config.optimization_interval,
-            sharing=config.memory > 0,
+            config.open_choices,
             padded=padded,
             narrows=narrows,
             ranks=get_tp_group().world_size,
             log=lambda line: logger.debug("Layer skipping: %s", line),
         )
-        if config.is_adaptive
-        else None,
-        share=_share_rank_zero if get_tp_group().world_size > 1 else lambda found: found,
-        on_failure=_go_on_without_drafts,
+    policy = Policy()
+    if config.method == "clasp":
+        evidence = None
+        if config.memory:
+            evidence = SkipEvidence(max_num_seqs, decoder.num_layers, budget + 1, config.memory, device)
+        policy = Clasp(sequences, passes, budgets, optimized, evidence, adaptive, share)
+    if calibration is not None:
+        names = [task.name for task in calibration.manifest.tasks]
+        policy = KnnSsd(sequences, calibration.anchors, masks, names, share)
+    options = DrafterOptions(budgets, config.interval or 1, config.exit_threshold)
+    drafter = Drafter(
+        decoder, passes, sequences, policy, options, adaptive, share, on_failure=_go_on_without_drafts
     )
     drafter.drop_stopped = narrows
     return drafter, attention
+
+
+def _own(found: Tensor) -> Tensor:
+    return found
 
 
 def _share_rank_zero(found: Tensor) -> Tensor:

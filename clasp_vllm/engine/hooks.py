@@ -97,7 +97,7 @@ def _cli_argument(original: Callable[..., Any]) -> Callable[..., Any]:
         action.type = parse_cli_argument
         action.help = (
             f"{action.help or ''} With clasp_vllm also the path of a YAML or JSON file, and the "
-            "methods clasp and layer_skip; see `clasp-vllm keys`."
+            f"methods {', '.join(METHODS)}; see `clasp-vllm keys`."
         )
         return parser
 

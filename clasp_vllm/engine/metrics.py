@@ -20,6 +20,7 @@ from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.statistics import COUNTERS, GAUGES
 
 KEY = "layer_skip"
+TASKS = "layer_skip_tasks"  # prompts, by the task that they were taken for
 CHOSEN = "layer_skip_chosen"  # what the controller chose, by gauge
 WANTED = "layer_skip_wanted"  # draft tokens to schedule
 
@@ -60,6 +61,9 @@ def send_counts(drafter: Drafter, output: Any) -> Any:
     counts = drafter.statistics.take()
     if counts:
         found[KEY] = counts
+    tasks = drafter.policy.take_tasks()
+    if tasks:
+        found[TASKS] = tasks
     if drafter.adaptive is not None:
         if counts:
             found[CHOSEN] = drafter.adaptive.gauges()
@@ -84,6 +88,10 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
             name: create_metric_per_engine(Counter(f"vllm:layer_skip_{name}", meaning, names), labels)
             for name, meaning in COUNTERS.items()
         }
+        # Which tasks there are is only known as they come.
+        self._labels = labels
+        meaning = "Prompts by the task that they were taken for, with method knn_ssd."
+        self._prompts = Counter("vllm:layer_skip_prompts", meaning, [*names, "task"])
         self._gauges = {
             name: create_metric_per_engine(
                 Gauge(f"vllm:layer_skip_{name}", meaning, names, multiprocess_mode="mostrecent"), labels
@@ -100,11 +108,13 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
     ) -> None:
         """Take our counts out of the scheduler's statistics, before other loggers see them."""
         slot = scheduler_stats.ec_connector_stats if scheduler_stats is not None else None
-        if not slot or KEY not in slot:
+        if not slot or slot.keys().isdisjoint((KEY, TASKS)):
             return
         scheduler_stats.ec_connector_stats = None
-        for name, count in slot[KEY].items():
+        for name, count in slot.get(KEY, {}).items():
             self._counters[name][engine_idx].inc(count)
+        for task, count in slot.get(TASKS, {}).items():
+            self._prompts.labels(*self._labels[engine_idx], task).inc(count)
         for name, value in slot.get(CHOSEN, {}).items():
             self._gauges[name][engine_idx].set(value)
 

@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.batch import DraftBatch, index, prompt_tokens
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import (
     build_decoder,
@@ -63,9 +63,7 @@ class LayerSkipProposer(DraftModelProposer):
             self.decoder,
             self.device,
             padded=self.runner.use_async_scheduling,
-            narrows=self.device.type == "cpu"
-            and not self._enable_probabilistic_draft_probs
-            and self.vllm_config.parallel_config.tensor_parallel_size == 1,
+            narrows=self.device.type == "cpu" and self.vllm_config.parallel_config.tensor_parallel_size == 1,
         )
         self.draft_attn_groups = [g for groups in attention.attn_groups for g in groups]
         self.kv_cache_gid = 0
@@ -101,6 +99,10 @@ class LayerSkipProposer(DraftModelProposer):
         request_ids = self.runner.input_batch.req_ids[:num_reqs]
         ends = common_attn_metadata.query_start_loc_cpu[: num_reqs + 1].numpy()
         self.drafter.observe(request_ids, ends[1:] - ends[:-1], num_rejected_tokens_gpu)
+        if self.drafter.policy.reads_prompts:
+            inputs = self.runner.input_batch
+            spans = ends, inputs.num_computed_tokens_cpu[:num_reqs], inputs.num_prompt_tokens[:num_reqs]
+            self.drafter.read(prompt_tokens(request_ids, target_hidden_states, *spans))
         # Rows that have not sampled yet (chunked prefill) neither draft nor write.
         rows = np.flatnonzero(~self.runner.discard_request_mask.np[:num_reqs])
         if rows.size == 0:
@@ -125,26 +127,31 @@ class LayerSkipProposer(DraftModelProposer):
 
         probs: list[Tensor] = []
 
-        def sample(hidden: Tensor, positions: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        def sample(
+            hidden: Tensor, positions: Tensor, step: int, of: np.ndarray
+        ) -> tuple[Tensor, Tensor | None]:
             logits = self.model.compute_logits(hidden)
-            threshold = self.drafter.options.draft_exit_threshold
-            confidence = top_probability(logits) if threshold else None
+            metadata = _select_rows(sampling_metadata, rows[of], num_reqs, self.device)
+            confidence = top_probability(logits) if self.drafter.asks_confidence else None
             tokens, step_probs = self._sample_from_logits(logits, metadata)
             if step_probs is not None:
                 probs.append(step_probs)
             return tokens, confidence
 
-        metadata = _select_rows(sampling_metadata, rows, num_reqs, self.device)
         drafted = self.drafter.draft(batch, num_speculative_tokens, sample)
         short: list[list[int]] = [[] for _ in range(num_reqs)]
         if drafted is None:
             # With async scheduling the verification is under way: any tokens will do.
             return drafts if self.runner.use_async_scheduling else short
-        tokens, lengths = drafted
-        on_device = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        tokens, lengths, drawn = drafted
+        on_device = index(rows, self.device)
         drafts[on_device] = tokens
         if probs:
-            self._last_draft_probs = self._draft_probs(probs, on_device, drafts)
+            law = self._law(torch.cat(probs), drawn, tokens)
+            self._last_draft_probs = law
+            if rows.size < num_reqs:
+                self._last_draft_probs = law.new_zeros(num_reqs, *law.shape[1:])
+                self._last_draft_probs[on_device] = law
         log_statistics(self.drafter)
         if self.runner.use_async_scheduling:
             return drafts
@@ -168,26 +175,24 @@ class LayerSkipProposer(DraftModelProposer):
                 sampled[row] = [sampled_id]
         return self._lookup.propose(self._lookup.k, sampled, lengths, tokens)
 
-    def _draft_probs(self, probs: list[Tensor], rows: Tensor, drafts: Tensor) -> Tensor:
-        """[num_reqs, num_speculative_tokens, vocab] float32: the law each draft token was drawn from.
+    def _law(self, probs: Tensor, drawn: np.ndarray, tokens: Tensor) -> Tensor:
+        """[rows, num_tokens, vocab] float32: the law each draft token was drawn from.
 
-        Tokens that filled up a draft stopped early were certain.
+        Args:
+            probs: [rows sampled, vocab].
+            drawn: [rows, num_tokens] int64, which of these each token is; -1 for those that are certain, for
+                they were looked up or fill up a draft stopped early.
+            tokens: [rows, num_tokens] int64.
         """
-        num_reqs, num_tokens = drafts.shape
-        drawn = torch.stack(probs, dim=1)
-        if len(rows) == num_reqs and len(probs) == num_tokens:
-            return drawn
-        law = drawn.new_zeros(num_reqs, num_tokens, drawn.shape[-1])
-        law[rows, : len(probs)] = drawn
-        law[:, len(probs) :].scatter_(2, drafts[:, len(probs) :].unsqueeze(2), 1.0)
-        return law
+        law = probs[index(drawn.clip(0), probs.device)]
+        certain = index(drawn < 0, probs.device).unsqueeze(-1)
+        return law.masked_fill_(certain, 0.0).scatter_add_(2, tokens.unsqueeze(-1), certain.float())
 
 
 def _select_rows(
     metadata: SamplingMetadata, rows: np.ndarray, num_reqs: int, device: torch.device
 ) -> SamplingMetadata:
     """The sampling metadata of some rows, as far as drafting reads it (the temperature)."""
-    if rows.size == num_reqs or metadata.temperature is None:
+    if metadata.temperature is None or np.array_equal(rows, np.arange(num_reqs)):
         return metadata
-    index = torch.from_numpy(rows).to(device, non_blocking=True)
-    return replace(metadata, temperature=metadata.temperature[index])
+    return replace(metadata, temperature=metadata.temperature[index(rows, device)])

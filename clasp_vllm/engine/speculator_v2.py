@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.batch import DraftBatch, prompt_tokens
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import (
     build_decoder,
@@ -64,7 +64,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
     def compute_draft_logits(self, hidden_states: Tensor, spec_step_idx: int) -> Tensor:
         logits = self.model.compute_logits(hidden_states)
-        if self.drafter.options.draft_exit_threshold:
+        if self.drafter.asks_confidence:
             self._confidence = top_probability(logits)  # sampling may overwrite the logits
         return logits
 
@@ -101,6 +101,10 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             return drafts.zero_()
         scheduled = input_batch.num_scheduled_tokens[:num_reqs]
         self.drafter.observe(input_batch.req_ids, scheduled, num_rejected)
+        if self.drafter.policy.reads_prompts:
+            ends = np.concatenate(([0], np.cumsum(scheduled)))
+            spans = ends, input_batch.num_computed_tokens_np[:num_reqs], input_batch.prefill_len_np[:num_reqs]
+            self.drafter.read(prompt_tokens(input_batch.req_ids, last_hidden_states, *spans))
         if rows.size == 0:
             return drafts.zero_()
 
@@ -117,7 +121,9 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
         steps = 0
 
-        def sample(hidden: Tensor, positions: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        def sample(
+            hidden: Tensor, positions: Tensor, step: int, of: np.ndarray
+        ) -> tuple[Tensor, Tensor | None]:
             nonlocal steps
             steps = step + 1
             tokens = self.sample_draft(
@@ -138,7 +144,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             # All that the verification under way needs is tokens of a known law.
             tokens, steps = drafts[on_device, :num_tokens], 0
         else:
-            tokens = drafted[0]
+            tokens = drafted.tokens
             drafts[on_device, :num_tokens] = tokens
         if self.draft_logits is not None and steps < num_tokens:
             self._mark_certain(idx_mapping, steps, tokens[:, steps:])

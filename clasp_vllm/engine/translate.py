@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
+from clasp_vllm.calibration.store import Calibration
 from clasp_vllm.config import ConfigError, parse_config
 from clasp_vllm.engine.speculative_config import LayerSkipSpeculativeConfig
 from clasp_vllm.skipping.controller import draft_lengths
@@ -43,6 +44,9 @@ def speculative_config(
             settings[key] = value
     config = parse_config(settings)
     config.budget(target_model_config.get_total_num_hidden_layers())
+    if config.calibration is not None:
+        shape = target_model_config.get_total_num_hidden_layers(), target_model_config.get_hidden_size()
+        Calibration(config.calibration).check_shape(*shape)
     schedule = config.num_speculative_tokens_per_batch_size
     if schedule is not None:
         try:
@@ -51,6 +55,9 @@ def speculative_config(
             raise ConfigError(f"num_speculative_tokens_per_batch_size={schedule!r}: {error}") from None
     refuse_unsupported(engine_args, target_model_config, target_parallel_config)
     vllm_settings = config.vllm_settings()
+    v1_on_cpu = current_platform.is_cpu() and not envs.VLLM_USE_V2_MODEL_RUNNER
+    if config.draft_sample_method is None:
+        vllm_settings["draft_sample_method"] = "probabilistic" if v1_on_cpu else "greedy"
     one_engine = target_parallel_config.data_parallel_size == 1
     if config.is_adaptive and schedule is None and one_engine and not current_platform.is_cpu():
         vllm_settings["num_speculative_tokens_per_batch_size"] = graph_lengths(config.num_speculative_tokens)
@@ -64,8 +71,7 @@ def speculative_config(
     except ValidationError as error:  # of vLLM's own keys
         reasons = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
         raise ConfigError(f"speculative configuration: {reasons}") from None
-    on_cpu = current_platform.is_cpu() and not envs.VLLM_USE_V2_MODEL_RUNNER
-    if config.rejection_sample_method == "synthetic" and on_cpu:
+    if config.rejection_sample_method == "synthetic" and v1_on_cpu:
         raise ConfigError(
             "rejection_sample_method='synthetic': vLLM's rejection sampler for CPUs has no synthetic "
             "acceptance; allowed there is standard"

@@ -1,19 +1,19 @@
 """How much to skip, how far to draft, and when not to: what promises the most tokens per second.
 
-With ``alpha`` the probability that a draft token is accepted if those before it were, and ``c`` that
-drafting goes on after a token (it may stop early), a sequence advances in a round of length ``K`` by
+With ``alpha_k`` the probability that a sequence advances by the k-th token of a draft if it does by those
+before it (that it is drafted at all, and accepted), it advances in a round of length ``K`` by
 
-    tokens(K) = 1 + sum over k = 1..K of alpha^k c^(k-1)
+    tokens(K) = 1 + sum over k = 1..K of alpha_1 ... alpha_k
 
-(Leviathan et al., arXiv 2211.17192, equation 1, for c = 1). Everything that a round does is a forward pass
-of some rows through some layers, so one table of what passes cost prices all of it.
+(Leviathan et al., arXiv 2211.17192, equation 1, for equal alphas). Everything that a round does is a forward
+pass of some rows through some layers, so one table of what passes cost prices all of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ WORTH_IT = 1.02  # the ratio from which on to speculate: less is not worth the r
 PASS_SHARE = 0.02  # of the time, what optimisation passes may cost beyond the draft steps they replace
 PROBE_SHARE = 0.005  # of the time, what probes may lose while speculation is off
 INTERVALS = (8, 1024)  # rounds between two passes for a sequence
+HIGHEST_FLOOR = 0.9
 
 
 @dataclass(frozen=True)
@@ -84,22 +85,27 @@ class Choice:
 
     Attributes:
         budget: index of the budget chosen.
-        length: tokens to draft by skipping layers at most; 0 = none.
+        length: draft steps at most; 0 = none.
         shared: whether all rows skip the same layers.
-        ngram: tokens to take at most from what the context offers, for the rows that it offers any; these
-            are not drafted for otherwise. 0 = none.
+        ngram: tokens to take at most from what the context offers, for the rows that it offers any. 0 = none.
+        checked: whether the first draft step checks these tokens, and drafting goes on from those that it
+            would have drafted itself. Else they are verified as they are, and these rows not drafted for.
         ratio: tokens per second expected, over plain decoding's.
         seconds: expected of the round.
         tokens: expected of the round, of all rows.
+        floor: stop drafting for a sequence whose chance that all its tokens are accepted is less: a
+            further token would gain less than it costs.
     """
 
     budget: int
     length: int
     shared: bool
     ngram: int = 0
+    checked: bool = False
     ratio: float = 1.0
     seconds: float = 0.0
     tokens: float = 0.0
+    floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,70 +120,162 @@ class Ngrams:
     acceptance: Array
     lengths: np.ndarray
 
+    def right(self, longest: int) -> Array:
+        """[rows, longest] chance that the first 1, 2, ... tokens are all there and right."""
+        step = np.arange(1, longest + 1)
+        found: Array = self.acceptance[:, None] ** step * (step <= self.lengths[:, None])
+        return found
+
     def take(self, longest: int) -> tuple[Array, Array]:
         """Tokens that the rows advance by, and tokens to verify, taking 0, 1, ... ``longest`` of each."""
-        step = np.arange(1, longest + 1)
-        there = step <= self.lengths[:, None]
-        gained = (self.acceptance[:, None] ** step * there).sum(0)
         rows = len(self.lengths)
-        tokens = rows + np.concatenate(([0.0], np.cumsum(gained)))
-        verified = rows + np.concatenate(([0.0], np.cumsum(there.sum(0))))
-        return tokens, verified
+        there = np.arange(1, longest + 1) <= self.lengths[:, None]
+        tokens = rows + _from_zero(np.cumsum(self.right(longest).sum(0)))
+        return tokens, rows + _from_zero(np.cumsum(there.sum(0)))
 
 
-def choose(
-    costs: PassCosts,
-    num_layers: int,
-    acceptance: Array,
-    layers: Array,
-    going_on: float,
-    longest: int,
-    padded: bool = False,
-    narrows: bool = True,
-    ngrams: Ngrams | None = None,
-) -> Choice:
+@dataclass(frozen=True)
+class Batch:
+    """A batch to draft for, in numbers.
+
+    Attributes:
+        costs: of forward passes.
+        num_layers: of the target.
+        acceptance: [kinds, rows, budgets, longest] the alphas above, with each row's own mask and, if there
+            are two kinds, with a shared one.
+        layers: [kinds, budgets] layers that a draft step of these rows runs.
+        going_on: [longest] the probability that drafting goes on after the k-th token.
+        lengths: draft lengths to choose from, ascending; none is always one.
+        padded: whether drafts that stop early are verified in full length all the same.
+        narrows: whether rows that stop early leave the batch of the draft.
+    """
+
+    costs: PassCosts
+    num_layers: int
+    acceptance: Array
+    layers: Array
+    going_on: Array
+    lengths: Sequence[int]
+    padded: bool = False
+    narrows: bool = True
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return int(self.acceptance.shape[1])
+
+    @property
+    def longest(self) -> int:
+        """The greatest draft length."""
+        return int(self.acceptance.shape[3])
+
+    def advanced(self) -> Array:
+        """[kinds, rows, budgets, longest + 1] tokens gained with 0, 1, ... draft tokens."""
+        return _from_zero(np.cumsum(np.cumprod(self.acceptance, axis=-1), axis=-1))
+
+    def stays(self) -> Array:
+        """[longest] chance that a row is still drafted for at each step."""
+        return np.concatenate((np.ones(1), np.cumprod(self.going_on[:-1])))
+
+    def drafting(self, checked: int = 0) -> Array:
+        """[kinds, budgets, longest + 1] seconds of the draft steps; the first also checks some tokens."""
+        stays = self.stays()
+        runs = 1 - (1 - stays) ** self.rows  # the step is run at all
+        in_step = (
+            self.rows * stays / np.maximum(runs, 1e-9) if self.narrows else np.full(len(runs), self.rows)
+        )
+        in_step = np.maximum(in_step, 1.0) + checked * (np.arange(len(runs)) == 0)
+        steps = runs * self.costs.draft(in_step, self.layers[..., None])
+        return _from_zero(np.cumsum(steps, axis=-1))
+
+    def drafted(self) -> Array:
+        """[longest + 1] tokens of a row to verify besides the last sampled one."""
+        steps = np.arange(1.0, self.longest + 1)
+        return _from_zero(steps if self.padded else np.cumsum(self.stays()))
+
+    def verify(self, tokens: Any) -> Array:
+        """Seconds of the engine's step."""
+        return self.costs.verify(tokens, self.num_layers)
+
+    def floor(self, choice: Choice) -> float:
+        """See ``Choice.floor``: what a further token of one row costs, at the rate of the round, over what it
+        may gain."""
+        if not choice.length:
+            return 0.0
+        rows, tokens = self.rows, self.rows * (1 + self.drafted()[choice.length])
+        layers = self.layers[int(choice.shared), choice.budget]
+        seconds = float(self.costs.draft(rows, layers)) / rows
+        if not self.padded:
+            seconds += float(self.verify(tokens + 1) - self.verify(tokens))
+        gained = self.acceptance[int(choice.shared), :, choice.budget, 1:]
+        alpha = float(gained.mean()) if gained.size else 1.0
+        return min(choice.tokens / choice.seconds * seconds / max(alpha, 0.1), HIGHEST_FLOOR)
+
+
+def choose(batch: Batch, ngrams: Ngrams | None = None) -> Choice:
     """The best way to speculate for a batch, whether or not it is better than plain decoding.
 
     Args:
-        num_layers: of the target.
-        acceptance: [2, rows, budgets] of a draft token, with each row's own mask and with a shared one;
-            or [1, rows, budgets] where none may be shared.
-        layers: [2, budgets] layers that a draft step of these rows runs, in the same order; or [1, budgets].
-        going_on: the probability that drafting goes on after a token.
-        longest: draft tokens at most, from 1 on.
-        padded: whether drafts that stop early are verified in full length all the same, and lengths are
-            those of ``draft_lengths`` only.
-        narrows: whether rows that stop early leave the batch of the draft.
-        ngrams: of further rows, for which the context offers something. Some of that is taken.
+        ngrams: of further rows, for which the context offers something. Some of that is taken and verified
+            as it is.
     """
-    rows = acceptance.shape[1]
-    step = np.arange(longest)
-    stays = going_on**step  # a row is still drafted for at the step
-    runs = 1 - (1 - stays) ** rows  # the step is run at all
-    in_step = np.maximum(1.0, rows * stays / np.maximum(runs, 1e-9)) if narrows else np.full(longest, rows)
-    drafted = step + 1.0 if padded else np.cumsum(stays)  # [longest], of a row
-    # [2, budgets, longest + 1], from no draft tokens on
-    tokens = rows + _from_zero(np.cumsum((acceptance[..., None] ** (step + 1) * stays).sum(1), axis=-1))
-    drafting = _from_zero(np.cumsum(runs * costs.draft(in_step, layers[..., None]), axis=-1))
-    verified = rows * (1 + _from_zero(drafted))
-    extra_tokens, extra_verified = (np.zeros(1),) * 2 if ngrams is None else ngrams.take(longest)
-    # [2, budgets, longest + 1, taken + 1]
+    rows, some = batch.rows, 0 if ngrams is None else len(ngrams.lengths)
+    tokens = rows + batch.advanced().sum(1)  # [kinds, budgets, longest + 1]
+    extra_tokens, extra_verified = (np.zeros(1),) * 2 if ngrams is None else ngrams.take(batch.longest)
+    # [kinds, budgets, longest + 1, taken + 1]
     tokens = tokens[..., None] + extra_tokens
-    steps = costs.verify(verified[:, None] + extra_verified, num_layers)
-    seconds = drafting[..., None] + steps
-    rate = tokens / seconds
-    plain = float(rate[0, 0, 0, 0])
-    rate[..., 0, 0] = 0.0  # that is not to speculate
-    if ngrams is not None:
-        rate[..., 0] = 0.0
-    if not rows:
-        rate[:, :, 1:] = 0.0
-    if padded:
-        rate[:, :, np.isin(np.arange(longest + 1), draft_lengths(longest), invert=True)] = 0.0
+    verified = rows * (1 + batch.drafted()[:, None]) + extra_verified
+    seconds = batch.drafting()[..., None] + batch.verify(verified)
+    allowed = np.zeros(tokens.shape, dtype=bool)
+    allowed[:, :, list(batch.lengths) if rows else []] = True
+    if ngrams is None:
+        allowed[:, :, 0] = False  # that is not to speculate
+    else:
+        allowed[:, :, 0] = True
+        allowed[..., 0] = False
+    return _best(batch, rows + some, tokens, seconds, allowed)
+
+
+def choose_checked(batch: Batch, ngrams: Ngrams, rows: np.ndarray) -> Choice:
+    """The best way to speculate with the first draft step checking what the context offers.
+
+    It takes as much as is offered but for one token, for the step itself adds one.
+
+    Args:
+        batch: all rows.
+        ngrams: of [rows] of these.
+    """
+    longest = batch.longest
+    lengths = np.minimum(ngrams.lengths, longest - 1)
+    matched = Ngrams(ngrams.acceptance, lengths).right(longest).sum(1)
+    advanced = batch.advanced()
+    # These rows are as far ahead of the others as they have tokens that match.
+    reached = np.minimum(np.arange(longest + 1) + matched[:, None], longest)  # [n, longest + 1]
+    before = np.minimum(reached.astype(int), longest - 1)
+    ahead = advanced[:, rows]
+    low, high = (np.take_along_axis(ahead, at[None, :, None], axis=-1) for at in (before, before + 1))
+    ahead = low + (high - low) * (reached - before)[None, :, None]
+    advanced[:, rows, :, 1:] = ahead[..., 1:]
+    tokens = batch.rows + advanced.sum(1)
+    verified = batch.rows * (1 + batch.drafted()) + matched.sum()
+    seconds = batch.drafting(int(lengths.sum())) + batch.verify(verified)
+    allowed = np.zeros(tokens.shape, dtype=bool)
+    allowed[:, :, list(batch.lengths)] = True
+    allowed[:, :, 0] = False
+    found = _best(batch, batch.rows, tokens[..., None], seconds[..., None], allowed[..., None])
+    return replace(found, ngram=int(lengths.max()), checked=True)
+
+
+def _best(batch: Batch, rows: int, tokens: Array, seconds: Array, allowed: np.ndarray) -> Choice:
+    """Of all ways, [kinds, budgets, longest + 1, n-gram tokens taken + 1], that of most tokens per second."""
+    rate = np.where(allowed, tokens / seconds, 0.0)
     best = np.unravel_index(np.argmax(rate), rate.shape)
     shared, budget, length, ngram = (int(i) for i in best)
-    ratio = float(rate[best]) / plain
-    return Choice(budget, length, bool(shared), ngram, ratio, float(seconds[best]), float(tokens[best]))
+    ratio = float(rate[best]) / (rows / float(batch.verify(rows)))
+    found = Choice(
+        budget, length, bool(shared), ngram, False, ratio, float(seconds[best]), float(tokens[best])
+    )
+    return replace(found, floor=batch.floor(found))
 
 
 def draft_lengths(longest: int) -> list[int]:

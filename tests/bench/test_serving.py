@@ -11,7 +11,7 @@ from engines import DEMO_MODEL
 from clasp_vllm.bench.cost_model import costs_by_batch
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, WARM_UP, datasets, task_prompts
 from clasp_vllm.bench.report import pairs, predicted_ratio, ratio, spread, write_report
-from clasp_vllm.bench.serving import METHODS, add_arguments, fill_in, read_costs, workloads
+from clasp_vllm.bench.serving import METHODS, accepted, add_arguments, fill_in, read_costs, workloads
 from clasp_vllm.config import is_ours, parse_config
 
 # Two rounds of two sequences: 5 drafts each, 6 steps of 3 layers in all, one mask found.
@@ -51,6 +51,25 @@ def row(method: str, plain: bool, repeat: int, speed: float, text: str = "a", ta
         "counters": {} if plain or method == "y" else COUNTERS,
         "texts": [text, "b"],
     }
+
+
+def test_a_load_that_rises_and_falls():
+    args = options("--tasks=maths,mixed", "--concurrency=2,1-4-16-4")
+    fill_in(args)
+    assert args.concurrency == [2, "1-4-16-4"]
+    assert [(w.task, w.concurrency) for w in workloads(args) if w.temperature == 0] == [
+        ("maths", 2),
+        ("mixed", 2),
+        ("mixed", "1-4-16-4"),
+    ]
+
+
+def test_acceptance_from_the_counters():
+    assert accepted({"layer_skip_plain_steps": 3.0}) == (None, [])
+    positions = {f"spec_decode_num_accepted_tokens_per_pos[{i}]": n for i, n in enumerate((4.0, 2.0))}
+    length, by_position = accepted(COUNTERS | positions)
+    assert length == 4.0
+    assert by_position == [1.0, 0.5]
 
 
 RESULTS = {

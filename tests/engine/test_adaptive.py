@@ -1,7 +1,7 @@
 """The controller in the engine: lossless whatever it chooses, off when it says so, nothing left behind."""
 
 import pytest
-from engines import PROMPTS, Outcome, change_costs, drafter, engine_process, generate, running
+from engines import PROMPTS, Outcome, change_costs, drafter, engine_process, generate, look_up, running
 
 CLASP = {
     "method": "clasp",
@@ -77,31 +77,44 @@ def test_nothing_to_choose_from():
             assert found == [ids[:24] for ids in plain[:2]]
 
 
-def looked_up(config: object) -> tuple[Outcome, int, int]:
-    """Text that repeats itself beside text that does not, greedy and sampled: with drafts looked up."""
+def looked_up(config: object, check: bool = False) -> tuple[Outcome, int, int]:
+    """Text that repeats itself beside text that does not, greedy and sampled: with drafts looked up.
+
+    Returns what was generated, how many drafts were looked up, and of these how many were checked.
+    """
     from vllm import SamplingParams
 
     repeating = "a = 1, b = 2, c = 3, d = 4; " * 4
     with running(speculative_config=config, **SETTINGS) as llm:
         if config:
-            drafter(llm).adaptive.evidence.ngram_overall = 4.0
+            look_up(llm, check)
         outcome = generate(llm, [repeating, PROMPTS[3], repeating + PROMPTS[6], PROMPTS[10]], max_tokens=48)
         params = SamplingParams(temperature=1.0, max_tokens=24, ignore_eos=True)
         sampled = llm.generate([repeating] * 4, params, use_tqdm=False)
         assert all(len(output.outputs[0].token_ids) == 24 for output in sampled)
-        found = drafter(llm).statistics.total.ngrams if config else 0
-        return outcome, found, outcome.num_accepted_tokens
+        found = drafter(llm).statistics.total if config else None
+        return outcome, found.ngrams if found else 0, found.checked if found else 0
 
 
 def test_drafts_looked_up_in_the_context():
     with engine_process("v1") as call:
         plain, _, _ = call(looked_up, None)
         without, none_found, _ = call(looked_up, CLASP)
-        cascade, found, accepted = call(looked_up, CLASP | {"ngram_cascade": True})
+        cascade, found, checked = call(looked_up, CLASP | {"ngram_cascade": True})
     assert cascade.token_ids == without.token_ids == plain.token_ids
     assert found > 10
-    assert none_found == 0
-    assert accepted > 0
+    assert none_found == checked == 0
+    assert cascade.num_accepted_tokens > 0
+
+
+def test_drafts_looked_up_and_checked_first():
+    config = CLASP | {"ngram_cascade": True, "adaptive": ["layers", "length", "sharing", "exit"]}
+    with engine_process("v1") as call:
+        plain, _, _ = call(looked_up, None)
+        cascade, found, checked = call(looked_up, config, True)
+    assert cascade.token_ids == plain.token_ids
+    assert found >= checked > 10
+    assert cascade.num_accepted_tokens > cascade.num_drafts
 
 
 def left_over(config: dict) -> tuple[int, int, int]:
@@ -111,7 +124,7 @@ def left_over(config: dict) -> tuple[int, int, int]:
         generate(llm, PROMPTS[:8], max_tokens=8)
         return (
             len(ours.sequences),
-            len(ours.adaptive.evidence.offset),
+            len(ours.adaptive.evidence.drafts.offset),
             len(ours.adaptive.corrections._pending),
         )
 

@@ -29,7 +29,7 @@ def recorded_passes(runner_block_size: int) -> list[dict]:
         tokenizer = llm.get_tokenizer()
         text = tokenizer.encode(" ".join(PROMPTS))
         ours = drafter(llm)
-        original = ours.run_programme
+        original = ours.policy.run_programme
 
         def run_programme(batch, prior):
             programme, hidden = original(batch, prior)
@@ -47,7 +47,7 @@ def recorded_passes(runner_block_size: int) -> list[dict]:
                 )
             return programme, hidden
 
-        ours.run_programme = run_programme
+        ours.policy.run_programme = run_programme
         prompts = [{"prompt_token_ids": text[i * 7 : i * 7 + n]} for i, n in enumerate(LENGTHS)]
         outcome = generate(llm, prompts, max_tokens=16)
     for item in passes:

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 
 import pytest
-from engines import drafter, engine_process, force_async_scheduling, running
+from engines import drafter, engine_process, force_async_scheduling, look_up, running
 
 VOCAB = 12
 PROMPT = [1, 5, 3, 7, 4]
@@ -92,6 +92,8 @@ def sample(
             _accept_too_much()
         if sabotage == "drafter":
             _fail_now_and_then(drafter(llm))
+        if isinstance(speculative_config, dict) and speculative_config.get("ngram_cascade"):
+            look_up(llm, checked=sabotage == "check")
         params = SamplingParams(
             temperature=temperature,
             top_p=top_p,
@@ -168,6 +170,34 @@ def test_law_is_the_targets(runner, draft, temperature, top_p, top_k, tmp_path):
         got, accepted = call(sample, folder, samples, horizon, spec, temperature, top_p, top_k, None)
     assert accepted > samples / 2
     assert p_value(got, exact_law(folder, horizon, temperature, top_p, top_k)) > 1e-3
+
+
+def test_rows_that_stop_early_leave_and_the_law_holds(tmp_path):
+    """Drafts of different lengths in one batch, drawn and not the likeliest."""
+    with engine_process("v1") as call:
+        folder = call(save_model, str(tmp_path))
+        spec = CLASP | {"draft_sample_method": "probabilistic", "draft_exit_threshold": 0.14}
+        got, accepted = call(sample, folder, 5000, 3, spec, 1.0, 1.0, 0, None)
+    assert accepted > 500
+    assert p_value(got, exact_law(folder, 3, 1.0, 1.0, 0)) > 1e-3
+
+
+@pytest.mark.parametrize("how", ["as they are", "check"])
+@pytest.mark.parametrize("draft", ["greedy", "probabilistic"])
+def test_drafts_looked_up_keep_the_law(draft, how, tmp_path):
+    """Beside drafts that were drawn: what followed a token before, verified or checked first."""
+    with engine_process("v1") as call:
+        folder = call(save_model, str(tmp_path))
+        spec = CLASP | {
+            "draft_sample_method": draft,
+            "adaptive": ["length"],
+            "ngram_cascade": True,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 2,
+        }
+        got, accepted = call(sample, folder, 5000, 3, spec, 1.0, 1.0, 0, how)
+    assert accepted > 500
+    assert p_value(got, exact_law(folder, 3, 1.0, 1.0, 0)) > 1e-3
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])

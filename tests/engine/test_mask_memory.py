@@ -25,8 +25,8 @@ def passes(
     found: list[dict] = []
     with running(speculative_config=config) as llm:
         ours = drafter(llm)
-        ours._new_masks.always_late = late
-        original = ours.run_programme
+        ours.policy._new_masks.always_late = late
+        original = ours.policy.run_programme
 
         def run_programme(batch, prior):
             programme, hidden = original(batch, prior)
@@ -35,7 +35,7 @@ def passes(
             found.append({"requests": list(batch.request_ids), "margins": programme.margins, "prior": prior})
             return programme, hidden
 
-        ours.run_programme = run_programme
+        ours.policy.run_programme = run_programme
         tokens = [generate(llm, [prompt], max_tokens=24).token_ids[0] for prompt in PROMPTS[:3]]
         tokens += generate(llm, PROMPTS[3:7], max_tokens=24).token_ids
         initial = ours.sequences.initial_mask[0, :, 0].tolist()

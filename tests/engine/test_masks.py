@@ -34,10 +34,10 @@ def forced_drafts(together: bool) -> tuple[list[list[int]], list[list[tuple]]]:
             names = [int(r.split("-")[0]) % len(masks) for r in batch.request_ids]
             ours.sequences.slots(batch.request_ids)
             ours.sequences.set_masks(batch.request_ids, torch.stack([masks[n] for n in names])[:, None])
-            tokens, lengths = original(batch, num_tokens, sample)
+            found = original(batch, num_tokens, sample)
             for row, name in enumerate(names):
-                drafts[name].append((int(batch.positions[row]), tuple(tokens[row].tolist())))
-            return tokens, lengths
+                drafts[name].append((int(batch.positions[row]), tuple(found.tokens[row].tolist())))
+            return found
 
         ours.draft = draft
         prompts = PROMPTS[1 : 1 + 2 * len(masks) : 2]

@@ -20,7 +20,7 @@ def first_drafts() -> tuple[list[tuple[bool, bool]], int]:
         optimised: set[tuple[str, int]] = set()
         drafts: dict[tuple[str, int], int] = {}
         mixed_rounds = 0
-        original_programme, original_draft = ours.run_programme, ours.draft
+        original_programme, original_draft = ours.policy.run_programme, ours.draft
 
         def run_programme(batch, prior):
             optimised.update(zip(batch.request_ids, batch.positions.tolist(), strict=True))
@@ -29,13 +29,13 @@ def first_drafts() -> tuple[list[tuple[bool, bool]], int]:
         def draft(batch, num_tokens, sample):
             nonlocal mixed_rounds
             before = len(optimised)
-            tokens, lengths = original_draft(batch, num_tokens, sample)
+            found = original_draft(batch, num_tokens, sample)
             mixed_rounds += 0 < len(optimised) - before < len(batch)
             keys = zip(batch.request_ids, batch.positions.tolist(), strict=True)
-            drafts.update(zip(keys, tokens[:, 0].tolist(), strict=True))
-            return tokens, lengths
+            drafts.update(zip(keys, found.tokens[:, 0].tolist(), strict=True))
+            return found
 
-        ours.run_programme, ours.draft = run_programme, draft
+        ours.policy.run_programme, ours.draft = run_programme, draft
         tokenizer = llm.get_tokenizer()
         outcome = generate(llm, PROMPTS[:8], max_tokens=40)
         texts = [tokenizer.encode(p) + ids for p, ids in zip(PROMPTS, outcome.token_ids, strict=False)]
@@ -94,12 +94,12 @@ def stopped_early(drop: bool) -> tuple[list, int]:
         original_draft, original_step = ours.draft, ours._draft_step
 
         def draft(batch, num_tokens, sample):
-            tokens, lengths = original_draft(batch, num_tokens, sample)
+            found = original_draft(batch, num_tokens, sample)
             for request, row, length in zip(
-                batch.request_ids, tokens.tolist(), lengths.tolist(), strict=True
+                batch.request_ids, found.tokens.tolist(), found.lengths.tolist(), strict=True
             ):
                 drafts.append((request.split("-")[0], row[:length]))
-            return tokens, lengths
+            return found
 
         def step(batch, slots):
             nonlocal rows

@@ -30,7 +30,7 @@ def disagree(worker) -> None:
 
     if worker.rank == 1:
         ours = _drafter(worker)
-        original = ours.run_programme
+        original = ours.policy.run_programme
 
         def run_programme(batch, prior):
             programme, hidden = original(batch, prior)
@@ -38,7 +38,7 @@ def disagree(worker) -> None:
             ours.disagreements += int((other.mask(12) != programme.mask(12)).any())
             return other, hidden
 
-        ours.run_programme, ours.disagreements = run_programme, 0
+        ours.policy.run_programme, ours.disagreements = run_programme, 0
 
 
 def disagreements_of(worker) -> int:

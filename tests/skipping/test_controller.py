@@ -6,14 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clasp_vllm.skipping.controller import (
+    HIGHEST_FLOOR,
     INTERVALS,
     PROBE_SHARE,
     WORTH_IT,
+    Batch,
     Choice,
     Ngrams,
     PassCosts,
     Probes,
     choose,
+    choose_checked,
+    draft_lengths,
     rounds_between_passes,
 )
 
@@ -27,13 +31,27 @@ COSTS = PassCosts(
 )
 
 
+def batch(
+    acceptance: np.ndarray,
+    layers: np.ndarray,
+    longest: int = 8,
+    going_on: float = 1.0,
+    costs: PassCosts = COSTS,
+    **settings,
+) -> Batch:
+    """Of [kinds, rows, budgets] acceptance, alike at every position."""
+    every = np.repeat(acceptance[..., None], longest, axis=-1)
+    settings = {"lengths": range(1, longest + 1)} | settings
+    return Batch(costs, NUM_LAYERS, every, layers, np.full(longest, going_on), **settings)
+
+
 def decide(
     alpha: float, rows: int = 1, costs: PassCosts = COSTS, budgets=BUDGETS, longest: int = 8
 ) -> Choice:
     """All rows and budgets accepted alike, nothing shared."""
     acceptance = np.stack((np.full((rows, len(budgets)), alpha), np.zeros((rows, len(budgets)))))
     layers = np.stack((NUM_LAYERS - budgets, NUM_LAYERS - budgets)).astype(float)
-    return choose(costs, NUM_LAYERS, acceptance, layers, 1.0, longest)
+    return choose(batch(acceptance, layers, longest, costs=costs))
 
 
 probability = st.floats(0.01, 0.99)
@@ -65,7 +83,7 @@ def test_what_cannot_gain_is_not_worth_it(alpha, rows):
 
 def test_drafts_as_dear_as_the_model_never_pay():
     layers = np.full((2, 1), float(NUM_LAYERS))
-    found = choose(COSTS, NUM_LAYERS, np.full((2, 1, 1), 0.999), layers, 1.0, 8)
+    found = choose(batch(np.full((2, 1, 1), 0.999), layers))
     assert found.ratio < WORTH_IT
 
 
@@ -84,21 +102,21 @@ def test_the_ratio_is_that_of_tokens_per_second(alpha, rows, longest):
 @pytest.mark.parametrize("ngrams", [None, Ngrams(np.array([0.3]), np.array([2]))])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_it_is_the_best_of_all(rows, ngrams):
-    """Against trying every way, with early exit, by loops."""
+    """Against trying every way, with early exit and acceptance that changes with the position, by loops."""
     random = np.random.default_rng(0)
-    acceptance = random.uniform(0.1, 0.95, (2, rows, 3))
+    acceptance = random.uniform(0.1, 0.95, (2, rows, 3, 6))
     layers = np.array([[20.0, 15.0, 12.0], [18.0, 12.0, 8.0]])
-    going_on = 0.8
+    going_on = random.uniform(0.6, 0.9, 6)
     every = rows + (ngrams is not None)
 
     def ratio(shared: int, budget: int, length: int, taken: int) -> float:
         tokens, seconds, drafted = float(every), 0.0, 0.0
         for k in range(length):
-            stays = going_on**k
+            stays = going_on[:k].prod()
             some = 1 - (1 - stays) ** rows
             seconds += some * float(COSTS.draft(max(1.0, rows * stays / some), layers[shared, budget]))
             drafted += rows * stays
-            tokens += sum(alpha ** (k + 1) * stays for alpha in acceptance[shared, :, budget])
+            tokens += sum(row[: k + 1].prod() for row in acceptance[shared, :, budget])
         for k in range(min(taken, 2)):
             drafted += 1
             tokens += 0.3 ** (k + 1)
@@ -109,9 +127,10 @@ def test_it_is_the_best_of_all(rows, ngrams):
     ways = [
         (s, budget, k, m) for s in (0, 1) for budget in range(3) for k in range(7) for m in taken if k + m
     ]
-    found = choose(COSTS, NUM_LAYERS, acceptance, layers, going_on, 6, ngrams=ngrams)
+    found = choose(Batch(COSTS, NUM_LAYERS, acceptance, layers, going_on, range(1, 7)), ngrams)
     best = max(ways, key=lambda way: ratio(*way))
     assert (int(found.shared), found.budget, found.length, found.ngram) == best
+    assert not found.checked
     assert found.ratio == pytest.approx(ratio(*best))
 
 
@@ -120,8 +139,7 @@ def test_what_the_context_offers_is_taken_when_it_is_good():
     layers = np.stack((NUM_LAYERS - BUDGETS,) * 2).astype(float)
 
     def best(acceptance: float, length: int, others: np.ndarray = own) -> Choice:
-        offer = Ngrams(np.array([acceptance]), np.array([length]))
-        return choose(COSTS, NUM_LAYERS, others, layers, 1.0, 8, ngrams=offer)
+        return choose(batch(others, layers), Ngrams(np.array([acceptance]), np.array([length])))
 
     nobody = np.zeros((2, 0, 16))
     good, bad = best(0.9, 5, nobody), best(0.05, 5, nobody)
@@ -132,13 +150,61 @@ def test_what_the_context_offers_is_taken_when_it_is_good():
     assert bad.ratio < WORTH_IT
 
 
+def test_checking_what_the_context_offers_is_a_draft_step_that_gets_further():
+    acceptance, layers = np.full((1, 2, 1), 0.9), np.full((1, 1), 8.0)
+    everyone, rows = batch(acceptance, layers, longest=6), np.array([1])
+    useless = choose_checked(everyone, Ngrams(np.array([1e-9]), np.array([3])), rows)
+    assert useless.checked
+    assert useless.ratio == pytest.approx(choose(everyone).ratio, rel=0.05)  # dearer by three rows
+    assert useless.ratio < choose(everyone).ratio
+    sure = choose_checked(everyone, Ngrams(np.array([1 - 1e-9]), np.array([3])), rows)
+    assert sure.ratio > choose(everyone).ratio
+    # One row has the tokens of `length` steps, the other three more, up to the longest draft.
+    lengths = sure.length, min(sure.length + 3, 6)
+    assert sure.tokens == pytest.approx(sum(1 + sum(0.9**k for k in range(1, n + 1)) for n in lengths))
+    assert sure.ngram == 3
+    assert choose_checked(everyone, Ngrams(np.array([0.9]), np.array([9])), rows).ngram == 5
+
+
+def test_checking_pays_where_verification_is_dear_and_much_is_wrong():
+    """Sixteen rows, all offered four tokens of which half the first are wrong."""
+    dear = COSTS.scaled({"verify_scale": 4.0, "draft_scale": 0.5, "pass_scale": 1.0})
+    layers, ngrams = np.full((1, 1), 8.0), Ngrams(np.full(16, 0.5), np.full(16, 4))
+    checked = choose_checked(batch(np.full((1, 16, 1), 0.95), layers, costs=dear), ngrams, np.arange(16))
+    as_they_are = choose(batch(np.zeros((1, 0, 1)), layers, costs=dear), ngrams)
+    assert checked.ratio > as_they_are.ratio
+
+
 def test_padded_drafts_cost_their_full_length():
     acceptance, layers = np.full((2, 4, 1), 0.9), np.full((2, 1), 8.0)
-    short = choose(COSTS, NUM_LAYERS, acceptance, layers, 0.9, 8)
-    padded = choose(COSTS, NUM_LAYERS, acceptance, layers, 0.9, 8, padded=True)
+    short = choose(batch(acceptance, layers, going_on=0.9))
+    padded = choose(batch(acceptance, layers, going_on=0.9, padded=True, lengths=draft_lengths(8)[1:]))
     assert short.length > 1
-    assert padded.length <= short.length
+    assert padded.length in (1, 2, 4, 8)
     assert padded.ratio < short.ratio
+
+
+def test_a_length_that_is_fixed_is_kept():
+    acceptance, layers = np.full((1, 1, 1), 0.2), np.full((1, 1), 8.0)
+    assert choose(batch(acceptance, layers)).length < 8
+    assert choose(batch(acceptance, layers, lengths=[8])).length == 8
+
+
+@given(st.floats(0.3, 0.95), row_counts, st.floats(1.0, 3.0))
+def test_the_floor_rises_with_what_a_token_costs(alpha, rows, factor):
+    budgets, dear = np.array([16]), COSTS.scaled({"draft_scale": factor})
+    usual, dearer = decide(alpha, rows, budgets=budgets), decide(alpha, rows, dear, budgets)
+    assert 0 < usual.floor <= HIGHEST_FLOOR
+    if usual.length == dearer.length:
+        assert dearer.floor >= usual.floor * usual.seconds / dearer.seconds - 1e-9
+
+
+def test_the_floor_is_where_a_further_token_pays():
+    """One row: at that chance of all tokens, one more gains at the rate of the whole round."""
+    found = decide(0.8, budgets=np.array([16]))
+    step = float(COSTS.draft(1, NUM_LAYERS - 16))
+    verify = float(COSTS.verify(2 + found.length, NUM_LAYERS) - COSTS.verify(1 + found.length, NUM_LAYERS))
+    assert 0.8 * found.floor / (step + verify) == pytest.approx(found.tokens / found.seconds)
 
 
 @given(st.floats(0.5, 200), st.integers(0, 32))

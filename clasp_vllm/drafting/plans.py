@@ -1,0 +1,50 @@
+"""Which sub-layers a draft step of a batch runs, worked out once for each set of sequences."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clasp_vllm.drafting.sequences import SequenceTable
+from clasp_vllm.skipping.controller import Choice
+
+MAX_PLANS = 256  # kept; there is one for every set of sequences drafted for
+
+# The sub-layers to run: layer, part, and the rows that skip it ([rows, 1] bool) or None.
+Plan = list[tuple[int, int, Tensor | None]]
+
+
+class Plans:
+    """Plans by sequences and choice, until a mask changes."""
+
+    def __init__(self, sequences: SequenceTable, device: torch.device) -> None:
+        self._sequences = sequences
+        self._device = device
+        self._plans: dict[tuple[bytes, int, bool], Plan] = {}
+        self._version = -1
+
+    def masks(self, slots: np.ndarray, choice: Choice) -> Tensor:
+        """[rows, num_layers, 2] bool on the host, what each row skips."""
+        if choice.shared:
+            return self._sequences.shared_mask[choice.budget].expand(len(slots), -1, -1)
+        return self._sequences.masks[torch.from_numpy(slots), choice.budget]
+
+    def plan(self, slots: np.ndarray, choice: Choice) -> Plan:
+        """The sub-layers that any row runs."""
+        if self._version != self._sequences.version or len(self._plans) >= MAX_PLANS:
+            self._plans.clear()
+            self._version = self._sequences.version
+        key = b"" if choice.shared else slots.tobytes(), choice.budget, choice.shared
+        plan = self._plans.get(key)
+        if plan is None:
+            masks = self.masks(slots, choice)
+            some, every = masks.any(0).tolist(), masks.all(0).tolist()
+            on_device = masks.to(self._device, non_blocking=True)
+            plan = self._plans[key] = [
+                (layer, part, on_device[:, layer, part, None] if some[layer][part] else None)
+                for layer in range(masks.shape[1])
+                for part in range(2)
+                if not every[layer][part]
+            ]
+        return plan

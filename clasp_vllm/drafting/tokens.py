@@ -1,0 +1,96 @@
+"""The tokens of a drafting round as they come, and which sequences are still drafted for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clasp_vllm.drafting.batch import DraftBatch, index
+from clasp_vllm.drafting.early_exit import Exit
+from clasp_vllm.drafting.host import HostFlag
+
+
+class DraftTokens:
+    """Tokens drafted so far, of every row of a batch.
+
+    Where the host knows at once which rows stop (``drop``), these leave the round, and rows may be
+    ahead of others. Else all go on together until every one has stopped, a step late.
+
+    Attributes:
+        tokens: [rows, width] int64.
+        lengths: [rows] int64, how many are worth verifying.
+        confidence: [rows, width] float32, how sure the draft was; None where no ``exit`` asks.
+        drawn: [rows, width] int64 on the host, which of all rows sampled in the round each token is; -1 for
+            those that only fill up.
+        left: [n] int64, the rows still drafted for.
+        count: [rows] int64, tokens of each so far.
+    """
+
+    def __init__(self, rows: int, width: int, exit: Exit | None, drop: bool, device: torch.device) -> None:
+        self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
+        self.lengths = torch.full((rows,), width, dtype=torch.int64, device=device)
+        self.confidence = None if exit is None else torch.zeros(rows, width, device=device)
+        self.drawn = np.full((rows, width), -1)
+        self.left = np.arange(rows)
+        self.count = np.zeros(rows, dtype=np.int64)
+        self._width, self._exit, self._drop = width, exit, drop
+        self._going_on = HostFlag(device)
+
+    def take(self, rows: np.ndarray, tokens: Tensor, confidence: Tensor | None, drawn: np.ndarray) -> None:
+        """A further token of some rows that are left.
+
+        Args:
+            tokens: [n] int64.
+            confidence: [n] float32, how sure the draft is of it.
+            drawn: [n] int64, see the attribute.
+        """
+        at = self._place(rows, self.count[rows])
+        self.tokens[at] = tokens
+        self.drawn[rows, self.count[rows]] = drawn
+        self.count[rows] += 1
+        stops = None
+        if self._exit is not None and self.confidence is not None:
+            assert confidence is not None
+            self.confidence[at] = confidence
+            stops = self._exit.stops(confidence, at[0])
+        if self._drop:
+            full = self.count[rows] == self._width
+            stopped = rows[full if stops is None else full | stops.numpy()]
+            self.lengths[torch.from_numpy(stopped)] = torch.from_numpy(self.count[stopped])
+            self.left = np.setdiff1d(self.left, stopped, assume_unique=True)
+        elif stops is not None:
+            count = int(self.count[0])  # all alike
+            self.lengths = torch.where(stops, self.lengths.clamp(max=count), self.lengths)
+            if not self._going_on.update((self.lengths > count).any()):
+                self.tokens[:, count:] = tokens.unsqueeze(1)
+                self.left = self.left[:0]
+
+    def finish(self) -> None:
+        """No more steps: rows that are left end where they are."""
+        if self._drop:
+            self.lengths[torch.from_numpy(self.left)] = torch.from_numpy(self.count[self.left])
+
+    def following(self, batch: DraftBatch) -> DraftBatch:
+        """The rows that are left with their last token and its position. ``batch``: as the round began."""
+        count = self.count[self.left]
+        on = batch.select(self.left)
+        return replace(
+            on,
+            tokens=self.tokens[self._place(self.left, count - 1)],
+            positions=on.positions + self._offset(count),
+            max_lengths=on.max_lengths + torch.from_numpy(count.astype(np.int32)),
+        )
+
+    def _place(self, rows: np.ndarray, column: np.ndarray) -> tuple[slice | Tensor, int | Tensor]:
+        offset = self._offset(column)
+        if len(rows) == len(self.count) and isinstance(offset, int):
+            return slice(None), offset
+        return index(rows, self.tokens.device), offset
+
+    def _offset(self, column: np.ndarray) -> int | Tensor:
+        if len(column) and (column == column[0]).all():
+            return int(column[0])
+        return index(column, self.tokens.device)

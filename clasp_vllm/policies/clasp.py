@@ -1,0 +1,109 @@
+"""CLaSp: layers chosen in context, by a dynamic programme on the token that is about to be drafted from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clasp_vllm.drafting.adaptive import AdaptiveDrafting
+from clasp_vllm.drafting.batch import DraftBatch, index
+from clasp_vllm.drafting.evidence import SkipEvidence
+from clasp_vllm.drafting.host import HostMasks
+from clasp_vllm.drafting.passes import Passes
+from clasp_vllm.drafting.sequences import SequenceTable
+from clasp_vllm.policies.base import Policy
+from clasp_vllm.skipping.dynamic_program import Programme, backtrack_all
+
+ENOUGH_PASSES = 8  # until the average over all is trusted with new sequences
+
+
+class Clasp(Policy):
+    """Chooses every sequence's layers now and then; on a GPU from the round after the pass."""
+
+    def __init__(
+        self,
+        sequences: SequenceTable,
+        passes: Passes,
+        budgets: Sequence[int],
+        max_requests: int,
+        evidence: SkipEvidence | None = None,
+        adaptive: AdaptiveDrafting | None = None,
+        share: Callable[[Tensor], Tensor] = lambda found: found,
+    ) -> None:
+        """
+        Args:
+            budgets: the numbers of layers to skip that there are to choose from, ascending. The last is
+                the budget M of the dynamic programme.
+            max_requests: how many sequences may be optimised in one round.
+            evidence: of earlier passes, if they are to count.
+            adaptive: the controller, to be told how good the budgets look.
+            share: makes what a pass found the same on all ranks that run the layers together.
+        """
+        self.evidence = evidence
+        self._sequences = sequences
+        self._passes = passes
+        self._budgets = torch.tensor(budgets)
+        self._max_skipped = budgets[-1]
+        self._max_requests = max_requests
+        self._adaptive = adaptive
+        self._share = share
+        self._new_masks = HostMasks()
+
+    def reset(self) -> None:
+        """See ``Policy``."""
+        if self.evidence is not None:
+            self.evidence.reset()
+
+    def due(self, slots: np.ndarray, interval: int) -> np.ndarray:
+        """See ``Policy``."""
+        if self.evidence is not None and self.evidence.passes >= ENOUGH_PASSES:
+            self._sequences.spread = interval
+        return self._sequences.due(slots, interval, self._max_requests)
+
+    def apply(self) -> None:
+        """See ``Policy``."""
+        ready = self._new_masks.take()
+        if ready is None:
+            return
+        request_ids, masks, findings = ready
+        if self.evidence is not None:
+            self._sequences.set_initial_mask(masks[-2])
+            self._sequences.set_shared_mask(masks[-1])
+        self._sequences.set_masks(request_ids, masks[: len(request_ids)])
+        if self._adaptive is not None and findings is not None:
+            self._adaptive.learn(findings.numpy())
+
+    def optimize(self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray) -> Tensor:
+        """See ``Policy``."""
+        prior, device = None, batch.tokens.device
+        if self.evidence is not None:
+            on_device, fresh = index(slots, device), index(~self._sequences.has_own[slots], device)
+            prior = self.evidence.prior(on_device, fresh)
+        programme, hidden = self.run_programme(batch, prior)
+        margins = self._share(programme.margins)
+        # One broken state must not stay in the averages; where nothing is known the layer is run.
+        margins = torch.where(margins.isnan(), -1.0 if prior is None else prior, margins)
+        choices = margins > 0
+        if self.evidence is not None:
+            self.evidence.update(on_device, margins, prior)
+            known = self._sequences.has_own[running] | np.isin(running, slots)
+            shared = self.evidence.shared_choices(index(running, device), index(~known, device))
+            choices = torch.cat((choices, self.evidence.overall_choices(), shared), dim=2)
+        self._budgets = self._budgets.to(device)  # and there it stays: a copy would wait for it
+        layers = backtrack_all(choices, self._budgets)
+        findings = None
+        if self._adaptive is not None:
+            agree = self._passes.agreement(programme, self._budgets)
+            findings = self._share(self._adaptive.findings(agree))
+        masks = layers.unsqueeze(-1).expand(-1, -1, -1, 2)
+        if self._new_masks.put(batch.request_ids, masks, findings):
+            self.apply()
+        return hidden
+
+    def run_programme(self, batch: DraftBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
+        """The dynamic programme on one token per row, and the full model's final hidden states."""
+        memory = self.evidence.memory if self.evidence else 0.0
+        return self._passes.programme(batch, self._max_skipped, prior, memory)

@@ -1,0 +1,113 @@
+"""KNN-SSD in the engine: lossless with masks of sub-layers, and every domain gets its own anchors."""
+
+import subprocess
+import sys
+
+import pytest
+from engines import DEMO_MODEL, PROMPTS, drafter, engine_process, generate, running, tiny_llama
+
+from clasp_vllm.bench.prompts import HELD_OUT, TASKS, task_prompts
+
+ENGINE = ["--dtype=float32", "--enforce-eager", "--max-model-len=512", "--kv-cache-memory-bytes=67108864"]
+LONG = "Here is some text that all requests begin with, long enough to fill a block of the cache. " * 4
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> dict:
+    """A calibration of the demo model's five domains, by hardly any search."""
+    path = tmp_path_factory.mktemp("calibration")
+    command = [sys.executable, "-m", "clasp_vllm.cli", "calibrate", str(DEMO_MODEL), f"--output={path}"]
+    options = ["--trials=4", "--max-tokens=6", "--search-prompts=2"]
+    subprocess.run([*command, *options, "--", *ENGINE], check=True, timeout=500, capture_output=True)
+    return {
+        "method": "knn_ssd",
+        "calibration": str(path),
+        "num_speculative_tokens": 4,
+        "ngram_cascade": False,
+    }
+
+
+def served(speculative_config: object, prompts: list[str], tokens: int) -> tuple:
+    """What was generated, and the masks that were used, of attention and MLP."""
+    with running(speculative_config=speculative_config, max_num_seqs=8) as llm:
+        outcome = generate(llm, prompts, max_tokens=tokens)
+        masks = drafter(llm).sequences.masks[:, 0] if speculative_config else None
+        return outcome, None if masks is None else masks.unique(dim=0).tolist()
+
+
+@pytest.mark.parametrize(("runner", "count", "tokens"), [("v1", 16, 32), ("v2", 6, 12)])
+def test_lossless_with_masks_of_sublayers(runner, count, tokens, config):
+    with engine_process(runner) as call:
+        plain, _ = call(served, None, PROMPTS[-count:], tokens)
+        found, masks = call(served, config | {"adaptive": False}, PROMPTS[-count:], tokens)
+    assert found.token_ids == plain.token_ids
+    assert found.num_accepted_tokens > 0
+    assert len(masks) > 1
+    assert any(attention != mlp for mask in masks for attention, mlp in mask)
+
+
+def tasks_by_prompt(config: dict, prompts: list[str], **settings) -> list[tuple[int, list[float]]]:
+    """The task that each prompt is taken for, and its embedding. One by one."""
+    found = []
+    with running(speculative_config=config, max_num_seqs=2, **settings) as llm:
+        policy = drafter(llm).policy
+        anchors = policy._anchors
+
+        class Spy:
+            def to(self, device):
+                return self
+
+            def match(self, embeddings):
+                tasks, cosine = anchors.match(embeddings)
+                found.append((int(tasks[0]), embeddings[0].tolist()))
+                return tasks, cosine
+
+        policy._anchors = Spy()
+        for prompt in prompts:
+            generate(llm, [prompt], max_tokens=3)
+        metrics = [m for m in llm.get_metrics() if m.name == "vllm:layer_skip_prompts"]
+        assert sum(metric.value for metric in metrics) == len(prompts)
+    return found
+
+
+def test_a_prompt_of_each_domain_gets_its_own_anchor(config):
+    prompts = [prompt for task in TASKS for prompt in task_prompts(task)[:HELD_OUT]]
+    with engine_process("v1") as call:
+        found = [task for task, _ in call(tasks_by_prompt, config, prompts)]
+    right = [task == i // HELD_OUT for i, task in enumerate(found)]
+    assert sum(right) >= len(right) - 2, found
+    for domain in range(len(TASKS)):
+        assert any(right[domain * HELD_OUT : (domain + 1) * HELD_OUT])
+
+
+def test_chunks_and_cached_prefixes(config):
+    """In chunks: the same embedding. With a cached prefix: that of the rest, which is of the same task."""
+    prompts = [LONG + task_prompts(task)[0] for task in TASKS]
+    with engine_process("v1") as call:
+        whole = call(tasks_by_prompt, config, prompts, enable_prefix_caching=False)
+        chunks = call(
+            tasks_by_prompt, config, prompts, enable_prefix_caching=False, max_num_batched_tokens=32
+        )
+        cached = call(tasks_by_prompt, config, prompts, enable_prefix_caching=True)
+        alone = call(tasks_by_prompt, config, [task_prompts(task)[0] for task in TASKS])
+    for (task, embedding), (same_task, same) in zip(whole, chunks, strict=True):
+        assert task == same_task
+        assert same == pytest.approx(embedding, abs=1e-3)
+    assert cached[0][1] == pytest.approx(whole[0][1], abs=1e-3)  # nothing was cached yet
+    assert cached[1][1] != pytest.approx(whole[1][1], abs=1e-2)
+    # What all have in common blurs the means of the whole; what is left of it in the rest hardly does.
+    assert sum(a == b for (a, _), (b, _) in zip(cached, alone, strict=True)) >= 4
+
+
+def refused(model: str, config: dict) -> str:
+    from clasp_vllm.config import ConfigError
+
+    with pytest.raises(ConfigError) as error, running(model, config):
+        pass
+    return str(error.value)
+
+
+def test_a_calibration_of_another_model_is_refused(config, tmp_path):
+    with engine_process("v1") as call:
+        folder = call(tiny_llama, tmp_path)
+        assert "24 layers of width 192; this one has 6 of 64" in call(refused, str(folder), config)
