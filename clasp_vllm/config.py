@@ -22,6 +22,7 @@ METHODS_OF_KEY = {
     "num_skipped_layers": ("clasp", "layer_skip"),
     "skip_layers": ("layer_skip",),
     "calibration": ("knn_ssd",),
+    "granularity": ("clasp",),
     "optimization_interval": ("clasp",),
     "max_optimized_requests": ("clasp",),
     "mask_memory": ("clasp",),
@@ -29,7 +30,7 @@ METHODS_OF_KEY = {
 LARGEST_SKIP_RATIO = 2 / 3  # where the controller chooses
 # What the controller chooses: how many layers to skip, how far to draft, whether all skip the same, when to
 # stop early, and whether to speculate at all.
-CHOICES = ("layers", "length", "sharing", "exit", "off")
+CHOICES = ("layers", "length", "sharing", "exit", "speculation")
 EXIT_THRESHOLD = 0.3
 
 # vLLM's own keys, passed through under their own names.
@@ -67,12 +68,12 @@ class LayerSkipConfig(BaseModel):
     num_speculative_tokens: int = Field(
         default=8, ge=1, le=64, description="Draft tokens per round at most (vLLM's key)."
     )
-    adaptive: bool | list[Literal["layers", "length", "sharing", "exit", "off"]] | None = Field(
+    adaptive: bool | list[Literal["layers", "length", "sharing", "exit", "speculation"]] | None = Field(
         default=None,
         description="Choose in each round how many layers to skip, how far to draft, whether all requests "
         "skip the same, when to stop early, and whether to speculate at all, by what has been accepted and "
         "what it costs (default for clasp and knn_ssd: true). What is fixed by another key stays so. "
-        "A list = only what it names of layers, length, sharing, exit and off; "
+        "A list = only what it names of layers, length, sharing, exit and speculation; "
         "false = as much as the keys say, always.",
     )
     skip_ratio: float | None = Field(
@@ -96,6 +97,11 @@ class LayerSkipConfig(BaseModel):
         default=None,
         description="knn_ssd only, and required there: the folder that `clasp-vllm calibrate` wrote.",
     )
+    granularity: Literal["layer", "sublayer"] | None = Field(
+        default=None,
+        description="clasp only: layer: skip whole layers (default); sublayer: skip attention and MLP by "
+        "themselves, by what each costs. Budgets are in layers all the same, and passes cost more.",
+    )
     optimization_interval: int | None = Field(
         default=None,
         ge=1,
@@ -108,7 +114,8 @@ class LayerSkipConfig(BaseModel):
         ge=1,
         le=1024,
         description="clasp only: how many requests may have their layers chosen in one step "
-        "(default 4). Each holds back num_skipped_layers blocks of KV cache.",
+        "(default 4). Each holds back num_skipped_layers blocks of KV cache, up to four times as many with "
+        "granularity: sublayer.",
     )
     mask_memory: float | None = Field(
         default=None,
@@ -172,6 +179,9 @@ class LayerSkipConfig(BaseModel):
                 )
         if self.method == "knn_ssd" and self.calibration is None:
             raise ValueError("calibration=None: method: knn_ssd needs the folder of a calibration")
+        for choice, why in self._fixed().items():
+            if isinstance(self.adaptive, list) and choice in self.adaptive:
+                raise ValueError(f"adaptive={self.adaptive!r}: {choice} cannot be chosen, for {why}")
         if self.ngram_cascade and not self.is_adaptive:
             raise ValueError("ngram_cascade=True needs adaptive: true")
         if self.prompt_lookup_min > self.prompt_lookup_max:
@@ -223,15 +233,22 @@ class LayerSkipConfig(BaseModel):
         """What the controller chooses, of ``CHOICES``."""
         if not self.is_adaptive:
             return frozenset()
-        found = set(self.adaptive) if isinstance(self.adaptive, list) else set(CHOICES)
-        fixed = (self.skip_ratio, self.num_skipped_layers, self.skip_layers)
-        if self.method != "clasp" or any(key is not None for key in fixed):
-            found.discard("layers")
-        if not self.memory:
-            found.discard("sharing")  # nobody knows what others' tokens said
+        found = self.adaptive if isinstance(self.adaptive, list) else CHOICES
+        return frozenset(found) - self._fixed().keys()
+
+    def _fixed(self) -> dict[str, str]:
+        """What cannot be chosen, and why."""
+        found = {}
+        if self.method != "clasp":
+            found = dict.fromkeys(("layers", "sharing"), f"method: {self.method} fixes the layers")
+        elif not self.memory:
+            found["sharing"] = "with mask_memory: 0 nobody knows what others' tokens said"
+        for key in ("skip_ratio", "num_skipped_layers", "skip_layers"):
+            if getattr(self, key) is not None:
+                found["layers"] = f"{key} fixes them"
         if self.draft_exit_threshold is not None:
-            found.discard("exit")
-        return frozenset(found)
+            found["exit"] = "draft_exit_threshold fixes it"
+        return found
 
     @property
     def chooses_budget(self) -> bool:
@@ -295,7 +312,7 @@ class LayerSkipConfig(BaseModel):
             lines.append(f"drafting stops below a probability of {threshold}")
         else:
             lines.append("drafting never stops early")
-        if "off" in self.open_choices:
+        if "speculation" in self.open_choices:
             lines.append("no speculation where it does not pay")
         return lines
 

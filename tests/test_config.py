@@ -45,6 +45,23 @@ BAD = [
     ({"method": "layer_skip", "skip_layers": [1], "skip_ratio": 0.5}, ["skip_ratio and skip_layers"]),
     ({"method": "layer_skip", "optimization_interval": 4}, ["optimization_interval=4", "method: clasp"]),
     ({"skip_ratio": 0.5}, ["method=None", "required"]),
+    ({"method": "knn_ssd"}, ["calibration=None", "needs the folder"]),
+    ({"method": "knn_ssd", "calibration": "x", "skip_ratio": 0.5}, ["skip_ratio=0.5", "clasp or layer_skip"]),
+    ({"method": "clasp", "calibration": "x"}, ["calibration='x'", "method: knn_ssd"]),
+    ({"method": "layer_skip", "granularity": "layer"}, ["granularity='layer'", "method: clasp"]),
+    ({"method": "clasp", "adaptive": ["depth"]}, ["adaptive=['depth']", "'speculation'"]),
+    (
+        {"method": "clasp", "adaptive": ["layers"], "num_skipped_layers": 3},
+        ["adaptive=['layers']", "num_skipped_layers fixes them"],
+    ),
+    (
+        {"method": "clasp", "adaptive": ["exit"], "draft_exit_threshold": 0.5},
+        ["adaptive=['exit']", "draft_exit_threshold fixes it"],
+    ),
+    (
+        {"method": "knn_ssd", "calibration": "x", "adaptive": ["sharing"]},
+        ["adaptive=['sharing']", "method: knn_ssd fixes the layers"],
+    ),
     (
         {"method": "clasp", "num_speculative_tokens_per_batch_size": [[1, 2, "3"]]},
         ["num_speculative_tokens_per_batch_size", "integer"],
@@ -160,19 +177,25 @@ def test_what_a_key_fixes_is_not_chosen(settings, budgets):
     [
         ({"method": "clasp"}, CHOICES),
         ({"method": "clasp", "adaptive": False}, ()),
-        ({"method": "clasp", "adaptive": ["length", "off"]}, ("length", "off")),
+        ({"method": "clasp", "adaptive": ["length", "speculation"]}, ("length", "speculation")),
         ({"method": "clasp", "adaptive": []}, ()),
         (
             {"method": "clasp", "num_skipped_layers": 3, "draft_exit_threshold": 0.5},
-            ("length", "sharing", "off"),
+            ("length", "sharing", "speculation"),
         ),
-        ({"method": "clasp", "mask_memory": 0}, ("layers", "length", "exit", "off")),
+        ({"method": "clasp", "mask_memory": 0}, ("layers", "length", "exit", "speculation")),
         ({"method": "layer_skip"}, ()),
-        ({"method": "layer_skip", "adaptive": True}, ("length", "exit", "off")),
+        ({"method": "layer_skip", "adaptive": True}, ("length", "exit", "speculation")),
     ],
 )
 def test_what_is_chosen(settings, chosen):
     assert parse_config(settings).open_choices == set(chosen)
+
+
+def test_a_list_of_choices_can_be_written_in_a_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"method: clasp\nadaptive: [{', '.join(CHOICES)}]\n")
+    assert parse_config(read_settings(path)).open_choices == set(CHOICES)
 
 
 def test_it_says_what_is_chosen():

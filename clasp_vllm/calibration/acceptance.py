@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from clasp_vllm.calibration.store import fingerprint
+from clasp_vllm.calibration.store import stack_norms
 
 _NAME = "exact_past"
 
@@ -63,22 +63,27 @@ class Acceptance:
 
     def shares(self) -> list[float]:
         """[2 num_layers] share of each sub-layer in the weights that a decode step reads."""
-        head = self._model.lm_head.weight.numel()
-        sizes = [
-            sum(weight.numel() for weight in module.parameters())
-            for layer in self._layers
-            for module in (layer.self_attn, layer.mlp)
-        ]
-        return [size / (sum(sizes) + head) for size in sizes]
+        config, head = self._model.config, self._model.lm_head.weight.numel()
+        experts = getattr(config, "num_experts", None) or 1  # of which a token reads a few
+        used = getattr(config, "num_experts_per_tok", None) or 1
 
-    def facts(self) -> dict[str, Any]:
-        """What tells this model from others: its shape, and the fingerprint of its norms."""
+        def size(module: nn.Module) -> float:
+            return sum(
+                weight.numel() * (used / experts if "experts" in name else 1)
+                for name, weight in module.named_parameters()
+            )
+
+        sizes = [size(module) for layer in self._layers for module in (layer.self_attn, layer.mlp)]
+        return [one / (sum(sizes) + head) for one in sizes]
+
+    def shape(self) -> dict[str, int]:
+        """Layers and width of the model."""
+        return {"num_layers": self.num_layers, "hidden_size": self._model.config.hidden_size}
+
+    def norms(self) -> Tensor:
+        """See ``store.stack_norms``."""
         norms = [n for x in self._layers for n in (x.input_layernorm, x.post_attention_layernorm)]
-        return {
-            "num_layers": self.num_layers,
-            "hidden_size": self._model.config.hidden_size,
-            "fingerprint": fingerprint(norm.weight for norm in (*norms, self._model.model.norm)),
-        }
+        return stack_norms([norm.weight for norm in (*norms, self._model.model.norm)])
 
     def of_sublayers(self, skipped: frozenset[int]) -> float:
         """The same for sub-layers: ``2 i`` is the attention of layer ``i``, ``2 i + 1`` its MLP."""

@@ -24,15 +24,14 @@ def embed(model: str, prompts: Sequence[str], settings: Mapping[str, Any]) -> Te
     from vllm.config import PoolerConfig
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(
-        model,
-        runner="pooling",
-        convert="embed",
-        pooler_config=PoolerConfig(pooling_type="MEAN", use_activation=False),
-        enable_chunked_prefill=False,
-        enable_prefix_caching=False,
-        **settings,
-    )
+    ours = {
+        "runner": "pooling",
+        "convert": "embed",
+        "pooler_config": PoolerConfig(pooling_type="MEAN", use_activation=False),
+        "enable_chunked_prefill": False,
+        "enable_prefix_caching": False,
+    }
+    llm = LLM(model, **{**settings, **ours})
     try:
         outputs = llm.embed(list(prompts))
         return torch.tensor([output.outputs.embedding for output in outputs], dtype=torch.float32)

@@ -7,8 +7,10 @@ that an interrupted calibration goes on where it stopped and ends with the same 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,14 +66,19 @@ def tasks_of(args: argparse.Namespace) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for text in args.tasks:
         name, _, path = text.partition("=")
+        if not re.fullmatch(r"[\w.-]+", name) or name in (*found, EVERYTHING):
+            raise ValueError(
+                f"--tasks {text}: allowed are names of letters, digits, '_', '.' and '-', each once, but "
+                f"not {EVERYTHING}"
+            )
         if path:
             found[name] = read_prompts(Path(path), f"--tasks {text}")
         elif name in TASKS:
             found[name] = task_prompts(name)[HELD_OUT:]
         else:
             raise ValueError(f"--tasks {text}: allowed are {', '.join(TASKS)} and NAME=FILE")
-        if name == EVERYTHING:
-            raise ValueError(f"--tasks {text}: this name is taken")
+        if len(set(found[name])) < 2:
+            raise ValueError(f"--tasks {text}: holds fewer than two different prompts")
     return found
 
 
@@ -109,7 +116,9 @@ def keep_settings(args: argparse.Namespace, tasks: dict[str, list[str]]) -> None
         ValueError: the folder holds a calibration with other settings.
     """
     settings = {name: str(value) for name, value in sorted(settings_of(args).items())}
-    settings |= {f"prompts of {name}": str(len(prompts)) for name, prompts in tasks.items()}
+    settings["arguments after --"] = " ".join(args.server_arguments)
+    for name, prompts in tasks.items():
+        settings[f"prompts of {name}"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     path = args.output / "settings.json"
     if path.exists():
         before = json.loads(path.read_text())
@@ -150,10 +159,10 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
     anchors = find_anchors(embeddings, args.anchors, args.seed)
     some = {name: prompts[: args.search_prompts] for name, prompts in tasks.items()}
     some[EVERYTHING] = [prompt for prompts in some.values() for prompt in prompts]
-    found, facts = [], {}
+    found, shape, norms = [], {}, None
     for name, prompts in some.items():
         acceptance = Acceptance(args.model, prompts, args.max_tokens)
-        facts = acceptance.facts()
+        shape, norms = acceptance.shape(), acceptance.norms()
         best, accepted, speedup = search(acceptance, name, args)
         found.append(
             Task(
@@ -165,6 +174,7 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
                 trials=args.trials,
             )
         )
+        del acceptance  # before the next is loaded
     manifest = Manifest(
         format=FORMAT,
         model=args.model,
@@ -172,9 +182,10 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
         silhouette=silhouette(embeddings),
         settings=settings_of(args),
         versions={name: value for name, value in about().items() if name in ("python", "vllm", "torch")},
-        **facts,
+        **shape,
     )
-    save(args.output, manifest, anchors)
+    assert norms is not None
+    save(args.output, manifest, anchors, norms)
     plot(args.output / "anchors.png", list(tasks), embeddings, anchors)
     return manifest.model_dump()
 

@@ -1,13 +1,13 @@
 """A calibration on disk: the tasks, what each skips, and the anchors that prompts are matched with.
 
 A folder of ``manifest.json`` and ``anchors.safetensors``. It holds for one model, told by the weights of its
-norms, which quantisation and tensor parallelism leave as they are.
+norms, which tensor parallelism and most quantisation leave as they are. (AWQ and SmoothQuant fold scales
+into them: such a model wants a calibration of its own.)
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from clasp_vllm.config import ConfigError
 from clasp_vllm.skipping.anchors import Anchors
 
 FORMAT = 1
+SAME_NORMS = 0.02  # mean difference, relative, up to which norms are the same in another precision
 
 
 class Task(BaseModel):
@@ -49,7 +50,6 @@ class Manifest(BaseModel):
 
     format: int = Field(description="Version of the format.")
     model: str = Field(description="Name or path of the model calibrated for.")
-    fingerprint: str = Field(description="SHA-256 of its norms.")
     num_layers: int
     hidden_size: int
     tasks: list[Task] = Field(description="The last one is for prompts that are of none of the others.")
@@ -64,6 +64,7 @@ class Calibration:
     Attributes:
         manifest: what it holds.
         anchors: of all tasks but the last.
+        norms: [2 num_layers + 1, hidden_size] float32, weights of the model's norms.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -77,6 +78,7 @@ class Calibration:
             self.manifest = Manifest.model_validate_json((self.folder / "manifest.json").read_text("utf-8"))
             found = load_file(self.folder / "anchors.safetensors")
             self.anchors = Anchors(found["vectors"], found["tasks"], found["least"])
+            self.norms = found["norms"]
         except (OSError, UnicodeError, ValidationError, SafetensorError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
@@ -88,6 +90,25 @@ class Calibration:
                 f"calibration={str(folder)!r} has format {self.manifest.format}; allowed is {FORMAT}: "
                 "make it again with this version's `clasp-vllm calibrate`"
             )
+        wrong = self._wrong()
+        if wrong is not None:
+            raise ConfigError(f"calibration={str(folder)!r} is damaged: {wrong}; make it again")
+
+    def _wrong(self) -> str | None:
+        """What cannot be in its contents, or None."""
+        layers, tasks, vectors = self.manifest.num_layers, self.anchors.tasks, self.anchors.vectors
+        if len(self.manifest.tasks) < 2:
+            return "it has no tasks"
+        for task in self.manifest.tasks:
+            if any(not 0 <= layer < layers for layer in (*task.skip_attention, *task.skip_mlp)):
+                return f"{task.name} skips layers that the model does not have"
+        if vectors.ndim != 2 or len(vectors) == 0 or vectors.shape[1] != self.manifest.hidden_size:
+            return f"its anchors are of shape {tuple(vectors.shape)}"
+        if tasks.shape != vectors.shape[:1] or not 0 <= int(tasks.min()) <= int(tasks.max()) < (
+            len(self.manifest.tasks) - 1
+        ):
+            return "its anchors are of tasks that it does not have"
+        return None
 
     def check_shape(self, num_layers: int, hidden_size: int) -> None:
         """Raises ConfigError where a model has another shape than the one calibrated for."""
@@ -97,10 +118,14 @@ class Calibration:
                 f"which has {mine[0]} layers of width {mine[1]}; this one has {num_layers} of {hidden_size}"
             )
 
-    def check_model(self, found: str) -> None:
-        """Raises ConfigError where a model's fingerprint is another than that of the one calibrated for."""
-        if found != self.manifest.fingerprint:
-            raise self._of_another("whose norms have other weights than this one's")
+    def check_model(self, norms: Sequence[Tensor]) -> None:
+        """Raises ConfigError where a model has other norms than the one calibrated for."""
+        found = stack_norms(norms)
+        if found.shape == self.norms.shape:
+            off = (found - self.norms).abs().mean() / self.norms.abs().mean().clamp(min=1e-9)
+            if float(off) < SAME_NORMS:
+                return
+        raise self._of_another("whose norms have other weights than this one's")
 
     def _of_another(self, difference: str) -> ConfigError:
         return ConfigError(
@@ -113,18 +138,13 @@ class Calibration:
         return torch.stack([task.mask(self.manifest.num_layers) for task in self.manifest.tasks])
 
 
-def save(folder: Path, manifest: Manifest, anchors: Anchors) -> None:
+def save(folder: Path, manifest: Manifest, anchors: Anchors, norms: Tensor) -> None:
     """Write a calibration."""
-    tensors = {"vectors": anchors.vectors, "tasks": anchors.tasks, "least": anchors.least}
+    tensors = {"vectors": anchors.vectors, "tasks": anchors.tasks, "least": anchors.least, "norms": norms}
     save_file(tensors, folder / "anchors.safetensors")
     (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def fingerprint(norms: Iterable[Tensor]) -> str:
-    """Of a model's norms: layer by layer those before attention and MLP, and the last."""
-    digest = hashlib.sha256()
-    for weight in norms:
-        digest.update(
-            weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()
+def stack_norms(norms: Sequence[Tensor]) -> Tensor:
+    """The weights of a model's norms, layer by layer those before attention and MLP, and the last, in one."""
+    return torch.stack([weight.detach().float().cpu() for weight in norms])

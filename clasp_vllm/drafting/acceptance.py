@@ -2,14 +2,14 @@
 
 Every optimisation pass ends with one state for each budget. Whether the head makes the same token of
 it as of the full model's scores all budgets at once. Verification scores the budget in use, for each
-sequence and position. They meet in a logistic model, in which the chance that a sequence advances by a
-token of a draft is the sum, in logits, of
+sequence and position. They meet in a logistic model, in which the chance that a token of a draft is
+accepted, if those before it were, is the sum, in logits, of
 
 - the curve over budgets. A pass judges masks by the token they were found on, so it is too good;
 - an offset of the sequence, which verification corrects, fast at first and more slowly as more of it has
   been seen. New sequences inherit the mean;
 - an offset of the token's position in the draft, the same for all: what follows an accepted token is
-  not as likely to be accepted as that was, and drafting may stop before it.
+  not as likely to be accepted as that was.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHARING_RATE = 0.04
 FORGET_ROUND = 1e-3  # of what may not be in use, each round
 FORGET = 1 / 64  # what passes forget of the curve, for each sequence optimised
 PRIOR_PASSES = 2.0  # how many the first guess of the curve counts for
-LENGTHS_MEMORY = 500.0  # tokens that the estimate of drafting going on remembers
+LENGTHS_MEMORY = 200.0  # tokens that the estimate of drafting going on remembers
 LIMIT = 6.0  # of the offsets
 
 
@@ -69,7 +69,7 @@ class SequenceOffsets:
 class AcceptanceEvidence:
     """Decaying averages, on the host. Sequences go by the slots of the ``SequenceTable``."""
 
-    def __init__(self, capacity: int, skipped: Sequence[int], num_layers: int, longest: int) -> None:
+    def __init__(self, capacity: int, skipped: Sequence[float], num_layers: int, longest: int) -> None:
         """
         Args:
             skipped: [budgets] the layers that each budget skips, ascending.
@@ -85,8 +85,8 @@ class AcceptanceEvidence:
         self._position_variance = np.full((2, longest), POSITION_SPREAD)
         self._position_tokens = np.zeros((2, longest))
         self.sharing = 0.0
-        self.going_on = np.full(longest, 0.95)
-        self._lengths = np.ones(longest)
+        self.going_on = np.full((2, longest), 0.95)  # of all drafts, and of those right so far
+        self._lengths = np.ones((2, longest))
         self._steps = np.arange(longest)
 
     def start(self, slot: int, sampling: bool = False) -> None:
@@ -118,8 +118,7 @@ class AcceptanceEvidence:
             shared: whether a shared mask was.
             first: [rows] int64 tokens that a draft begins with and that are no evidence.
             accepted: [rows] int64 draft tokens accepted, those included.
-            refused: [rows] bool, whether the sequence could have advanced by a further token and did not,
-                because that was refused or not drafted.
+            refused: [rows] bool, whether a token was refused after these.
         """
         if not len(slots):
             return
@@ -168,11 +167,12 @@ class AcceptanceEvidence:
         """[rows], of a token of an n-gram of the context."""
         return _probability(self.ngrams.offset[slots])
 
-    def add_lengths(self, lengths: np.ndarray, limits: np.ndarray) -> None:
-        """Where drafts ended, [rows] int64, of which ``limits`` allowed so many tokens."""
+    def add_lengths(self, lengths: np.ndarray, limits: np.ndarray, accepted: np.ndarray) -> None:
+        """Where drafts ended: [rows] int64 tokens drafted, allowed and accepted of each."""
         there = self._steps < np.minimum(lengths, limits - 1)[:, None]  # another might have followed
-        count, went_on = there.sum(0), (there & (self._steps < lengths[:, None] - 1)).sum(0)
-        self._lengths = np.minimum(self._lengths + count, LENGTHS_MEMORY)
+        both = np.stack((there, there & (self._steps < accepted[:, None])))
+        count, went_on = both.sum(1), (both & (self._steps < lengths[:, None] - 1)).sum(1)
+        self._lengths = np.maximum(np.minimum(self._lengths + count, LENGTHS_MEMORY), count)
         self.going_on += (went_on - count * self.going_on) / self._lengths
 
     def positions(self) -> Array:
@@ -184,7 +184,7 @@ class AcceptanceEvidence:
         return found
 
     def acceptance(self, slots: np.ndarray) -> Array:
-        """[2, rows, budgets, longest]: that a sequence advances by a token if it does by those before it.
+        """[2, rows, budgets, longest]: that a token is accepted if those before it were.
 
         With its own mask, and with a shared one.
         """

@@ -12,6 +12,7 @@ from torch import Tensor
 from clasp_vllm.drafting.acceptance import AcceptanceEvidence
 from clasp_vllm.drafting.batch import index
 from clasp_vllm.drafting.early_exit import Confidence, SurvivalExit
+from clasp_vllm.drafting.host import HostCopy
 from clasp_vllm.drafting.outcomes import Drafts, Outcomes
 from clasp_vllm.drafting.timing import CostCorrections, Mark
 from clasp_vllm.skipping.controller import (
@@ -26,11 +27,13 @@ from clasp_vllm.skipping.controller import (
     draft_lengths,
     rounds_between_passes,
 )
+from clasp_vllm.skipping.items import Items
 
 OFF_CHECK = 8  # steps without speculation until it is thought over again,
 OFF_CHANGE = 0.25  # unless the number of rows has changed by this share
 PATIENCE = 6  # steps that a probe waits for room in
 MASKS_TO_SHARE = 2  # rows from which on
+SHARE_EVERY = 16  # rounds, that ranks take rank 0's corrections
 
 
 class AdaptiveDrafting:
@@ -40,7 +43,7 @@ class AdaptiveDrafting:
         self,
         capacity: int,
         budgets: Sequence[int],
-        num_layers: int,
+        items: Items,
         longest: int,
         interval: int | None,
         open_choices: Collection[str],
@@ -52,18 +55,20 @@ class AdaptiveDrafting:
         """
         Args:
             capacity: sequences, by the slots of the ``SequenceTable``.
-            budgets: the numbers of layers to skip that there are to choose from, ascending.
+            budgets: what there is to choose from to skip, in units of the items, ascending.
+            items: what is skipped.
             longest: draft tokens at most.
             interval: rounds between two passes for a sequence, where that is fixed.
-            open_choices: what is to be chosen, of length, sharing and off. Else drafts are as long as
+            open_choices: what is to be chosen, of length, sharing and speculation. Else drafts are as long as
                 allowed, masks each sequence's own, and speculation is always on.
             padded: whether drafts that stop early are verified in full length all the same.
             narrows: whether rows that stop early leave the batch of the draft.
             ranks: that run the layers together. They must choose alike, so with more than one
-                corrections of costs wait until rank 0 shares its own.
+                corrections of costs are those that rank 0 shares now and then.
             log: told in words whenever another choice is made.
         """
-        self.evidence = AcceptanceEvidence(capacity, budgets, num_layers, longest)
+        skipped = [budget / items.units for budget in budgets]
+        self.evidence = AcceptanceEvidence(capacity, skipped, items.num_layers, longest)
         self.confidence = Confidence()
         self.outcomes = Outcomes(self.evidence, self.confidence, longest)
         self.corrections = CostCorrections()
@@ -80,9 +85,13 @@ class AdaptiveDrafting:
         self._log = log
         self._logged: tuple[object, ...] = ()
         self._shares = ranks > 1
+        self._sharing: HostCopy | None = None
+        self._rounds = 0
         self._scales = dict(self.corrections.scales) if self._shares else self.corrections.scales
         self._budgets = budgets
-        self._num_layers = num_layers
+        self._skipped = skipped  # layers
+        self._items = items
+        self._num_layers = items.num_layers
         self._interval = interval
         self._open = frozenset(open_choices)
         self._lengths = [longest]
@@ -128,7 +137,7 @@ class AdaptiveDrafting:
             self.corrections.add("draft_scale", predicted, *marks[1:])
         if optimized:
             assert self.costs is not None
-            seconds = self.costs.optimize(optimized, self._num_layers, self._budgets[-1])
+            seconds = self.costs.optimize(optimized, self._items, self._budgets[-1])
             self.corrections.add("pass_scale", seconds, *marks[:2])
 
     def choose(
@@ -155,7 +164,7 @@ class AdaptiveDrafting:
         choice = self.last
         if choice is None or self._is_due(rows) or offered.any():
             choice = self.last = self._best(costs, slots, masks, shared_mask, offered)
-        worth_it = choice.ratio >= WORTH_IT or "off" not in self._open
+        worth_it = choice.ratio >= WORTH_IT or "speculation" not in self._open
         ask = worth_it
         if worth_it:
             self._probing = 0
@@ -186,13 +195,13 @@ class AdaptiveDrafting:
             return
         self._logged = made
         acceptance = self.evidence.acceptance(slots)[int(choice.shared), :, choice.budget].mean(0)
-        skipped = self._budgets[choice.budget]
+        skipped = self._skipped[choice.budget]
         plain = 1000 * float(costs.verify(len(slots), self._num_layers))
         step = 1000 * float(costs.draft(len(slots), self._num_layers - skipped))
         what = "speculating" if worth_it else "probing" if self._probing else "off"
         self._log(
             f"{len(slots)} sequences: {what}; "
-            f"best: {choice.length} tokens with {skipped} of {self._num_layers} layers skipped"
+            f"best: {choice.length} tokens with {skipped:g} of {self._num_layers} layers skipped"
             f"{' by all alike' if choice.shared else ''}, {choice.ngram} from the context"
             f"{', checked first' if choice.checked else ''}, stopping when the chance of all falls under "
             f"{choice.floor:.2f}, expected {choice.ratio:.2f} times plain decoding (acceptance "
@@ -218,7 +227,7 @@ class AdaptiveDrafting:
         on = self.wanted > 0
         return {
             "draft_length": float(self.last.length if on else 0),
-            "skipped_layers": float(self._budgets[self.last.budget]),
+            "skipped_layers": self._skipped[self.last.budget],
             "expected_ratio": self.last.ratio,
         }
 
@@ -229,7 +238,7 @@ class AdaptiveDrafting:
 
         def batch(rows: np.ndarray) -> Batch:
             own = masks[torch.from_numpy(slots[rows])].all(0)
-            layers = torch.stack((own, shared_mask)).logical_not_().flatten(2).sum(2).double().numpy() / 2
+            layers = self._items.layers_run(torch.stack((own, shared_mask))).numpy()
             kinds = 2 if "sharing" in self._open and len(rows) >= MASKS_TO_SHARE else 1
             return Batch(
                 costs,
@@ -266,20 +275,28 @@ class AdaptiveDrafting:
             return self._interval
         assert self.costs is not None
         costs = self.costs.scaled(self._scales)
-        kept = self._num_layers - self._budgets[choice.budget]
-        return rounds_between_passes(costs, self._num_layers, self._budgets[-1], choice, rows, kept)
+        kept = self._num_layers - self._skipped[choice.budget]
+        return rounds_between_passes(costs, self._items, self._budgets[-1], choice, rows, kept)
 
     def findings(self, agree: Tensor) -> Tensor:
-        """What an optimisation pass found, and this rank's corrections, to share: a float32 vector.
+        """What an optimisation pass found, to share: a float32 vector.
 
         ``agree``: [rows, budgets] bool, the budget's state predicts the full model's token.
         """
-        scales = np.array([*self.corrections.scales.values()], dtype=np.float32)
-        return torch.cat((agree.float().flatten(), index(scales, agree.device)))
+        return agree.float().flatten()
 
     def learn(self, findings: np.ndarray) -> None:
         """Take in what a pass found, as shared by rank 0."""
-        count = len(self._scales)
-        if self._shares:
-            self._scales.update(zip(self._scales, findings[-count:].tolist(), strict=True))
-        self.evidence.add_pass(findings[:-count].reshape(-1, len(self._budgets)) > 0.5)
+        self.evidence.add_pass(findings.reshape(-1, len(self._budgets)) > 0.5)
+
+    def share_scales(self, share: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """Now and then take rank 0's corrections of costs. Called by all ranks in every round."""
+        if not self._shares:
+            return
+        shared, self._sharing = self._sharing, None
+        if shared is not None:
+            self._scales.update(zip(self._scales, shared.get().tolist(), strict=True))
+        if self._rounds % SHARE_EVERY == 0:
+            scales = np.array([*self.corrections.scales.values()], dtype=np.float32)
+            self._sharing = HostCopy(share(index(scales, device)))
+        self._rounds += 1

@@ -29,6 +29,7 @@ from clasp_vllm.drafting.timing import Mark
 from clasp_vllm.drafting.tokens import DraftTokens
 from clasp_vllm.policies.base import Policy
 from clasp_vllm.skipping.controller import Choice
+from clasp_vllm.skipping.items import Items
 
 # sample(hidden_states [n, hidden_size], positions [n], step, rows [n] of the batch) -> tokens [n] int64 and,
 # where the drafter asks for it, the probability [n] float32 of the most likely one under the draft.
@@ -92,6 +93,7 @@ class Drafter:
     def __init__(
         self,
         decoder: Decoder,
+        items: Items,
         passes: Passes,
         sequences: SequenceTable,
         policy: Policy,
@@ -102,6 +104,7 @@ class Drafter:
     ) -> None:
         """
         Args:
+            items: what layers cost.
             policy: who chooses the layers, of these sequences.
             adaptive: the controller, if there is one.
             share: makes what a pass found the same on all ranks that run the layers together.
@@ -114,6 +117,7 @@ class Drafter:
         self.policy = policy
         self.adaptive = adaptive
         self.passes = passes
+        self._items = items
         # Leave sequences that have stopped out of further steps. It takes a host that knows which: a CPU.
         self.drop_stopped = False
         self.statistics = DraftStatistics(decoder.num_layers)
@@ -172,6 +176,7 @@ class Drafter:
         choice = Choice(len(self.options.budgets) - 1, num_tokens, False)
         if self._controlled is not None:
             masks = self.sequences.masks, self.sequences.shared_mask
+            self._controlled.share_scales(self._share, device)
             choice = self._controlled.choose(slots, *masks, num_tokens, batch.ngrams)
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -215,16 +220,20 @@ class Drafter:
         assert self._controlled is not None
         rows, device = len(slots), lengths.device
         certain, limits, sure = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=np.int64), None
+        drafted = None
         ended = Mark(device)
         if found is not None:
             certain[skipping[found.due]] = True
             limits[skipping] = found.limits
+            if not self.drop_stopped:
+                drafted = np.zeros(rows, dtype=np.int64)
+                drafted[skipping] = found.draft.count
             if found.draft.confidence is not None:
                 sure = found.draft.confidence.new_zeros(rows, found.draft.confidence.shape[1])
                 sure[_rows(skipping, rows)] = found.draft.confidence
             self._controlled.timed(found.marks, self._predicted, found.due.size)
             ended = found.marks[-1]
-        drafts = Drafts(request_ids, slots, looked_up, certain, lengths, limits, sure, choice)
+        drafts = Drafts(request_ids, slots, looked_up, certain, lengths, drafted, limits, sure, choice)
         self._controlled.drafted(drafts, ended)
 
     def _draft_by_skipping(
@@ -291,6 +300,8 @@ class Drafter:
         of = np.repeat(np.arange(rows), offered + 1)
         hidden = self._first_hidden(extended, slots[of], first[due], exact, choice)
         tokens, confidence = sample(hidden, extended.positions, 0, of)
+        if confidence is not None and due.size and self.options.draft_exit_threshold is None:
+            confidence = confidence.index_fill(0, index(first[due], confidence.device), 1.0)  # no doubt there
         matched = np.zeros(rows, dtype=np.int64)
         if offered.any():
             found = tokens.tolist()
@@ -369,7 +380,8 @@ class Drafter:
         """One forward pass of the draft: [rows, hidden_size]."""
         self.statistics.total.sublayers += len(plan)
         if self._controlled is not None:
-            self._predicted += self._controlled.forward_seconds(len(batch), len(plan) / 2)
+            layers = self._items.cost([part for _, part, _ in plan])
+            self._predicted += self._controlled.forward_seconds(len(batch), layers)
         return self.passes.draft(batch, plan)
 
     @torch.inference_mode()

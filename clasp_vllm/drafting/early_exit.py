@@ -70,7 +70,7 @@ class Confidence:
         count, total = np.zeros_like(self.accepted), np.zeros_like(self.accepted)
         np.add.at(count, where, 1.0)
         np.add.at(total, where, won[seen].astype(np.float64))
-        self._trials = np.minimum(self._trials + count, MEMORY)
+        self._trials = np.maximum(np.minimum(self._trials + count, MEMORY), count)
         self.accepted += (total - count * self.accepted) / self._trials
 
     def exit(self, kinds: np.ndarray, floor: float, device: torch.device) -> SurvivalExit:

@@ -26,6 +26,8 @@ class Drafts:
         looked_up: [rows] bool, whether the draft is an n-gram of the context and not the model's.
         certain: [rows] bool, whether the first token is the full model's own.
         lengths: [rows] int64 on the device, the tokens worth verifying.
+        drafted: [rows] int64, the tokens drafted where rows go on together though some have stopped; None:
+            as many as are worth verifying.
         limits: [rows] int64, the tokens there might have been, had drafting not stopped early.
         confidence: [rows, tokens] float32 on the device, how sure the draft was of each; None: not known.
         choice: how they were made.
@@ -36,6 +38,7 @@ class Drafts:
     looked_up: np.ndarray
     certain: np.ndarray
     lengths: Tensor
+    drafted: np.ndarray | None
     limits: np.ndarray
     confidence: Tensor | None
     choice: Choice
@@ -99,22 +102,23 @@ class Outcomes:
     def _learn(self, found: _Verified) -> None:
         drafts, rows, verified = found.drafts, found.rows, found.verified
         lengths, rejected = found.counts.get().numpy()
+        ours = ~drafts.looked_up[rows]
         slots, limits, first = drafts.slots[rows], drafts.limits[rows], drafts.certain[rows].astype(np.int64)
-        drafted = np.minimum(lengths, verified)  # the scheduler may have cut them
+        there = lengths if drafts.drafted is None else np.where(ours, drafts.drafted[rows], lengths)
+        drafted = np.minimum(there, verified)  # the scheduler may have cut them
         accepted = np.minimum(verified - rejected, drafted)
         refused = accepted < drafted
-        ngram, ours = drafts.looked_up[rows], ~drafts.looked_up[rows]
+        ngram = drafts.looked_up[rows]
         self._evidence.add_ngrams(slots[ngram], accepted[ngram], refused[ngram])
-        stopped = (lengths < limits) & (drafted == lengths)
         self._evidence.add_verified(
             slots[ours],
             drafts.choice.budget,
             drafts.choice.shared,
             first[ours],
             accepted[ours],
-            (refused | stopped)[ours],
+            refused[ours],
         )
-        self._evidence.add_lengths(lengths[ours], limits[ours])
+        self._evidence.add_lengths(lengths[ours], limits[ours], accepted[ours])
         if found.confidence is not None:
             sure = found.confidence.get().numpy()
             step = np.arange(sure.shape[1])

@@ -14,8 +14,9 @@ from clasp_vllm.drafting.plans import Plan
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.timing import measure_pass_costs
 from clasp_vllm.skipping.controller import PassCosts
-from clasp_vllm.skipping.dynamic_program import Programme, State, columns_at, run_programme
-from clasp_vllm.skipping.mask import evenly_spaced_layers
+from clasp_vllm.skipping.dynamic_program import Programme, State, run_programme
+from clasp_vllm.skipping.items import Items
+from clasp_vllm.skipping.mask import ATTENTION, evenly_spaced_layers
 
 LARGEST_MEASURED = {"cpu": 64, "cuda": 512}  # rows of a pass; costs of larger ones lie on a line
 
@@ -53,34 +54,38 @@ class Passes:
             return self._decoder.finish(state)
 
     def programme(
-        self, batch: DraftBatch, budget: int, prior: Tensor | None, memory: float
+        self, batch: DraftBatch, items: Items, budget: int, prior: Tensor | None, memory: float
     ) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""
+        parts = len(items.costs) // items.num_layers
         assert self.scratch is not None
         rows = len(batch)
         tables, source, target = self.scratch.virtual_requests(batch.block_table, batch.positions)
         positions = batch.positions.repeat(budget + 1)
         max_lengths = batch.max_lengths.repeat(budget + 1)
         rotary_positions = self._rotary(positions)
-        columns = 0
+        columns, through = 0, items.columns(budget)
 
         with ExitStack() as context:
 
             def layer(i: int, state: State) -> State:
                 nonlocal columns
-                if columns != columns_at(i, budget):
-                    columns = columns_at(i, budget)
+                if columns != through[i]:
+                    columns = through[i]
                     first = slice(columns * rows)  # column-major
                     context.close()
                     context.enter_context(
                         self.attention.decode(positions[first], tables[first], max_lengths[first])
                     )
-                if columns > 1:
-                    self.attention.copy_blocks(i, source, target[:, : columns - 1])
-                return self._decoder.run_layer(i, rotary_positions[: columns * rows], state)
+                index, part = divmod(i, parts)
+                if columns > 1 and part == ATTENTION:
+                    self.attention.copy_blocks(index, source, target[:, : columns - 1])
+                if parts == 1:
+                    return self._decoder.run_layer(index, rotary_positions[: columns * rows], state)
+                return self._decoder.run_sublayer(index, part, rotary_positions[: columns * rows], state)
 
             state = self._decoder.embed(batch.tokens)
-            programme = run_programme(state, layer, self._decoder.num_layers, budget, prior, memory)
+            programme = run_programme(state, layer, len(items.costs), budget, prior, memory, items.costs)
             delta, residual = (x[0].clone() for x in programme.states)
             return programme, self._decoder.finish((delta, residual))
 

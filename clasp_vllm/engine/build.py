@@ -12,7 +12,7 @@ from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
 from vllm.v1.core.kv_cache_utils import update_kv_cache_capacity
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from clasp_vllm.calibration.store import Calibration, fingerprint
+from clasp_vllm.calibration.store import Calibration
 from clasp_vllm.config import ConfigError, LayerSkipConfig
 from clasp_vllm.drafting.adaptive import AdaptiveDrafting
 from clasp_vllm.drafting.decoder import Decoder
@@ -27,6 +27,7 @@ from clasp_vllm.engine.speculative_config import layer_skip_config
 from clasp_vllm.policies.base import Policy
 from clasp_vllm.policies.clasp import Clasp
 from clasp_vllm.policies.knn_ssd import KnnSsd
+from clasp_vllm.skipping.items import Items
 from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings hold
@@ -39,11 +40,30 @@ def num_layers_of(vllm_config: VllmConfig) -> int:
     return vllm_config.model_config.get_total_num_hidden_layers()
 
 
+def items_of(vllm_config: VllmConfig) -> Items:
+    """What a draft skips."""
+    config = layer_skip_config(vllm_config)
+    assert config is not None
+    num_layers, ratio = num_layers_of(vllm_config), _mlp_to_attention(vllm_config)
+    make = Items.sublayers if config.granularity == "sublayer" else Items.layers
+    return make(num_layers, ratio)
+
+
+def _mlp_to_attention(vllm_config: VllmConfig) -> float:
+    """Weights that a token's MLP reads over those that its attention does, by the model's configuration."""
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", text.num_attention_heads)
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    return 3 * experts * width / (2 * (heads + kv_heads) * model.get_head_size())
+
+
 def num_scratch_blocks(vllm_config: VllmConfig) -> int:
     """KV blocks to hold back from the scheduler for optimisation passes."""
     config = layer_skip_config(vllm_config)
     assert config is not None
-    columns = config.budget(num_layers_of(vllm_config))
+    columns = config.budget(num_layers_of(vllm_config)) * items_of(vllm_config).units
     count = 0 if config.interval is None else ScratchBlocks.count(_max_optimized(vllm_config), columns)
     return max(count, int(config.is_adaptive))  # costs are measured in one
 
@@ -122,18 +142,22 @@ def build_drafter(
     calibration = None
     if config.calibration is not None:
         calibration = Calibration(config.calibration)
-        calibration.check_model(fingerprint(decoder.norm_weights()))
+        calibration.check_model(decoder.norm_weights())
+    items = items_of(vllm_config)
     if calibration is None:
-        budgets = config.budgets(decoder.num_layers)
-        skipped = (config.skip_layers or evenly_spaced_layers(decoder.num_layers, n) for n in budgets)
-        masks = torch.stack([layers_mask(decoder.num_layers, layers) for layers in skipped])
+        layers = config.budgets(decoder.num_layers)
+        skipped = (config.skip_layers or evenly_spaced_layers(decoder.num_layers, n) for n in layers)
+        masks = torch.stack([layers_mask(decoder.num_layers, some) for some in skipped])
+        budgets = tuple(items.units * n for n in layers)
     else:
         masks = calibration.masks()
-        budgets = (round(float(masks.float().mean()) * decoder.num_layers),)
+        budgets = (round(decoder.num_layers - float(items.layers_run(masks).mean())),)
     budget = budgets[-1]
     optimized = _max_optimized(vllm_config)
     first_scratch = kv_cache_config.num_blocks - num_scratch_blocks(vllm_config)
     max_rows = max(max_num_seqs, optimized * (budget + 1))
+    if config.cascades and narrows:  # draft steps may check several tokens of each
+        max_rows = max(max_rows, max_num_seqs * config.num_speculative_tokens)
     attention = TargetAttention(vllm_config, kv_cache_config, device, max_rows, first_scratch)
     scratch = None
     if optimized:
@@ -148,7 +172,7 @@ def build_drafter(
         adaptive = AdaptiveDrafting(
             max_num_seqs,
             budgets,
-            decoder.num_layers,
+            items,
             config.num_speculative_tokens,
             config.optimization_interval,
             config.open_choices,
@@ -161,14 +185,14 @@ def build_drafter(
     if config.method == "clasp":
         evidence = None
         if config.memory:
-            evidence = SkipEvidence(max_num_seqs, decoder.num_layers, budget + 1, config.memory, device)
-        policy = Clasp(sequences, passes, budgets, optimized, evidence, adaptive, share)
+            evidence = SkipEvidence(max_num_seqs, len(items.costs), budget + 1, config.memory, device)
+        policy = Clasp(sequences, passes, items, budgets, optimized, evidence, adaptive, share)
     if calibration is not None:
         names = [task.name for task in calibration.manifest.tasks]
         policy = KnnSsd(sequences, calibration.anchors, masks, names, share)
     options = DrafterOptions(budgets, config.interval or 1, config.exit_threshold)
     drafter = Drafter(
-        decoder, passes, sequences, policy, options, adaptive, share, on_failure=_go_on_without_drafts
+        decoder, items, passes, sequences, policy, options, adaptive, share, on_failure=_go_on_without_drafts
     )
     drafter.drop_stopped = narrows
     return drafter, attention

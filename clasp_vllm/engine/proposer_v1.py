@@ -147,6 +147,7 @@ class LayerSkipProposer(DraftModelProposer):
         on_device = index(rows, self.device)
         drafts[on_device] = tokens
         if probs:
+            drawn[self._structured(rows)] = -1
             law = self._law(torch.cat(probs), drawn, tokens)
             self._last_draft_probs = law
             if rows.size < num_reqs:
@@ -175,13 +176,23 @@ class LayerSkipProposer(DraftModelProposer):
                 sampled[row] = [sampled_id]
         return self._lookup.propose(self._lookup.k, sampled, lengths, tokens)
 
+    def _structured(self, rows: np.ndarray) -> np.ndarray:
+        """[rows] bool, which requests have a grammar.
+
+        The scheduler cuts their drafts where the grammar forbids a token, and so by what was drawn. That is
+        exact only for tokens that count as certain, however they were drawn.
+        """
+        requests, names = self.runner.requests, self.runner.input_batch.req_ids
+        params = [requests[names[row]].sampling_params for row in rows]
+        return np.array([one is not None and one.structured_outputs is not None for one in params])
+
     def _law(self, probs: Tensor, drawn: np.ndarray, tokens: Tensor) -> Tensor:
         """[rows, num_tokens, vocab] float32: the law each draft token was drawn from.
 
         Args:
             probs: [rows sampled, vocab].
-            drawn: [rows, num_tokens] int64, which of these each token is; -1 for those that are certain, for
-                they were looked up or fill up a draft stopped early.
+            drawn: [rows, num_tokens] int64, which of these each token is; -1 for those that count as certain:
+                they were looked up, fill up a draft stopped early, or may be cut by a grammar.
             tokens: [rows, num_tokens] int64.
         """
         law = probs[index(drawn.clip(0), probs.device)]

@@ -16,6 +16,7 @@ from clasp_vllm.drafting.passes import Passes
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.policies.base import Policy
 from clasp_vllm.skipping.dynamic_program import Programme, backtrack_all
+from clasp_vllm.skipping.items import Items
 
 ENOUGH_PASSES = 8  # until the average over all is trusted with new sequences
 
@@ -27,6 +28,7 @@ class Clasp(Policy):
         self,
         sequences: SequenceTable,
         passes: Passes,
+        items: Items,
         budgets: Sequence[int],
         max_requests: int,
         evidence: SkipEvidence | None = None,
@@ -35,7 +37,8 @@ class Clasp(Policy):
     ) -> None:
         """
         Args:
-            budgets: the numbers of layers to skip that there are to choose from, ascending. The last is
+            items: what is skipped, layers or sub-layers.
+            budgets: what there is to choose from to skip, in units of the items, ascending. The last is
                 the budget M of the dynamic programme.
             max_requests: how many sequences may be optimised in one round.
             evidence: of earlier passes, if they are to count.
@@ -45,6 +48,7 @@ class Clasp(Policy):
         self.evidence = evidence
         self._sequences = sequences
         self._passes = passes
+        self._items = items
         self._budgets = torch.tensor(budgets)
         self._max_skipped = budgets[-1]
         self._max_requests = max_requests
@@ -93,17 +97,16 @@ class Clasp(Policy):
             shared = self.evidence.shared_choices(index(running, device), index(~known, device))
             choices = torch.cat((choices, self.evidence.overall_choices(), shared), dim=2)
         self._budgets = self._budgets.to(device)  # and there it stays: a copy would wait for it
-        layers = backtrack_all(choices, self._budgets)
+        skipped = backtrack_all(choices, self._budgets, self._items.costs)
         findings = None
         if self._adaptive is not None:
             agree = self._passes.agreement(programme, self._budgets)
             findings = self._share(self._adaptive.findings(agree))
-        masks = layers.unsqueeze(-1).expand(-1, -1, -1, 2)
-        if self._new_masks.put(batch.request_ids, masks, findings):
+        if self._new_masks.put(batch.request_ids, self._items.masks(skipped), findings):
             self.apply()
         return hidden
 
     def run_programme(self, batch: DraftBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""
         memory = self.evidence.memory if self.evidence else 0.0
-        return self._passes.programme(batch, self._max_skipped, prior, memory)
+        return self._passes.programme(batch, self._items, self._max_skipped, prior, memory)

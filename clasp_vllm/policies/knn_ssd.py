@@ -47,12 +47,15 @@ class KnnSsd(Policy):
         self._tasks: Counter[str] = Counter()
         self._share = share
         self._sums: OrderedDict[str, tuple[Tensor, int]] = OrderedDict()  # of prompts not read to the end
+        # On a GPU a match is used from the next round, like CLaSp's masks: the host does not wait for it.
         self._matched: list[tuple[Sequence[str], HostCopy]] = []
+        self._late: list[tuple[Sequence[str], HostCopy]] = []
 
     def reset(self) -> None:
         """See ``Policy``."""
         self._sums.clear()
         self._matched.clear()
+        self._late.clear()
 
     def read(self, prompts: PromptTokens) -> None:
         """See ``Policy``."""
@@ -75,6 +78,8 @@ class KnnSsd(Policy):
     def apply(self) -> None:
         """See ``Policy``."""
         matched, self._matched = self._matched, []
+        if self._anchors.vectors.device.type != "cpu":
+            matched, self._late = self._late, matched
         for request_ids, found in matched:
             tasks = found.get() % len(self._masks)  # -1 is the last
             self._sequences.slots(request_ids)

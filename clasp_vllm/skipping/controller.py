@@ -1,12 +1,13 @@
 """How much to skip, how far to draft, and when not to: what promises the most tokens per second.
 
-With ``alpha_k`` the probability that a sequence advances by the k-th token of a draft if it does by those
-before it (that it is drafted at all, and accepted), it advances in a round of length ``K`` by
+With ``alpha_k`` the probability that the k-th token of a draft is accepted if those before it were, and
+``c_k`` that drafting goes on after it then (it may stop early), a sequence advances in a round of length
+``K`` by
 
-    tokens(K) = 1 + sum over k = 1..K of alpha_1 ... alpha_k
+    tokens(K) = 1 + sum over k = 1..K of alpha_1 c_1 alpha_2 ... c_(k-1) alpha_k
 
-(Leviathan et al., arXiv 2211.17192, equation 1, for equal alphas). Everything that a round does is a forward
-pass of some rows through some layers, so one table of what passes cost prices all of it.
+(Leviathan et al., arXiv 2211.17192, equation 1, for equal alphas and c = 1). Everything that a round does
+is a forward pass of some rows through some layers, so one table of what passes cost prices all of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from clasp_vllm.skipping.dynamic_program import columns_at
+from clasp_vllm.skipping.items import Items
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -72,11 +73,12 @@ class PassCosts:
         """Seconds of a draft step."""
         return self.draft_scale * self.forward(rows, layers)
 
-    def optimize(self, rows: int, num_layers: int, budget: int) -> float:
+    def optimize(self, rows: int, items: Items, budget: int) -> float:
         """Seconds of an optimisation pass of ``rows`` sequences."""
-        columns = [rows * columns_at(layer, budget) for layer in range(num_layers)]
+        columns = rows * np.array(items.columns(budget))
         besides = float(self._at(self.besides, columns[-1]))
-        return self.pass_scale * (besides + float(self._at(self.layer, columns).sum()))
+        layers = float((self._at(self.layer, columns) * items.costs).sum()) / items.units
+        return self.pass_scale * (besides + layers)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class Batch:
         acceptance: [kinds, rows, budgets, longest] the alphas above, with each row's own mask and, if there
             are two kinds, with a shared one.
         layers: [kinds, budgets] layers that a draft step of these rows runs.
-        going_on: [longest] the probability that drafting goes on after the k-th token.
+        going_on: [2, longest] the probability that drafting goes on after the k-th token, of all drafts,
+            and of those whose tokens so far will be accepted: the c above.
         lengths: draft lengths to choose from, ascending; none is always one.
         padded: whether drafts that stop early are verified in full length all the same.
         narrows: whether rows that stop early leave the batch of the draft.
@@ -169,29 +172,40 @@ class Batch:
         """The greatest draft length."""
         return int(self.acceptance.shape[3])
 
+    def chances(self) -> Array:
+        """[kinds, rows, budgets, longest] that a sequence advances by each token."""
+        found: Array = np.cumprod(self.acceptance, axis=-1) * _before(self.going_on[1])
+        return found
+
     def advanced(self) -> Array:
         """[kinds, rows, budgets, longest + 1] tokens gained with 0, 1, ... draft tokens."""
-        return _from_zero(np.cumsum(np.cumprod(self.acceptance, axis=-1), axis=-1))
+        return _from_zero(np.cumsum(self.chances(), axis=-1))
 
     def stays(self) -> Array:
-        """[longest] chance that a row is still drafted for at each step."""
-        return np.concatenate((np.ones(1), np.cumprod(self.going_on[:-1])))
+        """[kinds, budgets, longest] chance that a row is still drafted for at each step.
+
+        What is gained must have been drafted, so it is never less than the chance of that.
+        """
+        gained = self.chances().sum(1) / max(self.rows, 1)
+        found: Array = np.maximum(_before(self.going_on[0]), gained)
+        found[..., 0] = 1.0
+        return found
 
     def drafting(self, checked: int = 0) -> Array:
         """[kinds, budgets, longest + 1] seconds of the draft steps; the first also checks some tokens."""
         stays = self.stays()
         runs = 1 - (1 - stays) ** self.rows  # the step is run at all
-        in_step = (
-            self.rows * stays / np.maximum(runs, 1e-9) if self.narrows else np.full(len(runs), self.rows)
-        )
-        in_step = np.maximum(in_step, 1.0) + checked * (np.arange(len(runs)) == 0)
+        in_step = np.full(runs.shape, float(self.rows))
+        if self.narrows:
+            in_step = np.maximum(self.rows * stays / np.maximum(runs, 1e-9), 1.0)
+        in_step[..., 0] += checked
         steps = runs * self.costs.draft(in_step, self.layers[..., None])
         return _from_zero(np.cumsum(steps, axis=-1))
 
     def drafted(self) -> Array:
-        """[longest + 1] tokens of a row to verify besides the last sampled one."""
-        steps = np.arange(1.0, self.longest + 1)
-        return _from_zero(steps if self.padded else np.cumsum(self.stays()))
+        """[kinds, budgets, longest + 1] tokens of a row to verify besides the last sampled one."""
+        stays = self.stays()
+        return _from_zero(np.cumsum(np.ones_like(stays) if self.padded else stays, axis=-1))
 
     def verify(self, tokens: Any) -> Array:
         """Seconds of the engine's step."""
@@ -202,7 +216,8 @@ class Batch:
         may gain."""
         if not choice.length:
             return 0.0
-        rows, tokens = self.rows, self.rows * (1 + self.drafted()[choice.length])
+        drafted = self.drafted()[int(choice.shared), choice.budget, choice.length]
+        rows, tokens = self.rows, self.rows * (1 + drafted)
         layers = self.layers[int(choice.shared), choice.budget]
         seconds = float(self.costs.draft(rows, layers)) / rows
         if not self.padded:
@@ -224,7 +239,7 @@ def choose(batch: Batch, ngrams: Ngrams | None = None) -> Choice:
     extra_tokens, extra_verified = (np.zeros(1),) * 2 if ngrams is None else ngrams.take(batch.longest)
     # [kinds, budgets, longest + 1, taken + 1]
     tokens = tokens[..., None] + extra_tokens
-    verified = rows * (1 + batch.drafted()[:, None]) + extra_verified
+    verified = rows * (1 + batch.drafted()[..., None]) + extra_verified
     seconds = batch.drafting()[..., None] + batch.verify(verified)
     allowed = np.zeros(tokens.shape, dtype=bool)
     allowed[:, :, list(batch.lengths) if rows else []] = True
@@ -283,16 +298,21 @@ def draft_lengths(longest: int) -> list[int]:
     return sorted({0, longest, *(1 << i for i in range(longest.bit_length()))})
 
 
+def _before(going_on: Array) -> Array:
+    """[longest] chance that drafting has not stopped before each token."""
+    return np.concatenate((np.ones(1), np.cumprod(going_on[:-1])))
+
+
 def _from_zero(sums: Any) -> Array:
     """A leading zero on the last axis."""
     return np.concatenate((np.zeros((*sums.shape[:-1], 1)), sums), axis=-1)
 
 
 def rounds_between_passes(
-    costs: PassCosts, num_layers: int, budget: int, choice: Choice, rows: int, layers: float
+    costs: PassCosts, items: Items, budget: int, choice: Choice, rows: int, layers: float
 ) -> int:
     """How often a sequence's layers may be chosen anew for passes to take ``PASS_SHARE`` of the time."""
-    extra = costs.optimize(1, num_layers, budget) - float(costs.draft(1, layers))
+    extra = costs.optimize(1, items, budget) - float(costs.draft(1, layers))
     share = rows * max(extra, 0.0) / (PASS_SHARE * choice.seconds)
     return int(min(max(math.ceil(share), INTERVALS[0]), INTERVALS[1]))
 

@@ -11,12 +11,18 @@ Column ``j`` holds ``g(., j)``. All columns of all rows go through a layer in on
 paper's sequence parallelism), as far as they differ by then. Column 0 skips nothing, so it is the
 full model itself: it supplies every ``x_i``, and what it predicts is exactly what the full model
 predicts.
+
+The same programme runs over sub-layers that cost different amounts, as a knapsack: item ``i`` costs ``c_i``
+units, column ``j`` holds the states in which items of ``j`` units are skipped, and skip = g(i-1, j-c_i). What
+follows speaks of layers; any items will do. (Sub-layers and costs: not in the paper.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -37,28 +43,32 @@ class Programme:
         states: the states after the last layer, a pair of [columns, rows, hidden_size]. Column
             ``j`` is what the model hands to its head when it skips the best ``j`` layers.
         similarity: [columns, rows] float32, cosine of ``states`` to the full model's (column 0).
+        costs: [num_layers] units; empty: one each.
     """
 
     margins: Tensor
     states: State
     similarity: Tensor
+    costs: Sequence[int] = field(default=())
 
     def mask(self, num_skipped: int | Tensor) -> Tensor:
         """Backtrack the set of layers to skip.
 
         Args:
-            num_skipped: the budget, 0 <= budget < columns: one for all rows, or [rows] int64.
+            num_skipped: the budget, 0 <= budget < columns: one for all rows, or [rows] int64. With costs
+                one that some of the layers add up to.
 
         Returns:
             [rows, num_layers] bool, True where the layer is skipped; each row holds exactly its
-            budget of True.
+            budget of True, or True of its cost.
         """
-        return backtrack(self.margins > 0, num_skipped)
+        return backtrack(self.margins > 0, num_skipped, self.costs)
 
 
-def backtrack(skipped: Tensor, num_skipped: int | Tensor) -> Tensor:
+def backtrack(skipped: Tensor, num_skipped: int | Tensor, costs: Sequence[int] = ()) -> Tensor:
     """[num_layers, columns, rows] bool choices to the [rows, num_layers] bool mask of a budget."""
     num_layers, _, rows = skipped.shape
+    costs = costs or (1,) * num_layers
     if isinstance(num_skipped, int):  # made on the device: a copy would wait for it
         num_skipped = torch.full((rows,), num_skipped, device=skipped.device)
     column = num_skipped.view(1, rows)
@@ -66,14 +76,14 @@ def backtrack(skipped: Tensor, num_skipped: int | Tensor) -> Tensor:
     for layer in reversed(range(num_layers)):
         skip = skipped[layer].gather(0, column)
         mask[:, layer] = skip[0]
-        column = column - skip.long()
+        column = column - costs[layer] * skip.long()
     return mask
 
 
-def backtrack_all(skipped: Tensor, budgets: Tensor) -> Tensor:
+def backtrack_all(skipped: Tensor, budgets: Tensor, costs: Sequence[int] = ()) -> Tensor:
     """[num_layers, columns, rows] choices to the [rows, budgets, num_layers] masks of [budgets] int64."""
     num_layers, _, rows = skipped.shape
-    masks = backtrack(skipped.repeat(1, 1, len(budgets)), budgets.repeat_interleave(rows))
+    masks = backtrack(skipped.repeat(1, 1, len(budgets)), budgets.repeat_interleave(rows), costs)
     return masks.view(len(budgets), rows, num_layers).transpose(0, 1)
 
 
@@ -84,6 +94,7 @@ def run_programme(
     max_skipped: int,
     prior: Tensor | None = None,
     memory: float = 0.0,
+    costs: Sequence[int] = (),
 ) -> Programme:
     """Run the programme for a batch of rows. Never synchronises with the host.
 
@@ -93,39 +104,43 @@ def run_programme(
             tensors, column-major, and may overwrite them. ``columns`` grows from 1 to
             max_skipped + 1 with the layers, see ``columns_at``.
         num_layers: the number of layers L.
-        max_skipped: the largest budget M, 0 <= M < L.
+        max_skipped: the largest budget M, at least 0 and less than all layers cost.
         prior: [num_layers, columns, rows] float32 margins of earlier tokens. A choice then goes by
             ``memory * prior + (1 - memory) * own``: one token alone is a noisy judge (not in the paper).
         memory: see above; 0 <= memory < 1.
+        costs: [num_layers] positive integers; none: one each.
 
     Raises:
-        ValueError: max_skipped is outside of [0, num_layers).
+        ValueError: max_skipped is outside of [0, what all layers cost).
     """
-    if not 0 <= max_skipped < num_layers:
-        raise ValueError(f"max_skipped must be in [0, {num_layers}), got {max_skipped}")
+    costs = tuple(costs) or (1,) * num_layers
+    if not 0 <= max_skipped < sum(costs):
+        raise ValueError(f"max_skipped must be in [0, {sum(costs)}), got {max_skipped}")
     delta, residual = state
     rows, device = delta.shape[0], delta.device
     row, column = torch.arange(rows, device=device), torch.arange(max_skipped + 1, device=device)
-    # g(i, j) with j >= i can only have skipped every layer so far; column 0 skips none.
-    forced = column.view(-1, 1) > torch.arange(num_layers, device=device).view(-1, 1, 1)
-    margins = torch.where(forced, 1.0, -1.0).repeat(1, 1, rows)
+    free, forced = _where_to_choose(costs, max_skipped, device)
+    margins = torch.where(forced, 1.0, -1.0).unsqueeze(-1).repeat(1, 1, rows)
 
     for i in range(num_layers):
         # A layer may work in place, and the columns are still needed as they are.
         ran = layer(i, (delta.clone(), residual.clone()))
         deltas, residuals = torch.cat((delta, ran[0])), torch.cat((residual, ran[1]))
-        columns = columns_at(i, max_skipped)
+        cost, columns = costs[i], columns_at(i, max_skipped, costs)
         similarity = _cosine((deltas + residuals).view(2, columns, rows, -1))
 
-        free = min(i, max_skipped)  # columns 1 to i may skip or run
-        margin = similarity[0, :free] - similarity[1, 1 : free + 1]
+        # Column j is what it was and runs, or what column j - cost was and skips.
+        later = max(columns - cost, 0)
+        margin = similarity[0, :later] - similarity[1, cost:]
         if prior is not None:
-            margin = margin.lerp(prior[i, 1 : free + 1], memory)
-        margins[i, 1 : free + 1] = margin
-        after = column[: columns_at(i + 1, max_skipped)].unsqueeze(1)
+            margin = margin.lerp(prior[i, cost:columns], memory)
+        chosen = margins[i, cost:columns]
+        torch.where(free[i, cost:columns].unsqueeze(-1), margin, chosen, out=chosen)
+        after = column[: columns_at(i + 1, max_skipped, costs)].unsqueeze(1)
         skip = margins[i, : len(after)] > 0
-        # Rows of `deltas`: column j - 1 from before the layer, or column j from after it.
-        source = torch.where(skip, (after - 1).clamp(max=columns - 1), columns + after)
+        # Rows of `deltas`: column j - cost from before the layer, or column j from after it.
+        before = (after - cost).clamp(0, columns - 1)
+        source = torch.where(skip, before, columns + after.clamp(max=columns - 1))
         source = (source * rows + row).flatten()
         delta, residual = deltas.index_select(0, source), residuals.index_select(0, source)
 
@@ -134,16 +149,33 @@ def run_programme(
         margins,
         (delta.view(*shape, -1), residual.view(*shape, -1)),
         similarity.view(-1)[source].view(shape),
+        costs,
     )
 
 
-def columns_at(layer: int, max_skipped: int) -> int:
-    """How many columns go through a layer: those that differ by then, rounded up to a power of two.
+def columns_at(layer: int, max_skipped: int, costs: Sequence[int] = ()) -> int:
+    """How many columns go through a layer: those there can be by then, rounded up to a power of two.
 
-    After ``i`` layers no more than ``i`` can be skipped, so columns from ``i`` on are the same. Rounding
-    spares the caller a new batch size for every layer.
+    No more can be skipped than the layers before it cost. Rounding spares the caller a new batch size
+    for every layer.
     """
-    return min(1 << layer.bit_length(), max_skipped + 1)
+    most = sum(costs[:layer]) if costs else layer
+    return min(1 << most.bit_length(), max_skipped + 1)
+
+
+@lru_cache(maxsize=16)
+def _where_to_choose(costs: tuple[int, ...], max_skipped: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[num_layers, columns] bool each: where a layer may be run or skipped, and where only skipped."""
+    reached = {0}  # what the layers so far may add up to
+    free, forced = [], []
+    for cost, most in zip(costs, accumulate(costs), strict=True):
+        run = [j in reached for j in range(max_skipped + 1)]
+        # Columns beyond all that can be skipped yet hold what the last one does, until they differ.
+        skip = [j - cost in reached or j >= most for j in range(max_skipped + 1)]
+        free.append([a and b for a, b in zip(run, skip, strict=True)])
+        forced.append([b and not a for a, b in zip(run, skip, strict=True)])
+        reached |= {j + cost for j in reached}
+    return torch.tensor(free, device=device), torch.tensor(forced, device=device)
 
 
 def _cosine(hidden: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The command calibrate: what it writes, that it goes on where it stopped, and what it refuses."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 from engines import DEMO_MODEL
 
 from clasp_vllm.calibration.calibrate import EVERYTHING, OVERHEAD, promised
-from clasp_vllm.calibration.store import Calibration, fingerprint
+from clasp_vllm.calibration.store import Calibration
 from clasp_vllm.cli import main
 from clasp_vllm.config import ConfigError
 
@@ -62,18 +63,30 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_files(folder, tmp_path):
     [
         (["--tasks=chemistry"], "--tasks chemistry: allowed are maths"),
         (["--tasks=mine=missing.jsonl"], "--tasks mine=missing.jsonl: not lines"),
+        (["--tasks=my/task=x.jsonl"], "--tasks my/task=x.jsonl: allowed are names of letters"),
+        (["--tasks=sql,sql"], "each once"),
         (["--seed=1"], "holds a calibration with seed=0, not 1"),
     ],
 )
 def test_bad_options(folder, options, part, capsys):
-    assert main(["calibrate", str(DEMO_MODEL), f"--output={folder}", *OPTIONS, *options]) == 2
+    assert main(["calibrate", str(DEMO_MODEL), f"--output={folder}", *OPTIONS, *options, "--", *ENGINE]) == 2
     assert part in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_damaged_calibration(folder, tmp_path):
     with pytest.raises(ConfigError, match="clasp-vllm calibrate MODEL"):
         Calibration(tmp_path / "nowhere")
-    for damage in ({"format": 9}, {"tasks": "none"}, {"surplus": 1}):
+    found = json.loads((folder / "manifest.json").read_text())
+    beyond = [found["tasks"][0] | {"skip_mlp": [24]}, *found["tasks"][1:]]
+    for damage in (
+        {"format": 9},
+        {"tasks": "none"},
+        {"tasks": []},
+        {"tasks": beyond},
+        {"tasks": found["tasks"][:2]},
+        {"surplus": 1},
+        {"hidden_size": 64},
+    ):
         copy = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(folder, copy)
         manifest = json.loads((copy / "manifest.json").read_text()) | damage
@@ -90,23 +103,43 @@ def test_a_calibration_of_another_model(folder):
     found.check_shape(24, 192)
     with pytest.raises(ConfigError, match="24 layers of width 192; this one has 32 of 4096"):
         found.check_shape(32, 4096)
+    found.check_model([norm.half() for norm in found.norms])
     with pytest.raises(ConfigError, match="other weights"):
-        found.check_model("0" * 64)
+        found.check_model([norm * 1.1 for norm in found.norms])
 
 
-def test_the_fingerprint_is_that_of_the_weights():
+def test_the_norms_are_the_models(folder):
     from safetensors.torch import load_file
 
     weights = load_file(DEMO_MODEL / "model.safetensors")
-    norms = [
-        weights[f"model.layers.{layer}.{name}_layernorm.weight"]
-        for layer in range(24)
-        for name in ("input", "post_attention")
+    names = [
+        f"layers.{layer}.{part}_layernorm" for layer in range(24) for part in ("input", "post_attention")
     ]
-    norms.append(weights["model.norm.weight"])
-    assert fingerprint(norms) == fingerprint([norm.float() for norm in norms])
-    norms[3] = norms[3] * 1.1
-    assert fingerprint(norms) != fingerprint([weights["model.norm.weight"]])
+    Calibration(folder).check_model([weights[f"model.{name}.weight"] for name in (*names, "norm")])
+
+
+def test_prompts_that_changed_are_noticed(folder, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    arguments = ["calibrate", str(DEMO_MODEL), f"--output={tmp_path / 'out'}", f"--tasks=mine={prompts}"]
+    from clasp_vllm.calibration import calibrate
+
+    for text in ("one", "two"):
+        prompts.write_text(json.dumps({"prompt": text}) + "\n" + json.dumps({"prompt": "x"}) + "\n")
+        if text == "one":  # as if it had been interrupted at once
+            args = cli_arguments(arguments)
+            args.output.mkdir()
+            calibrate.keep_settings(args, calibrate.tasks_of(args))
+        else:
+            assert main(arguments) == 2
+    assert "holds a calibration with prompts of mine=" in " ".join(capsys.readouterr().err.split())
+
+
+def cli_arguments(words: list[str]) -> argparse.Namespace:
+    from clasp_vllm.calibration.calibrate import add_arguments
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(words[1:], argparse.Namespace(server_arguments=[]))
 
 
 def test_what_a_set_promises_by_hand():

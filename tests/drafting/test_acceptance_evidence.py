@@ -167,7 +167,7 @@ def test_what_the_context_offers_has_an_acceptance_of_its_own():
 
 
 def outcome(
-    lengths, certain, verified, rejected, here=("a", "b"), limit: int = 4, confidence=None
+    lengths, certain, verified, rejected, here=("a", "b"), limit: int = 4, confidence=None, drafted=None
 ) -> tuple[list, list]:
     """What ``Outcomes`` makes of drafts for a and b: the calls of add_verified and add_lengths, and of
     Confidence.add."""
@@ -183,7 +183,7 @@ def outcome(
         def add_verified(self, slots, budget, shared, first, accepted, refused):
             calls.append((slots.tolist(), first.tolist(), accepted.tolist(), refused.tolist()))
 
-        def add_lengths(self, lengths, limits):
+        def add_lengths(self, lengths, limits, accepted):
             calls.append((lengths.tolist(), limits.tolist()))
 
         def add(self, kinds, confidence, won, seen):
@@ -197,7 +197,15 @@ def outcome(
     looked_up = np.zeros(2, dtype=bool)
     outcomes.drafted(
         Drafts(
-            ["a", "b"], np.array([5, 7]), looked_up, np.array(certain), lengths, limits, confidence, choice
+            ["a", "b"],
+            np.array([5, 7]),
+            looked_up,
+            np.array(certain),
+            lengths,
+            drafted,
+            limits,
+            confidence,
+            choice,
         )
     )
     outcomes.verified(list(here), np.array(verified), None if rejected is None else torch.tensor(rejected))
@@ -205,10 +213,17 @@ def outcome(
 
 
 def test_accepted_and_refused_tokens():
-    """The second row stopped early after two tokens, both accepted: it did not advance by a third."""
+    """The second row stopped early after two tokens, both accepted."""
     calls, _ = outcome([4, 2], [False, False], [4, 2], [1, 0])
-    assert calls[0] == ([5, 7], [0, 0], [3, 2], [True, True])
+    assert calls[0] == ([5, 7], [0, 0], [3, 2], [True, False])
     assert calls[1] == ([4, 2], [4, 4])
+
+
+def test_where_rows_go_on_together_what_they_drafted_counts():
+    """Both stopped after a token, but the batch went on to the third, of which the second row got two."""
+    calls, _ = outcome([1, 1], [False, False], [4, 4], [1, 2], drafted=np.array([3, 3]))
+    assert calls[0] == ([5, 7], [0, 0], [3, 2], [False, True])
+    assert calls[1] == ([1, 1], [4, 4])
 
 
 def test_a_full_draft_says_nothing_of_further_tokens():
@@ -217,7 +232,7 @@ def test_a_full_draft_says_nothing_of_further_tokens():
 
 def test_a_certain_token_is_no_evidence():
     assert outcome([4, 4], [True, False], [4, 4], [3, 4])[0][0] == ([5, 7], [1, 0], [1, 0], [True, True])
-    assert outcome([1, 1], [True, False], [1, 1], [0, 0])[0][0] == ([5, 7], [1, 0], [1, 1], [True, True])
+    assert outcome([1, 1], [True, False], [1, 1], [0, 0])[0][0] == ([5, 7], [1, 0], [1, 1], [False, False])
     learnt = evidence()
     learnt.add_verified(np.array([0]), 2, False, np.array([1]), np.array([0]), np.array([True]))
     assert learnt.drafts.offset[0] == 0  # a near-tie
@@ -226,7 +241,7 @@ def test_a_certain_token_is_no_evidence():
 def test_tokens_that_only_fill_up_are_no_evidence():
     """Verified in full length although drafting stopped after one token."""
     found = outcome([1, 4], [False, False], [4, 4], [3, 2])[0][0]
-    assert found == ([5, 7], [0, 0], [1, 2], [True, True])
+    assert found == ([5, 7], [0, 0], [1, 2], [False, True])
 
 
 def test_the_engine_may_have_cut_drafts_or_lost_requests():
@@ -260,12 +275,28 @@ def test_how_often_sure_tokens_are_accepted():
     assert (learnt.accepted[1][[6, -1]] < 0.1).all()  # sampling requests, of which none was
 
 
+def test_many_tokens_at_once_do_not_overshoot():
+    """More in one step than the averages remember."""
+    confidence, learnt = Confidence(), evidence()
+    many, wide = np.zeros(400, dtype=np.int64), np.full((400, LONGEST), 0.99)
+    for won in (True, False, True):
+        confidence.add(many, wide, np.full(wide.shape, won), np.ones(wide.shape, dtype=bool))
+        learnt.add_lengths(many + (LONGEST if won else 1), many + LONGEST, many + 1)
+        assert ((confidence.accepted >= 0) & (confidence.accepted <= 1)).all()
+        assert ((learnt.going_on >= 0) & (learnt.going_on <= 1)).all()
+
+
 def test_drafting_that_stops_early_is_expected_to():
-    """Three of four drafts end after the first token; none of the others before the fourth."""
+    """Three of four drafts end after the first token; none of the others before the fourth.
+
+    Of those whose first token is right two of three go on.
+    """
     learnt = evidence()
     for _ in range(500):
-        learnt.add_lengths(np.array([1, 1, 1, 4]), np.full(4, 4))
-    first, second, third, _ = learnt.going_on
-    assert abs(first - 0.25) < 0.05
+        learnt.add_lengths(np.array([1, 1, 1, 4]), np.full(4, 4), np.array([0, 1, 0, 2]))
+        learnt.add_lengths(np.array([4]), np.array([4]), np.array([1]))
+    first, second, third, _ = learnt.going_on[0]
+    assert abs(learnt.going_on[1, 0] - 2 / 3) < 0.05
+    assert abs(first - 0.4) < 0.05
     assert second > 0.95
     assert third > 0.95

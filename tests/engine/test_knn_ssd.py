@@ -9,7 +9,7 @@ from engines import DEMO_MODEL, PROMPTS, drafter, engine_process, generate, runn
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, task_prompts
 
 ENGINE = ["--dtype=float32", "--enforce-eager", "--max-model-len=512", "--kv-cache-memory-bytes=67108864"]
-LONG = "Here is some text that all requests begin with, long enough to fill a block of the cache. " * 4
+LONG = "Here is some text that all requests begin with, long enough to fill a block of the cache. " * 9
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,8 @@ def tasks_by_prompt(config: dict, prompts: list[str], **settings) -> list[tuple[
         anchors = policy._anchors
 
         class Spy:
+            vectors = anchors.vectors
+
             def to(self, device):
                 return self
 

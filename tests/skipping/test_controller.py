@@ -20,6 +20,7 @@ from clasp_vllm.skipping.controller import (
     draft_lengths,
     rounds_between_passes,
 )
+from clasp_vllm.skipping.items import Items
 
 NUM_LAYERS = 24
 BUDGETS = np.arange(1, 17)
@@ -42,7 +43,7 @@ def batch(
     """Of [kinds, rows, budgets] acceptance, alike at every position."""
     every = np.repeat(acceptance[..., None], longest, axis=-1)
     settings = {"lengths": range(1, longest + 1)} | settings
-    return Batch(costs, NUM_LAYERS, every, layers, np.full(longest, going_on), **settings)
+    return Batch(costs, NUM_LAYERS, every, layers, np.full((2, longest), going_on), **settings)
 
 
 def decide(
@@ -106,17 +107,21 @@ def test_it_is_the_best_of_all(rows, ngrams):
     random = np.random.default_rng(0)
     acceptance = random.uniform(0.1, 0.95, (2, rows, 3, 6))
     layers = np.array([[20.0, 15.0, 12.0], [18.0, 12.0, 8.0]])
-    going_on = random.uniform(0.6, 0.9, 6)
+    going_on = random.uniform(0.6, 0.9, (2, 6))
     every = rows + (ngrams is not None)
 
     def ratio(shared: int, budget: int, length: int, taken: int) -> float:
         tokens, seconds, drafted = float(every), 0.0, 0.0
+        chances = [
+            np.mean([row[: k + 1].prod() for row in acceptance[shared, :, budget]]) * going_on[1, :k].prod()
+            for k in range(length)
+        ]
         for k in range(length):
-            stays = going_on[:k].prod()
+            stays = max(going_on[0, :k].prod(), chances[k]) if k else 1.0
             some = 1 - (1 - stays) ** rows
             seconds += some * float(COSTS.draft(max(1.0, rows * stays / some), layers[shared, budget]))
             drafted += rows * stays
-            tokens += sum(row[: k + 1].prod() for row in acceptance[shared, :, budget])
+            tokens += rows * chances[k]
         for k in range(min(taken, 2)):
             drafted += 1
             tokens += 0.3 ** (k + 1)
@@ -227,8 +232,11 @@ def test_probes_lose_no_more_than_their_share():
 
 def test_passes_take_their_share_of_the_time():
     one, eight = decide(0.8, 1), decide(0.8, 8)
-    every = rounds_between_passes(COSTS, NUM_LAYERS, 16, one, 1, 8.0)
+    items = Items.layers(NUM_LAYERS)
+    every = rounds_between_passes(COSTS, items, 16, one, 1, 8.0)
     assert INTERVALS[0] <= every <= INTERVALS[1]
-    assert rounds_between_passes(COSTS, NUM_LAYERS, 16, eight, 8, 8.0) > every
+    assert rounds_between_passes(COSTS, items, 16, eight, 8, 8.0) > every
     dear = COSTS.scaled({"verify_scale": 1.0, "draft_scale": 1.0, "pass_scale": 3.0})
-    assert rounds_between_passes(dear, NUM_LAYERS, 16, one, 1, 8.0) > every
+    assert rounds_between_passes(dear, items, 16, one, 1, 8.0) > every
+    finer = Items.sublayers(NUM_LAYERS, 3.0)
+    assert rounds_between_passes(COSTS, finer, 16 * finer.units, one, 1, 8.0) > every

@@ -1,0 +1,54 @@
+"""CLaSp over sub-layers: lossless, and its masks cost what the budget says."""
+
+import pytest
+from engines import PROMPTS, Outcome, drafter, engine_process, generate, running
+
+CLASP = {
+    "method": "clasp",
+    "adaptive": False,
+    "granularity": "sublayer",
+    "num_skipped_layers": 12,
+    "num_speculative_tokens": 4,
+    "optimization_interval": 2,
+    "max_optimized_requests": 2,
+    "draft_exit_threshold": 0.0,
+}
+
+
+def plain_outcome(count: int, tokens: int) -> Outcome:
+    with running(max_num_seqs=8) as llm:
+        return generate(llm, PROMPTS[:count], max_tokens=tokens)
+
+
+def clasp_outcome(config: dict, count: int, tokens: int) -> tuple[Outcome, list, tuple[int, ...]]:
+    """What was generated, the masks of sequences that have found their own, and the costs of the items."""
+    with running(speculative_config=config, max_num_seqs=8) as llm:
+        outcome = generate(llm, PROMPTS[:count], max_tokens=tokens)
+        ours = drafter(llm)
+        masks = ours.sequences.masks[ours.sequences.has_own]
+        return outcome, masks[:, -1].flatten(1).int().tolist(), ours.policy._items.costs
+
+
+@pytest.mark.parametrize(("runner", "count", "tokens"), [("v1", 8, 32), ("v2", 3, 12)])
+def test_sublayers(runner, count, tokens):
+    with engine_process(runner) as call:
+        plain = call(plain_outcome, count, tokens)
+        clasp, masks, costs = call(clasp_outcome, CLASP, count, tokens)
+    assert clasp.token_ids == plain.token_ids
+    assert clasp.num_accepted_tokens > clasp.num_drafts
+    assert costs == (1, 3) * 24
+    assert masks
+    for mask in masks:
+        assert sum(cost for cost, skipped in zip(costs, mask, strict=True) if skipped) == 12 * 4
+    assert any(mask[::2] != mask[1::2] for mask in masks)
+
+
+def test_the_controller_over_sublayers():
+    config = {key: CLASP[key] for key in ("method", "granularity", "num_speculative_tokens")}
+    with engine_process("v1") as call:
+        plain = call(plain_outcome, 8, 32)
+        clasp, masks, costs = call(clasp_outcome, config | {"ngram_cascade": False}, 8, 32)
+    assert clasp.token_ids == plain.token_ids
+    assert clasp.num_accepted_tokens > 0
+    for mask in masks:  # of the largest budget
+        assert sum(cost for cost, skipped in zip(costs, mask, strict=True) if skipped) == 16 * 4
