@@ -14,9 +14,11 @@ from clasp_vllm.drafting.batch import index
 from clasp_vllm.drafting.early_exit import Confidence, SurvivalExit
 from clasp_vllm.drafting.host import HostCopy
 from clasp_vllm.drafting.outcomes import Drafts, Outcomes
+from clasp_vllm.drafting.plans import MAX_PLANS
 from clasp_vllm.drafting.timing import CostCorrections, Mark
 from clasp_vllm.skipping.controller import (
     WORTH_IT,
+    Array,
     Batch,
     Choice,
     Ngrams,
@@ -101,6 +103,8 @@ class AdaptiveDrafting:
         self._probes = Probes()
         self._off_rows, self._off_steps = 0, 0
         self._running: frozenset[str] = frozenset()  # the requests of the last round
+        self._layers: dict[bytes, Array] = {}
+        self._layers_version: int | None = None
         self._ended: Mark | None = None  # the last round
 
     def observe(self, request_ids: Sequence[str], lengths: np.ndarray, rejected: Tensor | None) -> None:
@@ -147,6 +151,7 @@ class AdaptiveDrafting:
         shared_mask: Tensor,
         allowed: int,
         ngrams: Sequence[Sequence[int]] | None = None,
+        version: int | None = None,
     ) -> Choice:
         """What to do in this round; of no length where plain decoding is better.
 
@@ -156,13 +161,17 @@ class AdaptiveDrafting:
             shared_mask: [budgets, num_layers, 2] bool.
             allowed: draft tokens that there is room for in this round.
             ngrams: [rows] what the context offers, if it has been looked up.
+            version: another one whenever a mask has changed.
         """
         assert self.costs is not None
         rows = len(slots)
         costs = self.costs.scaled(self._scales)
         offered = np.array([len(found) for found in ngrams or ()], dtype=np.int64)
         choice = self.last
-        if choice is None or self._is_due(rows) or offered.any():
+        if choice is None or self._is_due(rows) or self._tempts(costs, slots, offered):
+            if version is None or version != self._layers_version or len(self._layers) >= MAX_PLANS:
+                self._layers.clear()
+                self._layers_version = version
             choice = self.last = self._best(costs, slots, masks, shared_mask, offered)
         worth_it = choice.ratio >= WORTH_IT or "speculation" not in self._open
         ask = worth_it
@@ -187,6 +196,15 @@ class AdaptiveDrafting:
             return False
         self._off_rows = rows
         return True
+
+    def _tempts(self, costs: PassCosts, slots: np.ndarray, offered: np.ndarray) -> bool:
+        """Whether what the context offers may be worth it though speculation is off."""
+        looked_up = np.flatnonzero(offered)
+        if not looked_up.size:
+            return False
+        ngrams = Ngrams(self.evidence.ngram_acceptance(slots[looked_up]), offered[looked_up])
+        others = len(slots) - looked_up.size
+        return ngrams.ratio(costs, self._num_layers, others, self.longest) >= WORTH_IT
 
     def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray, worth_it: bool) -> None:
         plan = choice.budget, choice.length, choice.shared, choice.ngram, choice.checked
@@ -237,8 +255,11 @@ class AdaptiveDrafting:
         """The best way to speculate, with what the context offers where that is better than drafting."""
 
         def batch(rows: np.ndarray) -> Batch:
-            own = masks[torch.from_numpy(slots[rows])].all(0)
-            layers = self._items.layers_run(torch.stack((own, shared_mask))).numpy()
+            layers = self._layers.get(slots[rows].tobytes())
+            if layers is None:  # worked out once for each set of sequences, until a mask changes
+                own = masks[torch.from_numpy(slots[rows])].all(0)
+                layers = self._items.layers_run(torch.stack((own, shared_mask))).numpy()
+                self._layers[slots[rows].tobytes()] = layers
             kinds = 2 if "sharing" in self._open and len(rows) >= MASKS_TO_SHARE else 1
             return Batch(
                 costs,

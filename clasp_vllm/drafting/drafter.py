@@ -177,7 +177,7 @@ class Drafter:
         if self._controlled is not None:
             masks = self.sequences.masks, self.sequences.shared_mask
             self._controlled.share_scales(self._share, device)
-            choice = self._controlled.choose(slots, *masks, num_tokens, batch.ngrams)
+            choice = self._controlled.choose(slots, *masks, num_tokens, batch.ngrams, self.sequences.version)
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         drawn, looked_up = np.full((rows, num_tokens), -1), np.zeros(rows, dtype=bool)

@@ -144,14 +144,7 @@ def build_drafter(
         calibration = Calibration(config.calibration)
         calibration.check_model(decoder.norm_weights())
     items = items_of(vllm_config)
-    if calibration is None:
-        layers = config.budgets(decoder.num_layers)
-        skipped = (config.skip_layers or evenly_spaced_layers(decoder.num_layers, n) for n in layers)
-        masks = torch.stack([layers_mask(decoder.num_layers, some) for some in skipped])
-        budgets = tuple(items.units * n for n in layers)
-    else:
-        masks = calibration.masks()
-        budgets = (round(decoder.num_layers - float(items.layers_run(masks).mean())),)
+    masks, budgets = _first_masks(config, items, calibration)
     budget = budgets[-1]
     optimized = _max_optimized(vllm_config)
     first_scratch = kv_cache_config.num_blocks - num_scratch_blocks(vllm_config)
@@ -163,8 +156,7 @@ def build_drafter(
     if optimized:
         scratch = ScratchBlocks(first_scratch, optimized, budget, attention.block_size, device)
     logger.info_once("Layer skipping: %s", "; ".join(config.explain(decoder.num_layers)))
-    # Prompts that no calibration says anything of: as those of no task known.
-    sequences = SequenceTable(max_num_seqs, masks if calibration is None else masks[-1:])
+    sequences = SequenceTable(max_num_seqs, masks)
     passes = Passes(decoder, attention, scratch, lambda hidden: model.compute_logits(hidden).argmax(-1))
     share = _share_rank_zero if get_tp_group().world_size > 1 else _own
     adaptive = None
@@ -189,13 +181,26 @@ def build_drafter(
         policy = Clasp(sequences, passes, items, budgets, optimized, evidence, adaptive, share)
     if calibration is not None:
         names = [task.name for task in calibration.manifest.tasks]
-        policy = KnnSsd(sequences, calibration.anchors, masks, names, share)
+        policy = KnnSsd(sequences, calibration.anchors, calibration.masks(), names, share)
     options = DrafterOptions(budgets, config.interval or 1, config.exit_threshold)
     drafter = Drafter(
         decoder, items, passes, sequences, policy, options, adaptive, share, on_failure=_go_on_without_drafts
     )
     drafter.drop_stopped = narrows
     return drafter, attention
+
+
+def _first_masks(
+    config: LayerSkipConfig, items: Items, calibration: Calibration | None
+) -> tuple[Tensor, tuple[int, ...]]:
+    """[budgets, num_layers, 2] masks to begin with, and the budgets in units of the items."""
+    if calibration is not None:  # as prompts of no task known
+        masks = calibration.masks()
+        return masks[-1:], (round(items.num_layers - float(items.layers_run(masks).mean())),)
+    layers = config.budgets(items.num_layers)
+    skipped = (config.skip_layers or evenly_spaced_layers(items.num_layers, number) for number in layers)
+    masks = torch.stack([layers_mask(items.num_layers, some) for some in skipped])
+    return masks, tuple(items.units * number for number in layers)
 
 
 def _own(found: Tensor) -> Tensor:

@@ -19,8 +19,7 @@ class KnnSsd(Policy):
     """Matches prompts with anchors. A prompt's mask is its task's for the whole request.
 
     The embedding is summed up over the chunks of a prefill. Tokens that come from the prefix cache have
-    no hidden states, so the mean is over those that the request computes itself: with a cached
-    system prompt that is what tells requests apart.
+    no hidden states, so the mean is over those that the request computes itself.
     """
 
     reads_prompts = True

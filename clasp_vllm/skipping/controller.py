@@ -23,7 +23,7 @@ from clasp_vllm.skipping.items import Items
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-WORTH_IT = 1.02  # the ratio from which on to speculate: less is not worth the risk of being wrong
+WORTH_IT = 1.05  # the ratio from which on to speculate: less is not worth the risk of being wrong
 PASS_SHARE = 0.02  # of the time, what optimisation passes may cost beyond the draft steps they replace
 PROBE_SHARE = 0.005  # of the time, what probes may lose while speculation is off
 INTERVALS = (8, 1024)  # rounds between two passes for a sequence
@@ -134,6 +134,12 @@ class Ngrams:
         there = np.arange(1, longest + 1) <= self.lengths[:, None]
         tokens = rows + _from_zero(np.cumsum(self.right(longest).sum(0)))
         return tokens, rows + _from_zero(np.cumsum(there.sum(0)))
+
+    def ratio(self, costs: PassCosts, num_layers: int, others: int, longest: int) -> float:
+        """Tokens per second over plain decoding's, verifying these beside ``others`` rows without drafts."""
+        tokens, verified = self.take(longest)
+        rate = (others + tokens) / costs.verify(others + verified, num_layers)
+        return float(rate.max() / rate[0])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,14 @@ import math
 from collections import Counter
 
 import pytest
-from engines import drafter, engine_process, force_async_scheduling, look_up, running
+from engines import (
+    drafter,
+    engine_process,
+    force_async_scheduling,
+    look_up,
+    model_runner,
+    running,
+)
 
 VOCAB = 12
 PROMPT = [1, 5, 3, 7, 4]
@@ -182,8 +189,15 @@ def test_rows_that_stop_early_leave_and_the_law_holds(tmp_path):
     assert p_value(got, exact_law(folder, 3, 1.0, 1.0, 0)) > 1e-3
 
 
-@pytest.mark.parametrize("how", ["as they are", "check"])
-@pytest.mark.parametrize("draft", ["greedy", "probabilistic"])
+@pytest.mark.parametrize(
+    ("draft", "how"),
+    [
+        ("greedy", "as they are"),
+        ("probabilistic", "check"),
+        pytest.param("greedy", "check", marks=pytest.mark.slow),
+        pytest.param("probabilistic", "as they are", marks=pytest.mark.slow),
+    ],
+)
 def test_drafts_looked_up_keep_the_law(draft, how, tmp_path):
     """Beside drafts that were drawn: what followed a token before, verified or checked first."""
     with engine_process("v1") as call:
@@ -198,6 +212,65 @@ def test_drafts_looked_up_keep_the_law(draft, how, tmp_path):
         got, accepted = call(sample, folder, 5000, 3, spec, 1.0, 1.0, 0, how)
     assert accepted > 500
     assert p_value(got, exact_law(folder, 3, 1.0, 1.0, 0)) > 1e-3
+
+
+def structured(samples: int, speculative_config: object) -> tuple[Counter, int, int]:
+    """Digits that the demo model samples under a grammar, beside as many requests without one.
+
+    Returns how often each pair of digits came, and of the laws that drafts were said to be drawn from, for
+    requests with a grammar and without, how many were not certain.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    uncertain = [0, 0]
+    with running(speculative_config=speculative_config, seed=7) as llm:
+        if speculative_config:
+            proposer = model_runner(llm).drafter
+            original, has_grammar = proposer._law, None
+
+            def structured_rows(rows):
+                nonlocal has_grammar
+                has_grammar = type(proposer)._structured(proposer, rows)
+                return has_grammar
+
+            def law(probs, drawn, tokens):
+                found = original(probs, drawn, tokens)
+                for row, of in enumerate(has_grammar):
+                    uncertain[0 if of else 1] += int((found[row].amax(-1) < 1).any())
+                return found
+
+            proposer._structured, proposer._law = structured_rows, law
+        grammar = StructuredOutputsParams(regex="[0-4]{4}")
+        params = [
+            SamplingParams(temperature=1.0, max_tokens=8, structured_outputs=one) for one in (grammar, None)
+        ]
+        prompt = "Question: A box holds 12 pens. How many pens are in 7 boxes?\nAnswer: 7 * 12 = "
+        outputs = llm.generate([prompt] * 2 * samples, params * samples, use_tqdm=False)
+        return Counter(output.outputs[0].text[1:3] for output in outputs[::2]), *uncertain
+
+
+DRAWN = CLASP | {"num_skipped_layers": 18, "draft_sample_method": "probabilistic"}
+
+
+def test_drafts_under_a_grammar_count_as_certain():
+    """The scheduler cuts drafts where the grammar forbids a token: by what was drawn, if they were drawn."""
+    with engine_process("v1") as call:
+        digits, with_grammar, without = call(structured, 64, DRAWN)
+    assert all(len(text) == 2 and set(text) <= set("01234") for text in digits)
+    assert with_grammar == 0
+    assert without > 64
+
+
+@pytest.mark.slow
+def test_the_law_under_a_grammar_is_plain_vllms():
+    from scipy.stats import chi2_contingency
+
+    with engine_process("v1") as call:
+        plain, *_ = call(structured, 3000, None)
+        ours, *_ = call(structured, 3000, DRAWN)
+    kinds = sorted(set(plain) | set(ours))
+    assert chi2_contingency([[found[kind] for kind in kinds] for found in (plain, ours)]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
