@@ -160,7 +160,7 @@ def p_value(samples: list[tuple[int, ...]], law: dict[tuple[int, ...], float]) -
 
 CASES = [
     ("v1", "greedy", 1.0, 1.0, 0),
-    ("v1", "greedy", 0.7, 0.8, 6),
+    pytest.param("v1", "greedy", 0.7, 0.8, 6, marks=pytest.mark.slow),
     ("v1", "probabilistic", 1.0, 1.0, 0),
     ("v1", "probabilistic", 0.7, 0.8, 6),
     # V2 under the interpreter is slow, and it can run neither top-p, top-k nor probabilistic drafts there.

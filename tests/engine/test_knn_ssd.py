@@ -35,7 +35,9 @@ def served(speculative_config: object, prompts: list[str], tokens: int) -> tuple
         return outcome, None if masks is None else masks.unique(dim=0).tolist()
 
 
-@pytest.mark.parametrize(("runner", "count", "tokens"), [("v1", 16, 32), ("v2", 6, 12)])
+@pytest.mark.parametrize(
+    ("runner", "count", "tokens"), [("v1", 16, 32), pytest.param("v2", 6, 12, marks=pytest.mark.slow)]
+)
 def test_lossless_with_masks_of_sublayers(runner, count, tokens, config):
     with engine_process(runner) as call:
         plain, _ = call(served, None, PROMPTS[-count:], tokens)
