@@ -126,6 +126,7 @@ class LayerSkipProposer(DraftModelProposer):
         ).select(rows)
 
         probs: list[Tensor] = []
+        greedily = self._drafted_greedily(rows, sampling_metadata)
 
         def sample(
             hidden: Tensor, positions: Tensor, step: int, of: np.ndarray
@@ -136,6 +137,9 @@ class LayerSkipProposer(DraftModelProposer):
             tokens, step_probs = self._sample_from_logits(logits, metadata)
             if step_probs is not None:
                 probs.append(step_probs)
+                if greedily.any():
+                    likeliest = index(greedily[of], self.device)
+                    tokens = torch.where(likeliest, step_probs.argmax(-1), tokens)
             return tokens, confidence
 
         drafted = self.drafter.draft(batch, num_speculative_tokens, sample)
@@ -147,7 +151,7 @@ class LayerSkipProposer(DraftModelProposer):
         on_device = index(rows, self.device)
         drafts[on_device] = tokens
         if probs:
-            drawn[self._structured(rows)] = -1
+            drawn[greedily] = -1
             law = self._law(torch.cat(probs), drawn, tokens)
             self._last_draft_probs = law
             if rows.size < num_reqs:
@@ -176,15 +180,17 @@ class LayerSkipProposer(DraftModelProposer):
                 sampled[row] = [sampled_id]
         return self._lookup.propose(self._lookup.k, sampled, lengths, tokens)
 
-    def _structured(self, rows: np.ndarray) -> np.ndarray:
-        """[rows] bool, which requests have a grammar.
+    def _drafted_greedily(self, rows: np.ndarray, metadata: SamplingMetadata) -> np.ndarray:
+        """[rows] bool, which sampling requests are not to have drafts drawn, but the likeliest tokens.
 
-        The scheduler cuts their drafts where the grammar forbids a token, and so by what was drawn. That is
-        exact only for tokens that count as certain, however they were drawn.
+        Those with a grammar: the scheduler cuts drafts where it forbids a token, and so by what was drawn,
+        which is exact only for tokens that count as certain. And those with a seed: vLLM draws drafts without
+        regard to it.
         """
         requests, names = self.runner.requests, self.runner.input_batch.req_ids
         params = [requests[names[row]].sampling_params for row in rows]
-        return np.array([one is not None and one.structured_outputs is not None for one in params])
+        grammars = [one is not None and one.structured_outputs is not None for one in params]
+        return np.array(grammars, dtype=bool) | np.isin(rows, list(metadata.generators))
 
     def _law(self, probs: Tensor, drawn: np.ndarray, tokens: Tensor) -> Tensor:
         """[rows, num_tokens, vocab] float32: the law each draft token was drawn from.

@@ -229,9 +229,9 @@ def structured(samples: int, speculative_config: object) -> tuple[Counter, int, 
             proposer = model_runner(llm).drafter
             original, has_grammar = proposer._law, None
 
-            def structured_rows(rows):
+            def drafted_greedily(rows, metadata):
                 nonlocal has_grammar
-                has_grammar = type(proposer)._structured(proposer, rows)
+                has_grammar = type(proposer)._drafted_greedily(proposer, rows, metadata)
                 return has_grammar
 
             def law(probs, drawn, tokens):
@@ -240,7 +240,7 @@ def structured(samples: int, speculative_config: object) -> tuple[Counter, int, 
                     uncertain[0 if of else 1] += int((found[row].amax(-1) < 1).any())
                 return found
 
-            proposer._structured, proposer._law = structured_rows, law
+            proposer._drafted_greedily, proposer._law = drafted_greedily, law
         grammar = StructuredOutputsParams(regex="[0-4]{4}")
         params = [
             SamplingParams(temperature=1.0, max_tokens=8, structured_outputs=one) for one in (grammar, None)
