@@ -126,7 +126,9 @@ class LayerSkipProposer(DraftModelProposer):
         ).select(rows)
 
         probs: list[Tensor] = []
-        greedily = self._drafted_greedily(rows, sampling_metadata)
+        greedily = np.zeros(rows.size, dtype=bool)
+        if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
+            greedily = self._drafted_greedily(rows, sampling_metadata)
 
         def sample(
             hidden: Tensor, positions: Tensor, step: int, of: np.ndarray
@@ -198,7 +200,7 @@ class LayerSkipProposer(DraftModelProposer):
         Args:
             probs: [rows sampled, vocab].
             drawn: [rows, num_tokens] int64, which of these each token is; -1 for those that count as certain:
-                they were looked up, fill up a draft stopped early, or may be cut by a grammar.
+                they were looked up, fill up a draft stopped early, or are of requests drafted for greedily.
             tokens: [rows, num_tokens] int64.
         """
         law = probs[index(drawn.clip(0), probs.device)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,7 @@ class Batch:
         """The greatest draft length."""
         return int(self.acceptance.shape[3])
 
+    @cached_property
     def chances(self) -> Array:
         """[kinds, rows, budgets, longest] that a sequence advances by each token."""
         found: Array = np.cumprod(self.acceptance, axis=-1) * _before(self.going_on[1])
@@ -185,21 +187,22 @@ class Batch:
 
     def advanced(self) -> Array:
         """[kinds, rows, budgets, longest + 1] tokens gained with 0, 1, ... draft tokens."""
-        return _from_zero(np.cumsum(self.chances(), axis=-1))
+        return _from_zero(np.cumsum(self.chances, axis=-1))
 
+    @cached_property
     def stays(self) -> Array:
         """[kinds, budgets, longest] chance that a row is still drafted for at each step.
 
         What is gained must have been drafted, so it is never less than the chance of that.
         """
-        gained = self.chances().sum(1) / max(self.rows, 1)
+        gained = self.chances.sum(1) / max(self.rows, 1)
         found: Array = np.maximum(_before(self.going_on[0]), gained)
         found[..., 0] = 1.0
         return found
 
     def drafting(self, checked: int = 0) -> Array:
         """[kinds, budgets, longest + 1] seconds of the draft steps; the first also checks some tokens."""
-        stays = self.stays()
+        stays = self.stays
         runs = 1 - (1 - stays) ** self.rows  # the step is run at all
         in_step = np.full(runs.shape, float(self.rows))
         if self.narrows:
@@ -210,7 +213,7 @@ class Batch:
 
     def drafted(self) -> Array:
         """[kinds, budgets, longest + 1] tokens of a row to verify besides the last sampled one."""
-        stays = self.stays()
+        stays = self.stays
         return _from_zero(np.cumsum(np.ones_like(stays) if self.padded else stays, axis=-1))
 
     def verify(self, tokens: Any) -> Array:
