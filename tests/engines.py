@@ -190,7 +190,7 @@ def change_costs(llm: Any, every: int = 6) -> list[tuple[bool, Any]]:
 
     def choose(*args: Any) -> Any:
         dear = len(chosen) // every % 2 == 1
-        controller.corrections.scales["draft_scale"] = 1e6 if dear else 1e-6
+        controller.corrections.scales["draft_scale"][:] = 1e6 if dear else 1e-6
         choice = original(*args)
         chosen.append((dear, choice))
         return choice
@@ -206,7 +206,7 @@ def look_up(llm: Any, checked: bool) -> None:
     controller = drafter(llm).adaptive
     controller.evidence.ngrams.mean[:] = 4.0
     if not checked:
-        controller._scales["draft_scale"] = 1e9
+        controller._scales["draft_scale"][:] = 1e9
         controller.corrections.settle = lambda: None
         return
     original = module.choose

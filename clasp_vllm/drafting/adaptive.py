@@ -17,6 +17,7 @@ from clasp_vllm.drafting.outcomes import Drafts, Outcomes
 from clasp_vllm.drafting.plans import MAX_PLANS
 from clasp_vllm.drafting.timing import CostCorrections, Mark
 from clasp_vllm.skipping.controller import (
+    SIZES,
     WORTH_IT,
     Array,
     Batch,
@@ -31,6 +32,8 @@ from clasp_vllm.skipping.controller import (
 )
 from clasp_vllm.skipping.items import Items
 
+PLAIN_EVERY = 128  # rounds of a batch's size, one goes without drafts, to know what it costs;
+PLAIN_FIRST = 8  # the first of them comes sooner
 OFF_CHECK = 8  # steps without speculation until it is thought over again,
 OFF_CHANGE = 0.25  # unless the number of rows has changed by this share
 PATIENCE = 6  # steps that a probe waits for room in
@@ -89,7 +92,10 @@ class AdaptiveDrafting:
         self._shares = ranks > 1
         self._sharing: HostCopy | None = None
         self._rounds = 0
-        self._scales = dict(self.corrections.scales) if self._shares else self.corrections.scales
+        self._scales = self.corrections.scales  # those to decide by
+        if self._shares:
+            self._scales = {name: scale.copy() for name, scale in self._scales.items()}
+        self._until_plain = np.full(len(SIZES), PLAIN_FIRST)  # rounds
         self._budgets = budgets
         self._skipped = skipped  # layers
         self._items = items
@@ -106,6 +112,9 @@ class AdaptiveDrafting:
         self._layers: dict[bytes, Array] = {}
         self._layers_version: int | None = None
         self._ended: Mark | None = None  # the last round
+        self._step: tuple[int, float, Mark] | None = (
+            None  # that verified drafts: tokens, seconds expected, start
+        )
 
     def observe(self, request_ids: Sequence[str], lengths: np.ndarray, rejected: Tensor | None) -> None:
         """Take in the engine's step: see ``Drafter.observe``."""
@@ -115,8 +124,12 @@ class AdaptiveDrafting:
         # Steps with prefill are of another kind, and between batches the engine may have waited.
         ended, self._ended = self._ended, None
         if ended is not None and self._running.issuperset(request_ids):
-            predicted = self.forward_seconds(int(lengths.sum()), self._num_layers)
-            self.corrections.add("verify_scale", predicted, ended, Mark(ended.device))
+            tokens = int(lengths.sum())
+            predicted = self.forward_seconds(tokens, self._num_layers)
+            if tokens == len(lengths):
+                self.corrections.add("plain_scale", tokens, predicted, ended, Mark(ended.device))
+            else:
+                self._step = tokens, predicted, ended
 
     def forward_seconds(self, rows: int, layers: float) -> float:
         """Of a forward pass, without correction."""
@@ -138,11 +151,11 @@ class AdaptiveDrafting:
             optimized: rows of the pass; 0 = there was none.
         """
         if predicted:
-            self.corrections.add("draft_scale", predicted, *marks[1:])
+            self.corrections.add("draft_scale", 1, predicted, *marks[1:])
         if optimized:
             assert self.costs is not None
             seconds = self.costs.optimize(optimized, self._items, self._budgets[-1])
-            self.corrections.add("pass_scale", seconds, *marks[:2])
+            self.corrections.add("pass_scale", 1, seconds, *marks[:2])
 
     def choose(
         self,
@@ -179,15 +192,31 @@ class AdaptiveDrafting:
             self._probing = 0
         elif self._probing:
             self._probing = (self._probing + 1) % PATIENCE
-        elif self._probes.due(choice, float(costs.verify(rows, self._num_layers))):
+        elif self._probes.due(choice, float(costs.plain(rows, self._num_layers))):
             self._probing, ask = 1, True
         self.wanted = (self.longest if choice.checked else max(choice.length, choice.ngram)) if ask else 0
         self._explain(choice, costs, slots, worth_it)
-        if allowed and (worth_it or self._probing):
+        goes_plain = self._goes_plain(rows, bool(allowed) and worth_it)
+        if self._step is not None:  # what precedes drafting is part of what drafts cost
+            tokens, predicted, started = self._step
+            self._step = None
+            self.corrections.add("verify_scale", tokens, predicted, started, Mark(started.device))
+        if goes_plain:
+            self.wanted = 0
+        if allowed and (worth_it or self._probing) and not (goes_plain and not self.padded):
             self._off_rows = self._off_steps = self._probing = 0
             return replace(choice, length=min(choice.length, allowed), ngram=min(choice.ngram, allowed))
         self._off_steps += 1
         return replace(choice, length=0, ngram=0, checked=False)
+
+    def _goes_plain(self, rows: int, speculating: bool) -> bool:
+        """Whether to do without drafts once, though they pay, to learn what that costs."""
+        size = int(np.abs(np.array(SIZES) - rows).argmin())
+        self._until_plain[size] -= 1
+        due = bool(self._until_plain[size] <= 0)
+        if due or not speculating:
+            self._until_plain[size] = PLAIN_EVERY
+        return due and speculating and "speculation" in self._open
 
     def _is_due(self, rows: int) -> bool:
         """Whether to think again: always while speculating, now and then while off."""
@@ -214,7 +243,7 @@ class AdaptiveDrafting:
         self._logged = made
         acceptance = self.evidence.acceptance(slots)[int(choice.shared), :, choice.budget].mean(0)
         skipped = self._skipped[choice.budget]
-        plain = 1000 * float(costs.verify(len(slots), self._num_layers))
+        plain = 1000 * float(costs.plain(len(slots), self._num_layers))
         step = 1000 * float(costs.draft(len(slots), self._num_layers - skipped))
         what = "speculating" if worth_it else "probing" if self._probing else "off"
         self._log(
@@ -316,8 +345,9 @@ class AdaptiveDrafting:
             return
         shared, self._sharing = self._sharing, None
         if shared is not None:
-            self._scales.update(zip(self._scales, shared.get().tolist(), strict=True))
+            ends = np.cumsum([len(scale) for scale in self._scales.values()])[:-1]
+            self._scales = dict(zip(self._scales, np.split(shared.get().numpy(), ends), strict=True))
         if self._rounds % SHARE_EVERY == 0:
-            scales = np.array([*self.corrections.scales.values()], dtype=np.float32)
+            scales = np.concatenate([*self.corrections.scales.values()]).astype(np.float32)
             self._sharing = HostCopy(share(index(scales, device)))
         self._rounds += 1

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
-from clasp_vllm.skipping.controller import PassCosts
+from clasp_vllm.skipping.controller import SIZES, Array, PassCosts
 
-RATE = 0.1  # of a correction
+RATE = 0.1  # of a correction, once there have been some
 BELIEVABLE = 2.0  # a measurement further off than this counts as this
+STEPS = "plain_scale", "verify_scale"  # corrections of the engine's steps, by size
 
 
 def measure_pass_costs(
@@ -19,14 +21,15 @@ def measure_pass_costs(
     num_layers: int,
     longest: int,
     synchronize: Callable[[], None],
-    repeats: int = 5,
+    repeats: int = 4,
 ) -> PassCosts:
-    """Time ``forward(rows, layers)`` for 1, 2, 4, ... up to ``longest`` rows, all layers and half of them.
+    """Time ``forward(rows, layers)`` for all ``SIZES`` up to ``longest`` rows, all layers and half of them.
 
-    Of the repeats the fastest counts: whatever else the machine does only ever makes them slower.
+    Of the repeats the fastest counts: whatever else the machine does only ever makes them slower. More rows
+    may cost less: kernels are made for some sizes.
     """
     few = max(num_layers // 2, 1)
-    sizes = [2**i for i in range(longest.bit_length())]
+    sizes = [size for size in SIZES if size <= longest]
     layer: list[float] = []
     besides: list[float] = []
     for rows in sizes:
@@ -40,7 +43,7 @@ def measure_pass_costs(
                 found.append(time.perf_counter() - before)
         some, every = (min(found) for found in seconds)
         one = every if num_layers == few else max(every - some, 0.0) / (num_layers - few)
-        layer.append(max([one, *layer[-1:]]))  # more rows never cost less
+        layer.append(one)
         besides.append(max(every - num_layers * layer[-1], 0.0))
     return PassCosts(tuple(map(float, sizes)), tuple(layer), tuple(besides))
 
@@ -68,20 +71,37 @@ class Mark:
 
 
 class CostCorrections:
-    """Learns how far off the costs measured at start-up are, from the rounds as they are served."""
+    """Learns how far off the costs measured at start-up are, from the rounds as they are served.
+
+    Plain steps and those that verify drafts each have a correction for every one of ``SIZES``: the engine
+    may run them by other kernels and graphs than drafts, and each size by others. Sizes of which nothing has
+    been seen yet follow those that have.
+
+    Attributes:
+        scales: by the names of the corrections of ``PassCosts``; [sizes] float64, or [1].
+    """
 
     def __init__(self) -> None:
-        self.scales = {"verify_scale": 1.0, "draft_scale": 1.0, "pass_scale": 1.0}
-        self._pending: list[tuple[str, float, Mark, Mark]] = []
+        self.scales: dict[str, Array] = {name: np.ones(len(SIZES)) for name in STEPS}
+        self.scales |= {"draft_scale": np.ones(1), "pass_scale": np.ones(1)}
+        self._seen = {name: np.zeros(len(scale)) for name, scale in self.scales.items()}
+        self._pending: list[tuple[str, float, float, Mark, Mark]] = []
 
-    def add(self, kind: str, predicted: float, start: Mark, end: Mark) -> None:
-        """``predicted``: seconds without correction of what lies between the marks."""
-        self._pending.append((kind, predicted, start, end))
+    def add(self, kind: str, rows: float, predicted: float, start: Mark, end: Mark) -> None:
+        """``predicted``: seconds without correction of ``rows`` rows between the marks."""
+        self._pending.append((kind, rows, predicted, start, end))
 
     def settle(self) -> None:
         """Learn from what the device has finished."""
-        while self._pending and self._pending[0][3].reached():
-            kind, predicted, start, end = self._pending.pop(0)
-            scale = self.scales[kind]
-            off = end.seconds_since(start) / max(predicted * scale, 1e-9)
-            self.scales[kind] = scale * min(max(off, 1 / BELIEVABLE), BELIEVABLE) ** RATE
+        while self._pending and self._pending[0][-1].reached():
+            kind, rows, predicted, start, end = self._pending.pop(0)
+            scale, seen = self.scales[kind], self._seen[kind]
+            near = np.array([np.interp(rows, SIZES, one) for one in np.eye(len(SIZES))])
+            near = near if len(scale) > 1 else np.ones(1)
+            off = end.seconds_since(start) / max(predicted * float(near @ scale), 1e-9)
+            off = min(max(off, 1 / BELIEVABLE), BELIEVABLE)
+            rate = near * np.maximum(RATE, 1 / (4 + seen))
+            for name in STEPS if kind in STEPS else (kind,):
+                self.scales[name][self._seen[name] == 0] *= off ** rate.sum()
+            scale[seen > 0] *= off ** rate[seen > 0]
+            seen += near

@@ -27,6 +27,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 WORTH_IT = 1.05  # the ratio from which on to speculate: less is not worth the risk of being wrong
 PASS_SHARE = 0.02  # of the time, what optimisation passes may cost beyond the draft steps they replace
 PROBE_SHARE = 0.005  # of the time, what probes may lose while speculation is off
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows, to know costs of
 INTERVALS = (8, 1024)  # rounds between two passes for a sequence
 HIGHEST_FLOOR = 0.9
 
@@ -39,26 +40,29 @@ class PassCosts:
         rows: [sizes] ascending, those measured.
         layer: [sizes] of one layer.
         besides: [sizes] of all else: embedding, head, metadata, choosing a token.
-        verify_scale, draft_scale, pass_scale: corrections, learnt while serving, of engine steps, draft
-            steps and optimisation passes.
+        plain_scale, verify_scale: corrections, learnt while serving, of engine steps without and with
+            drafts to verify: one, or one for each of ``SIZES``.
+        draft_scale, pass_scale: of draft steps and optimisation passes.
     """
 
     rows: tuple[float, ...]
     layer: tuple[float, ...]
     besides: tuple[float, ...]
-    verify_scale: float = 1.0
-    draft_scale: float = 1.0
-    pass_scale: float = 1.0
+    plain_scale: Any = 1.0
+    verify_scale: Any = 1.0
+    draft_scale: Any = 1.0
+    pass_scale: Any = 1.0
 
-    def scaled(self, scales: Mapping[str, float]) -> PassCosts:
+    def scaled(self, scales: Mapping[str, Any]) -> PassCosts:
         """With other corrections, by name."""
         return PassCosts(self.rows, self.layer, self.besides, **scales)
 
     def _at(self, values: tuple[float, ...], rows: Any) -> Array:
-        """Between the sizes measured a line, beyond the last the line through the last two."""
+        """Between the sizes measured a line, beyond the last through it and half its rows."""
         found: Array = np.interp(rows, self.rows, values)
         if len(self.rows) > 1:
-            slope = max(0.0, (values[-1] - values[-2]) / (self.rows[-1] - self.rows[-2]))
+            half = self.rows[-1] / 2
+            slope = max(0.0, (values[-1] - float(np.interp(half, self.rows, values))) / half)
             found = found + slope * np.maximum(np.asarray(rows) - self.rows[-1], 0.0)
         return found
 
@@ -66,20 +70,24 @@ class PassCosts:
         """Seconds of a pass of ``rows`` rows through ``layers`` layers; both may be arrays."""
         return self._at(self.besides, rows) + np.asarray(layers) * self._at(self.layer, rows)
 
+    def plain(self, rows: Any, num_layers: int) -> Array:
+        """Seconds of an engine step that decodes ``rows`` sequences and verifies nothing."""
+        return _between(self.plain_scale, rows) * self.forward(rows, num_layers)
+
     def verify(self, tokens: Any, num_layers: int) -> Array:
         """Seconds of an engine step that decodes and verifies ``tokens`` tokens in all."""
-        return self.verify_scale * self.forward(tokens, num_layers)
+        return _between(self.verify_scale, tokens) * self.forward(tokens, num_layers)
 
     def draft(self, rows: Any, layers: Any) -> Array:
         """Seconds of a draft step."""
-        return self.draft_scale * self.forward(rows, layers)
+        return _between(self.draft_scale, 1) * self.forward(rows, layers)
 
     def optimize(self, rows: int, items: Items, budget: int) -> float:
         """Seconds of an optimisation pass of ``rows`` sequences."""
         columns = rows * np.array(items.columns(budget))
         besides = float(self._at(self.besides, columns[-1]))
         layers = float((self._at(self.layer, columns) * items.costs).sum()) / items.units
-        return self.pass_scale * (besides + layers)
+        return float(_between(self.pass_scale, 1)) * (besides + layers)
 
 
 @dataclass(frozen=True)
@@ -139,8 +147,9 @@ class Ngrams:
     def ratio(self, costs: PassCosts, num_layers: int, others: int, longest: int) -> float:
         """Tokens per second over plain decoding's, verifying these beside ``others`` rows without drafts."""
         tokens, verified = self.take(longest)
-        rate = (others + tokens) / costs.verify(others + verified, num_layers)
-        return float(rate.max() / rate[0])
+        rate = (others + tokens[1:]) / costs.verify(others + verified[1:], num_layers)
+        rows = others + len(self.lengths)
+        return float(rate.max() / rows * costs.plain(rows, num_layers))
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,7 @@ class Batch:
         return _from_zero(np.cumsum(np.ones_like(stays) if self.padded else stays, axis=-1))
 
     def verify(self, tokens: Any) -> Array:
-        """Seconds of the engine's step."""
+        """Seconds of the engine's step with drafts."""
         return self.costs.verify(tokens, self.num_layers)
 
     def floor(self, choice: Choice) -> float:
@@ -230,7 +239,7 @@ class Batch:
         layers = self.layers[int(choice.shared), choice.budget]
         seconds = float(self.costs.draft(rows, layers)) / rows
         if not self.padded:
-            seconds += float(self.verify(tokens + 1) - self.verify(tokens))
+            seconds += max(float(self.verify(tokens + 1) - self.verify(tokens)), 0.0)
         gained = self.acceptance[int(choice.shared), :, choice.budget, 1:]
         alpha = float(gained.mean()) if gained.size else 1.0
         return min(choice.tokens / choice.seconds * seconds / max(alpha, 0.1), HIGHEST_FLOOR)
@@ -295,7 +304,7 @@ def _best(batch: Batch, rows: int, tokens: Array, seconds: Array, allowed: np.nd
     rate = np.where(allowed, tokens / seconds, 0.0)
     best = np.unravel_index(np.argmax(rate), rate.shape)
     shared, budget, length, ngram = (int(i) for i in best)
-    ratio = float(rate[best]) / (rows / float(batch.verify(rows)))
+    ratio = float(rate[best]) / (rows / float(batch.costs.plain(rows, batch.num_layers)))
     found = Choice(
         budget, length, bool(shared), ngram, False, ratio, float(seconds[best]), float(tokens[best])
     )
@@ -305,6 +314,13 @@ def _best(batch: Batch, rows: int, tokens: Array, seconds: Array, allowed: np.nd
 def draft_lengths(longest: int) -> list[int]:
     """Lengths to choose from where the engine captures graphs for each: none, powers of two, the longest."""
     return sorted({0, longest, *(1 << i for i in range(longest.bit_length()))})
+
+
+def _between(scale: Any, rows: Any) -> Array:
+    """A correction, for so many rows."""
+    one = np.asarray(scale, dtype=np.float64)
+    found: Array = np.interp(rows, SIZES, one) if one.size > 1 else one.reshape(())
+    return found
 
 
 def _before(going_on: Array) -> Array:

@@ -5,6 +5,7 @@ import torch
 
 from clasp_vllm.drafting import timing
 from clasp_vllm.drafting.timing import CostCorrections, Mark, measure_pass_costs
+from clasp_vllm.skipping.controller import SIZES, PassCosts
 
 
 @pytest.fixture
@@ -21,31 +22,60 @@ def test_costs_are_those_of_the_passes(clock):
         clock.now += 0.5 + 0.01 * rows + layers * (0.2 + 0.1 * rows)
 
     costs = measure_pass_costs(forward, 6, 20, lambda: None)
-    assert costs.rows == (1.0, 2.0, 4.0, 8.0, 16.0)
-    assert costs.layer == pytest.approx([0.3, 0.4, 0.6, 1.0, 1.8])
-    assert costs.besides == pytest.approx([0.51, 0.52, 0.54, 0.58, 0.66])
-    assert float(costs.forward(3, 2)) == pytest.approx(0.53 + 2 * 0.5)
+    assert costs.rows == (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+    assert costs.layer == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4, 1.8])
+    assert costs.besides == pytest.approx([0.51, 0.52, 0.53, 0.54, 0.56, 0.58, 0.62, 0.66])
+    assert float(costs.forward(5, 2)) == pytest.approx(0.55 + 2 * 0.7)
     assert float(costs.forward(20, 1)) == pytest.approx(0.7 + 2.2)
+
+
+def test_more_rows_may_cost_less(clock):
+    def forward(rows: int, layers: int) -> None:
+        clock.now += layers * (0.2 if rows < 4 else 0.1)
+
+    assert measure_pass_costs(forward, 6, 4, lambda: None).layer == pytest.approx([0.2, 0.2, 0.2, 0.1])
+
+
+def see(clock, corrections: CostCorrections, kind: str, rows: float, took: float, times: int = 1) -> None:
+    """Something that should have taken 0.2 s took longer or less."""
+    for _ in range(times):
+        start = Mark(torch.device("cpu"))
+        clock.now += took
+        corrections.add(kind, rows, 0.2, start, Mark(torch.device("cpu")))
+        corrections.settle()
 
 
 def test_corrections_come_to_what_is_seen(clock):
     corrections = CostCorrections()
-    for _ in range(100):
-        start = Mark(torch.device("cpu"))
-        clock.now += 0.3
-        corrections.add("verify_scale", 0.2, start, Mark(torch.device("cpu")))
-        corrections.settle()
-    assert corrections.scales["verify_scale"] == pytest.approx(1.5, rel=1e-3)
-    assert corrections.scales["draft_scale"] == 1.0
+    see(clock, corrections, "draft_scale", 1, 0.3, times=100)
+    assert corrections.scales["draft_scale"] == pytest.approx([1.5], rel=1e-3)
+    assert (corrections.scales["pass_scale"] == 1.0).all()
+    assert (corrections.scales["verify_scale"] == 1.0).all()
+
+
+def test_sizes_and_kinds_of_steps_have_corrections_of_their_own(clock):
+    corrections = CostCorrections()
+    see(clock, corrections, "verify_scale", 8, 0.3, times=100)
+    # What has not been seen follows.
+    assert corrections.scales["verify_scale"] == pytest.approx([1.5] * len(SIZES), rel=1e-3)
+    assert corrections.scales["plain_scale"] == pytest.approx([1.5] * len(SIZES), rel=1e-3)
+    see(clock, corrections, "plain_scale", 4, 0.1, times=100)
+    at_four, at_eight = SIZES.index(4), SIZES.index(8)
+    assert corrections.scales["plain_scale"][at_four] == pytest.approx(0.5, rel=1e-3)
+    assert corrections.scales["verify_scale"][at_eight] == pytest.approx(1.5, rel=1e-3)
+    see(clock, corrections, "verify_scale", 7, 0.6, times=100)  # between six and eight
+    found = PassCosts((1.0,), (0.2,), (0.0,)).scaled(corrections.scales)
+    assert float(found.verify(7, 1)) == pytest.approx(0.6, rel=1e-2)
+    assert float(found.plain(4, 1)) == pytest.approx(0.1, rel=1e-2)
+    assert corrections.scales["verify_scale"][at_eight] > 2.0
 
 
 def test_one_measurement_moves_a_correction_little(clock):
     corrections = CostCorrections()
-    start = Mark(torch.device("cpu"))
-    clock.now += 100.0
-    corrections.add("draft_scale", 0.2, start, Mark(torch.device("cpu")))
-    corrections.settle()
-    assert 1.0 < corrections.scales["draft_scale"] < 1.1
+    see(clock, corrections, "draft_scale", 1, 100.0)
+    assert 1.0 < corrections.scales["draft_scale"].item() < 1.2
+    see(clock, corrections, "verify_scale", 5, 100.0)
+    assert 1.0 < corrections.scales["verify_scale"].max() < 1.2
 
 
 def test_a_model_of_one_layer(clock):

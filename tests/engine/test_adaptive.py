@@ -140,7 +140,7 @@ def off_from_the_start(config: dict) -> tuple[Outcome, dict[str, float], list[st
     """With drafts that could never pay: what was generated, our metrics, and what the controller said."""
     with running(speculative_config=config, **SETTINGS) as llm:
         ours = drafter(llm)
-        ours.adaptive.corrections.scales["draft_scale"] = 1e9
+        ours.adaptive.corrections.scales["draft_scale"][:] = 1e9
         lines: list[str] = []
         ours.adaptive._log = lines.append
         outcome = generate(llm, PROMPTS[:10], max_tokens=32)

@@ -88,10 +88,10 @@ def watch(worker) -> None:
     controller = _drafter(worker).adaptive
     original = controller.choose
     controller.chosen = []
-    controller._scales["draft_scale"] = 0.01  # as rank 0 shares it from its first pass on
+    controller._scales["draft_scale"][:] = 0.01  # as rank 0 shares it from its first pass on
 
     def choose(*args):
-        controller.corrections.scales["draft_scale"] = 50.0 if worker.rank else 0.01
+        controller.corrections.scales["draft_scale"][:] = 50.0 if worker.rank else 0.01
         choice = original(*args)
         controller.chosen.append((choice.length, choice.budget, choice.shared))
         return choice

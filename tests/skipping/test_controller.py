@@ -96,7 +96,7 @@ def test_the_ratio_is_that_of_tokens_per_second(alpha, rows, longest):
     drafting = found.length * COSTS.draft(rows, NUM_LAYERS - BUDGETS[found.budget])
     seconds = drafting + COSTS.verify(rows * (1 + found.length), NUM_LAYERS)
     assert found.seconds == pytest.approx(float(seconds))
-    plain = float(COSTS.verify(rows, NUM_LAYERS))
+    plain = float(COSTS.plain(rows, NUM_LAYERS))
     assert found.ratio == pytest.approx(found.tokens / rows * plain / found.seconds)
 
 
@@ -126,7 +126,7 @@ def test_it_is_the_best_of_all(rows, ngrams):
             drafted += 1
             tokens += 0.3 ** (k + 1)
         seconds += float(COSTS.verify(every + drafted, NUM_LAYERS))
-        return tokens / every * float(COSTS.verify(every, NUM_LAYERS)) / seconds
+        return tokens / every * float(COSTS.plain(every, NUM_LAYERS)) / seconds
 
     taken = [0] if ngrams is None else [1, 2]
     ways = [
@@ -223,7 +223,7 @@ def test_costs_lie_on_lines_between_and_beyond_those_measured(rows, layers):
 
 
 def test_probes_lose_no_more_than_their_share():
-    probes, choice, plain = Probes(), decide(0.3, 16), float(COSTS.verify(16, NUM_LAYERS))
+    probes, choice, plain = Probes(), decide(0.3, 16), float(COSTS.plain(16, NUM_LAYERS))
     steps = 5000
     done = sum(probes.due(choice, plain) for _ in range(steps))
     assert done > 0
