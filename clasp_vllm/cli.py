@@ -11,7 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from clasp_vllm import __version__
-from clasp_vllm.bench import costs, profile, serving
+from clasp_vllm.bench import costs, inspection, profile, serving
 from clasp_vllm.bench.options import split_arguments
 from clasp_vllm.calibration import calibrate, fixed_mask
 from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     calibrate.add_arguments(
         commands.add_parser("calibrate", help="anchors and skip sets for method knn_ssd, found by trying")
     )
+    inspection.add_arguments(
+        commands.add_parser("inspect", help="a picture of the layers that requests skip over time")
+    )
     wide = commands.add_parser("widen", help="a checkpoint made as costly as a larger one, same function")
     wide.add_argument("model", type=Path, help="folder of a checkpoint of the Llama family")
     wide.add_argument("output", type=Path, help="folder to write")
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words, server_arguments = split_arguments(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words, argparse.Namespace(server_arguments=server_arguments))
-    if args.server_arguments and args.command not in ("bench", "calibrate", "costs", "profile"):
+    if args.server_arguments and args.command not in ("bench", "calibrate", "costs", "inspect", "profile"):
         parser.error(f"{args.command} takes nothing after --")
     if args.command == "keys":
         print(key_table())
@@ -66,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fixed_mask.main(args)
     if args.command == "calibrate":
         return calibrate.main(args)
+    if args.command == "inspect":
+        return inspection.main(args)
     if args.command == "widen":
         return _widen(args)
     try:

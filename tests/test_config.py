@@ -46,8 +46,13 @@ BAD = [
     ({"method": "layer_skip", "optimization_interval": 4}, ["optimization_interval=4", "method: clasp"]),
     ({"skip_ratio": 0.5}, ["method=None", "required"]),
     ({"method": "knn_ssd"}, ["calibration=None", "needs the folder"]),
-    ({"method": "knn_ssd", "calibration": "x", "skip_ratio": 0.5}, ["skip_ratio=0.5", "clasp or layer_skip"]),
+    (
+        {"method": "knn_ssd", "calibration": "x", "skip_ratio": 0.5},
+        ["skip_ratio=0.5", "clasp or swift or layer_skip"],
+    ),
     ({"method": "clasp", "calibration": "x"}, ["calibration='x'", "method: knn_ssd"]),
+    ({"method": "swift", "granularity": "layer"}, ["granularity='layer'", "method: clasp"]),
+    ({"method": "swift", "adaptive": ["layers"]}, ["adaptive=['layers']", "method: swift fixes the layers"]),
     ({"method": "layer_skip", "granularity": "layer"}, ["granularity='layer'", "method: clasp"]),
     ({"method": "clasp", "adaptive": ["depth"]}, ["adaptive=['depth']", "'speculation'"]),
     (

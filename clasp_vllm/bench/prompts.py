@@ -10,6 +10,7 @@ from clasp_vllm.bench.options import levels
 
 TASKS = ("maths", "code", "prose", "sql", "json")
 HELD_OUT = 5  # measurements ask a task's first prompts; calibration may look at those from here on
+GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill the unit interval evenly
 WARM_UP = "warm-up"  # a task of the prompts held out
 
 
@@ -34,16 +35,52 @@ def read_prompts(path: Path, option: str) -> list[str]:
     return prompts
 
 
-def mixed_prompts(count: int) -> list[str]:
-    """Prompts of all tasks in turn: maths, code, prose, SQL, JSON, maths, ... From the start if too many."""
-    tasks = [task_prompts(task)[:HELD_OUT] for task in TASKS]
-    prompts = [prompt for group in zip(*tasks, strict=True) for prompt in group]
+def mixed_prompts(count: int, ratio: float = 1.0) -> list[str]:
+    """A stream of the prompts of all tasks, from the start again if there are too few.
+
+    Args:
+        count: how many.
+        ratio: of prompts that are of another task than the one before, as far as there are prompts left: 1 =
+            the tasks take turns, 0 = one task after the other (KNN-SSD's mix ratio, section 5.3).
+    """
+    left = [task_prompts(task)[:HELD_OUT] for task in TASKS]
+    prompts, task, owed = [left[0].pop(0)], 0, 0.0
+    while any(left):
+        owed += ratio
+        if owed >= 1.0 or not left[task]:
+            task = next(t % len(left) for t in range(task + 1, task + 1 + len(left)) if left[t % len(left)])
+            owed = max(owed - 1.0, 0.0)
+        prompts.append(left[task].pop(0))
     return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def mix_ratio(task: str) -> float | None:
+    """The ratio of "mixed" or "mixed/RATIO"; None for another task.
+
+    Raises:
+        ValueError: RATIO is not a number from 0 to 1.
+    """
+    name, slash, ratio = task.partition("/")
+    if name != "mixed":
+        return None
+    found = float(ratio) if slash else 1.0
+    if not 0 <= found <= 1:
+        raise ValueError(f"{ratio} is not from 0 to 1")
+    return found
 
 
 def number_of_prompts(prompts: int, concurrency: int) -> int:
     """Enough to keep as many requests running for most of the time."""
     return max(prompts, 2 * concurrency)
+
+
+def answer_length(i: int, mean: int, equal: bool) -> int:
+    """Tokens of the ``i``-th answer: from half of ``mean`` to one and a half, evenly, unless all are equal.
+
+    With answers of one length a server whose requests all advance alike ends and starts them all at once, and
+    reads their prompts in one batch, which no server with real traffic does.
+    """
+    return mean if equal else max(1, round(mean * (0.5 + i * GOLDEN % 1.0)))
 
 
 def datasets(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
@@ -63,13 +100,18 @@ def datasets(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
         if task == WARM_UP:
             few = [prompt for known in TASKS for prompt in task_prompts(known)[HELD_OUT:]]
         else:
-            few = mixed_prompts(len(TASKS) * HELD_OUT) if task == "mixed" else task_prompts(task)[:HELD_OUT]
+            ratio = mix_ratio(task)
+            few = task_prompts(task)[:HELD_OUT] if ratio is None else mixed_prompts(longest, ratio)
         prompts = [few[i % len(few)] for i in range(longest)]
-        path = folder / f"{task}.jsonl"
-        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        path = folder / f"{task.replace('/', '_')}.jsonl"
+        lines = [
+            {"prompt": prompt, "output_tokens": answer_length(i, args.max_tokens, args.equal_lengths)}
+            for i, prompt in enumerate(prompts)
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         found[task] = [
             "--dataset-name=custom",
             f"--dataset-path={path}",
-            f"--custom-output-len={args.max_tokens}",
+            "--custom-output-len=-1",  # what each line says
         ]
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clasp_vllm.bench.cost_model import Costs, costs_by_batch
+from clasp_vllm.bench.prompts import mix_ratio
 
 Row = dict[str, Any]
 # (plain, method) measurements by method, task, load and temperature. A load that rises and falls is text.
@@ -149,10 +150,54 @@ def _profiles(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _line(axis: Any, points: dict[float, list[float]], label: str) -> None:
+    """Median and range of ratios over what lies on the x axis."""
+    at = sorted(points)
+    middle = [statistics.median(points[x]) for x in at]
+    low = [m - min(points[x]) for m, x in zip(middle, at, strict=True)]
+    high = [max(points[x]) - m for m, x in zip(middle, at, strict=True)]
+    axis.errorbar(at, middle, yerr=[low, high], marker="o", capsize=3, label=label)
+
+
+def _finish(figure: Any, axes: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    for axis in axes:
+        axis.axhline(1.0, color="black", linewidth=0.8)
+    axes[0].set_ylabel("tokens per second, ratio to plain vLLM")
+    axes[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def _plots(found: Pairs, folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    _plot_loads(found, folder)
+    _plot_shift(found, folder)
+
+
+def _plot_shift(found: Pairs, folder: Path) -> None:
+    """Ratios by how often the task of the stream changes."""
+    from matplotlib import pyplot
+
+    here = {key: both for key, both in found.items() if mix_ratio(key[1]) is not None}
+    if len({key[1] for key in here}) < 2:
+        return
+    figure, axis = pyplot.subplots(figsize=(6.5, 3.6))
+    lines: dict[str, dict[float, list[float]]] = {}
+    for (method, task, load, temperature), both in here.items():
+        name = f"{method}, {load} at once, temperature {temperature:g}"
+        lines.setdefault(name, {})[mix_ratio(task) or 0.0] = [ratio(pair) for pair in both]
+    for name, points in lines.items():
+        _line(axis, points, name)
+    axis.set(xlabel="prompts of another task than the one before")
+    _finish(figure, [axis], folder / "ratio-domain-shift.png")
+
+
+def _plot_loads(found: Pairs, folder: Path) -> None:
     from matplotlib import pyplot
 
     for temperature in sorted({key[3] for key in found}):
@@ -167,20 +212,11 @@ def _plots(found: Pairs, folder: Path) -> None:
         figure, axes = pyplot.subplots(1, len(tasks), figsize=(3.2 * len(tasks) + 2, 3.6), squeeze=False)
         for axis, task in zip(axes[0], tasks, strict=True):
             for method in methods:
-                points = sorted((key[2], v) for key, v in here.items() if key[:2] == (method, task))
-                at_once = [point[0] for point in points]
-                middle = [statistics.median(point[1]) for point in points]
-                low = [m - min(point[1]) for m, point in zip(middle, points, strict=True)]
-                high = [max(point[1]) - m for m, point in zip(middle, points, strict=True)]
-                axis.errorbar(at_once, middle, yerr=[low, high], marker="o", capsize=3, label=method)
-            axis.axhline(1.0, color="black", linewidth=0.8)
+                of = {float(key[2]): v for key, v in here.items() if key[:2] == (method, task)}
+                _line(axis, of, method)
             axis.set(title=task, xlabel="requests at once", xscale="log")
             axis.set_xticks(sorted({key[2] for key in here}), minor=False)
             axis.xaxis.set_major_formatter("{x:.0f}")
             axis.minorticks_off()
-        axes[0][0].set_ylabel("tokens per second, ratio to plain vLLM")
-        axes[0][-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
         figure.suptitle(f"temperature {temperature:g}")
-        figure.tight_layout()
-        figure.savefig(folder / f"ratio-temperature-{temperature:g}.png", dpi=110)
-        pyplot.close(figure)
+        _finish(figure, axes[0], folder / f"ratio-temperature-{temperature:g}.png")

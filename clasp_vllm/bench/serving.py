@@ -22,7 +22,7 @@ from typing import Any
 from clasp_vllm.bench.about import about
 from clasp_vllm.bench.cost_model import costs_by_batch
 from clasp_vllm.bench.options import levels, loads, number, numbers
-from clasp_vllm.bench.prompts import HELD_OUT, TASKS, WARM_UP, datasets, number_of_prompts
+from clasp_vllm.bench.prompts import HELD_OUT, TASKS, WARM_UP, datasets, mix_ratio, number_of_prompts
 from clasp_vllm.bench.report import write_report
 from clasp_vllm.bench.servers import Server, ServerError, serve
 
@@ -229,7 +229,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks",
         type=lambda text: text.split(","),
-        help=f"of {', '.join(TASKS)}, mixed (all in turn), spec_bench/CATEGORY (default: the package's)",
+        help=f"of {', '.join(TASKS)}, mixed (all in turn), mixed/RATIO (of prompts of another task than the "
+        "one before: 0 = one task after the other), spec_bench/CATEGORY (default: the package's)",
     )
     parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's question.jsonl")
     parser.add_argument(
@@ -247,7 +248,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"prompts per task (default {HELD_OUT}); at least twice as many as run at once",
     )
     parser.add_argument(
-        "--max-tokens", type=number(1), default=64, help="tokens per answer (default %(default)s)"
+        "--max-tokens",
+        type=number(1),
+        default=64,
+        help="tokens per answer, in the mean (default %(default)s)",
+    )
+    parser.add_argument(
+        "--equal-lengths",
+        action="store_true",
+        help="all answers of the same length; else they lie between half and one and a half of it",
     )
     parser.add_argument(
         "--profile", type=numbers(1), default=[], help="also say where the time goes, at these batch sizes"
@@ -277,8 +286,11 @@ def fill_in(args: argparse.Namespace) -> dict[str, str]:
                 raise ValueError(f"--tasks {task}: needs --spec-bench with the path of question.jsonl")
         elif task in TASKS and args.prompts > HELD_OUT:
             raise ValueError(f"--prompts {args.prompts}: --tasks {task} has {HELD_OUT}")
-        elif task not in (*TASKS, "mixed"):
-            raise ValueError(f"--tasks {task}: allowed are {', '.join(TASKS)}, mixed and spec_bench/CATEGORY")
+        elif task not in TASKS and not _is_mixed(task):
+            raise ValueError(
+                f"--tasks {task}: allowed are {', '.join(TASKS)}, mixed, mixed/RATIO with RATIO from 0 to 1, "
+                "and spec_bench/CATEGORY"
+            )
     if args.costs is not None:
         args.costs = read_costs(args.costs, args.model)
     if args.method is None:
@@ -288,6 +300,13 @@ def fill_in(args: argparse.Namespace) -> dict[str, str]:
         if not config:
             raise ValueError(f"--method {name}: allowed is NAME=CONFIG, CONFIG being JSON or a file")
     return methods
+
+
+def _is_mixed(task: str) -> bool:
+    try:
+        return mix_ratio(task) is not None
+    except ValueError:
+        return False
 
 
 def read_costs(path: Path, model: str) -> dict[str, Any]:
@@ -329,8 +348,11 @@ def main(args: argparse.Namespace) -> int:
         "costs": args.costs,
     }
 
-    def write() -> None:
+    def save() -> None:
         (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    def write() -> None:
+        save()
         write_report(results, args.output)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -349,6 +371,7 @@ def main(args: argparse.Namespace) -> int:
                         servers = {True: plain, False: other}
                         for one in compare(name, servers, sets, args, lambda: progress.advance(bar)):
                             results["measurements"].append(asdict(one))
+                            save()  # it may be interrupted
                     write()
         except ServerError as error:
             console.print(str(error), markup=False)

@@ -136,11 +136,12 @@ class AdaptiveDrafting:
         assert self.costs is not None
         return float(self.costs.forward(rows, layers))
 
-    def drafted(self, drafts: Drafts, ended: Mark) -> None:
-        """A round has ended: remember its drafts until they are verified."""
-        self.outcomes.drafted(drafts)
+    def drafted(self, request_ids: Sequence[str], drafts: Drafts | None, ended: Mark) -> None:
+        """A round has ended: remember its drafts, if there are any, until they are verified."""
+        if drafts is not None:
+            self.outcomes.drafted(drafts)
         self.evidence.forget()
-        self._running, self._ended = frozenset(drafts.request_ids), ended
+        self._running, self._ended = frozenset(request_ids), ended
 
     def timed(self, marks: tuple[Mark, Mark, Mark], predicted: float, optimized: int) -> None:
         """Compare what drafting by skipping took with the costs.

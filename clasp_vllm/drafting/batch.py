@@ -84,6 +84,8 @@ class DraftBatch:
         sampling: [rows] bool on the host, whether the request samples; None: not known.
         ngrams: [rows] what followed the last time that the sequence's last tokens occurred in it,
             empty where they never did; None: not looked up.
+        generated: [rows] int64 arrays on the host, the last tokens that each generated, as many as
+            ``Policy.reads_generated`` if there are; None: not asked for.
     """
 
     request_ids: Sequence[str]
@@ -93,6 +95,7 @@ class DraftBatch:
     max_lengths: Tensor
     sampling: np.ndarray | None = None
     ngrams: Sequence[Sequence[int]] | None = None
+    generated: Sequence[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.request_ids)
@@ -110,6 +113,7 @@ class DraftBatch:
             self.max_lengths[torch.from_numpy(rows)],
             None if self.sampling is None else self.sampling[rows],
             None if self.ngrams is None else [self.ngrams[row] for row in rows],
+            None if self.generated is None else [self.generated[row] for row in rows],
         )
 
     def followed_by(self, tokens: Sequence[Sequence[int]]) -> tuple[DraftBatch, np.ndarray]:

@@ -219,6 +219,9 @@ class Drafter:
         """Tell the controller of a round. ``skipping``: rows drafted for by skipping."""
         assert self._controlled is not None
         rows, device = len(slots), lengths.device
+        if found is None and not looked_up.any():
+            self._controlled.drafted(request_ids, None, Mark(device))
+            return
         certain, limits, sure = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=np.int64), None
         drafted = None
         ended = Mark(device)
@@ -234,7 +237,7 @@ class Drafter:
             self._controlled.timed(found.marks, self._predicted, found.due.size)
             ended = found.marks[-1]
         drafts = Drafts(request_ids, slots, looked_up, certain, lengths, drafted, limits, sure, choice)
-        self._controlled.drafted(drafts, ended)
+        self._controlled.drafted(request_ids, drafts, ended)
 
     def _draft_by_skipping(
         self,
@@ -253,6 +256,7 @@ class Drafter:
         """
         rows, device = len(batch), batch.tokens.device
         started = Mark(device)
+        self.statistics.total.tried += self.policy.learn(batch)
         due = self.policy.due(slots, self._interval(choice, len(running)))
         exact = self.policy.optimize(batch.select(due), slots[due], running) if due.size else None
         optimized = Mark(device)

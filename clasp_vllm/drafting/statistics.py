@@ -23,6 +23,7 @@ COUNTERS = {
     "ngrams": "Drafts looked up in the context, one per sequence and round.",
     "checked": "Of these, those that a draft step checked before they were verified.",
     "optimized": "Skip masks found, one per sequence and optimisation pass.",
+    "tried": "Sets of sub-layers that a search tried while serving, with method swift.",
     "failures": "Drafting rounds that failed and went without drafts.",
 }
 
@@ -40,6 +41,7 @@ class DraftCounts:
         ngrams: drafts looked up in the context, one per sequence and round.
         checked: of these, those that a draft step checked before they were verified.
         optimized: masks found, one per sequence and optimisation pass.
+        tried: sets of sub-layers that a search tried.
         failures: rounds that failed and went without drafts.
         skips: [num_layers] float32, drafts that skipped the layer (a half for half a layer).
     """
@@ -52,6 +54,7 @@ class DraftCounts:
     ngrams: int
     checked: int
     optimized: int
+    tried: int
     failures: int
     skips: Tensor
 

@@ -1,7 +1,7 @@
 """The ledger of every place where the plugin changes vLLM.
 
 Each entry wraps one function, leaves it as it is for configurations that are not ours, and can be
-installed any number of times. ``install`` sets those down to update_from_output in every process when vLLM
+installed any number of times. ``install`` sets those down to post_step in every process when vLLM
 loads its plugins; a worker's hooks follow where it uses us, so that others never import our engine.
 
 | hook                  | what it changes                          | why                              |
@@ -12,6 +12,7 @@ loads its plugins; a worker's hooks follow where it uses us, so that others neve
 | worker                | installs its runner's hooks              | late, and only where we are used |
 | stat_loggers          | a logger of our counts, before the others| plugins' own loggers come last   |
 | update_from_output    | draft lengths that the drafter asks for  | room is made before drafting     |
+| post_step             | drafts come with the runner's output     | stock: a second call of workers  |
 | warm_up               | the drafter starts at its end            | it measures what passes cost     |
 | sample_tokens         | our counts ride on the runner's output   | no slot for a speculator's own   |
 | speculator_v2         | our speculator in Model Runner V2        | its list of methods is closed    |
@@ -86,6 +87,7 @@ def install() -> None:
     wrap(WorkerBase, "__init__", _worker)
     wrap(StatLoggerManager, "__init__", _stat_loggers)
     wrap(Scheduler, "update_from_output", _update_from_output)
+    wrap(EngineCore, "post_step", _post_step)
 
 
 def _cli_argument(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,12 +197,24 @@ def _ours(runner: Any) -> Any:
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         if _uses_us(self.vllm_config):
-            from clasp_vllm.engine.metrics import schedule_wanted
+            from clasp_vllm.engine.metrics import schedule_wanted, take_drafts
 
             schedule_wanted(self, model_runner_output)
+            take_drafts(self, model_runner_output)
         return original(self, scheduler_output, model_runner_output)
 
     return update_from_output
+
+
+def _post_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    def post_step(self: Any, model_executed: bool) -> None:
+        drafts = vars(self.scheduler).pop("_layer_skip_drafts", None)
+        if drafts is None:
+            original(self, model_executed)
+        elif drafts.req_ids:
+            self.scheduler.update_draft_token_ids(drafts)
+
+    return post_step
 
 
 def _stat_loggers(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -240,7 +254,7 @@ def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
         output = original(self, *args, **kwargs)
         if not _uses_us(self.vllm_config):
             return output
-        return send_counts(_ours(self), output)
+        return send_counts(_ours(self), output, self)
 
     return sample_tokens
 

@@ -1,4 +1,4 @@
-"""The drafter's counts on vLLM's own way from the workers to /metrics.
+"""The drafter's counts, and its drafts, on vLLM's own way from the workers to /metrics.
 
 A worker's output has a slot for the statistics of an encoder-cache connector, which the scheduler
 hands on to one front-end, with tensor parallelism from one rank. That connector serves multimodal
@@ -14,7 +14,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.utils import create_metric_per_engine
-from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ECConnectorOutput, ModelRunnerOutput
 
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.statistics import COUNTERS, GAUGES
@@ -22,6 +22,7 @@ from clasp_vllm.drafting.statistics import COUNTERS, GAUGES
 KEY = "layer_skip"
 TASKS = "layer_skip_tasks"  # prompts, by the task that they were taken for
 CHOSEN = "layer_skip_chosen"  # what the controller chose, by gauge
+DRAFTS = "layer_skip_drafts"  # their requests and tokens
 WANTED = "layer_skip_wanted"  # draft tokens to schedule
 
 
@@ -49,8 +50,22 @@ def schedule_wanted(scheduler: Any, output: ModelRunnerOutput) -> None:
     scheduler.dynamic_sd_lookup = [min(most, wanted) for most in longest]
 
 
-def send_counts(drafter: Drafter, output: Any) -> Any:
-    """Put what has been counted since the last call on a model runner's output, and return that."""
+def take_drafts(scheduler: Any, output: ModelRunnerOutput) -> None:
+    """Keep the drafts that came with a runner's output until the end of the step."""
+    slot = output.ec_connector_output
+    stats = slot.ec_connector_stats if slot is not None else None
+    if stats is not None and DRAFTS in stats.data:
+        scheduler._layer_skip_drafts = DraftTokenIds(*stats.data.pop(DRAFTS))
+        if not stats.data:
+            slot.ec_connector_stats = None
+
+
+def send_counts(drafter: Drafter, output: Any, runner: Any) -> Any:
+    """Put what has been counted since the last call on a model runner's output, and return that.
+
+    And its drafts, where they are there already and the scheduler would ask for them in a call of its own:
+    on a CPU, with Model Runner V1 and without async scheduling.
+    """
     # Where scheduling is asynchronous the output is on its way, inside another.
     outer = output
     for name in ("_model_runner_output", "model_runner_output"):
@@ -70,6 +85,9 @@ def send_counts(drafter: Drafter, output: Any) -> Any:
         wanted = drafter.adaptive.take_wanted()
         if wanted is not None:
             found[WANTED] = wanted
+    if runner.device.type == "cpu" and not getattr(runner, "use_async_scheduling", True):
+        drafts = runner.take_draft_token_ids()
+        found[DRAFTS] = (drafts.req_ids, drafts.draft_token_ids) if drafts is not None else ([], [])
     if not found:
         return outer
     stats = ECConnectorOutput(ec_connector_stats=ECConnectorStats(data=found))

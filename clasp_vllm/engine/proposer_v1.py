@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from clasp_vllm.config import ConfigError
 from clasp_vllm.drafting.batch import DraftBatch, index, prompt_tokens
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import (
@@ -47,6 +48,12 @@ class LayerSkipProposer(DraftModelProposer):
             from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
             self._lookup = NgramProposer(vllm_config)
+
+        if config.method == "swift" and runner.use_async_scheduling:
+            raise ConfigError(
+                "method='swift': its search needs the generated tokens, which async scheduling has not yet; "
+                "allowed is --no-async-scheduling"
+            )
 
     def load_model(self, target_model: nn.Module) -> None:
         self.decoder = build_decoder(target_model)
@@ -123,6 +130,7 @@ class LayerSkipProposer(DraftModelProposer):
             max_lengths[:num_reqs] + 1,
             np.array([request_id not in greedy for request_id in request_ids]),
             self.drafter.guarded(lambda: self._looked_up(next_token_ids, positions, rows)),
+            self._generated(next_token_ids, positions, rows),
         ).select(rows)
 
         probs: list[Tensor] = []
@@ -181,6 +189,19 @@ class LayerSkipProposer(DraftModelProposer):
                 tokens[row, lengths[row] - 1] = sampled_id = int(next_tokens[row])
                 sampled[row] = [sampled_id]
         return self._lookup.propose(self._lookup.k, sampled, lengths, tokens)
+
+    def _generated(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> list[np.ndarray] | None:
+        """See ``DraftBatch.generated``; nothing but for ``rows``."""
+        count = self.drafter.policy.reads_generated
+        if not count:
+            return None
+        batch, ends = self.runner.input_batch, positions.numpy()
+        found = [np.empty(0, dtype=np.int64)] * len(ends)
+        for row in rows:
+            first = max(ends[row] + 1 - count, batch.num_prompt_tokens[row])
+            before = batch.token_ids_cpu[row, first : ends[row]].astype(np.int64)
+            found[row] = np.append(before, int(next_tokens[row]))
+        return found
 
     def _drafted_greedily(self, rows: np.ndarray, metadata: SamplingMetadata) -> np.ndarray:
         """[rows] bool, which sampling requests are not to have drafts drawn, but the likeliest tokens.

@@ -22,6 +22,12 @@ class Policy:
     def read(self, prompts: PromptTokens) -> None:
         """A step has read (parts of) these prompts. Called before the first round of their requests."""
 
+    reads_generated = 0  # the last tokens generated that it wants to see of each request
+
+    def learn(self, batch: DraftBatch) -> bool:
+        """A round is about to draft for these sequences by skipping. Whether that was used to learn."""
+        return False
+
     def take_tasks(self) -> dict[str, int]:
         """Prompts by the task that they were taken for, since the last call; empty where there are none."""
         return {}

@@ -4,12 +4,21 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from engines import DEMO_MODEL
 
 from clasp_vllm.bench.cost_model import costs_by_batch
-from clasp_vllm.bench.prompts import HELD_OUT, TASKS, WARM_UP, datasets, task_prompts
+from clasp_vllm.bench.prompts import (
+    HELD_OUT,
+    TASKS,
+    WARM_UP,
+    answer_length,
+    datasets,
+    mixed_prompts,
+    task_prompts,
+)
 from clasp_vllm.bench.report import pairs, predicted_ratio, ratio, spread, write_report
 from clasp_vllm.bench.serving import METHODS, accepted, add_arguments, fill_in, read_costs, workloads
 from clasp_vllm.config import is_ours, parse_config
@@ -51,6 +60,42 @@ def row(method: str, plain: bool, repeat: int, speed: float, text: str = "a", ta
         "counters": {} if plain or method == "y" else COUNTERS,
         "texts": [text, "b"],
     }
+
+
+def test_a_stream_of_tasks_that_change_more_or_less_often():
+    task_of = {prompt: task for task in TASKS for prompt in task_prompts(task)}
+
+    def changes(ratio: float) -> float:
+        tasks = [task_of[prompt] for prompt in mixed_prompts(25, ratio)]
+        assert sorted(tasks) == sorted(5 * TASKS)
+        return sum(a != b for a, b in pairwise(tasks)) / 24
+
+    assert changes(0) == 4 / 24
+    assert changes(1) == 1.0
+    assert changes(0.25) < changes(0.5) < changes(0.75) < 1.0
+    assert mixed_prompts(50, 0.5)[25:] == mixed_prompts(25, 0.5)
+    args = options("--tasks=mixed,mixed/0.5", "--concurrency=1")
+    fill_in(args)
+    assert [w.task for w in workloads(args) if w.temperature == 0] == ["mixed", "mixed/0.5"]
+
+
+def test_answers_differ_in_length():
+    lengths = [answer_length(i, 40, equal=False) for i in range(100)]
+    assert 20 <= min(lengths) < 24
+    assert 56 < max(lengths) <= 60
+    assert sum(lengths) / 100 == pytest.approx(40, abs=1)
+    assert {answer_length(i, 40, equal=True) for i in range(9)} == {40}
+    assert answer_length(0, 1, equal=False) == 1
+
+
+def test_a_picture_of_domain_shift(tmp_path):
+    rows = [
+        row("x", plain, 0, 100.0 if plain else speed, task=task)
+        for task, speed in (("mixed", 120.0), ("mixed/0", 150.0))
+        for plain in (True, False)
+    ]
+    write_report(RESULTS | {"measurements": rows}, tmp_path)
+    assert (tmp_path / "ratio-domain-shift.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_load_that_rises_and_falls():
@@ -161,6 +206,7 @@ def test_defaults():
     ("arguments", "part"),
     [
         (["--tasks", "chemistry"], "--tasks chemistry: allowed are maths"),
+        (["--tasks", "mixed/2"], "--tasks mixed/2: allowed are maths"),
         (["--tasks", "spec_bench/qa"], "needs --spec-bench"),
         (["--tasks", "maths", "--prompts", "9"], "--prompts 9: --tasks maths has 5"),
         (["--costs", "missing.json"], "--costs missing.json: not written by clasp-vllm costs"),

@@ -149,3 +149,19 @@ def test_bfloat16_differs_no_more_than_plain_vllm_from_itself():
         f"a batch and alone {floor:.3f}, plain vLLM and CLaSp in a batch {ours:.3f}"
     )
     assert ours > floor - 0.1
+
+
+def calls_for_drafts(speculative_config: object) -> tuple[Outcome, int]:
+    """What was generated, and how often the engine asked the workers for drafts in a call of its own."""
+    with running(speculative_config=speculative_config, max_num_seqs=8) as llm:
+        executor = llm.llm_engine.engine_core.engine_core.model_executor
+        original, calls = executor.take_draft_token_ids, []
+        executor.take_draft_token_ids = lambda: (calls.append(1), original())[1]
+        return generate(llm, PROMPTS[:4], max_tokens=16), len(calls)
+
+
+def test_drafts_come_with_the_output_where_they_can(call, plain, request):
+    found, calls = call(calls_for_drafts, HALF)
+    assert found.num_accepted_tokens > 0
+    assert [ids[:16] for ids in plain.token_ids[:4]] == found.token_ids
+    assert (calls == 0) == ("[v1]" in request.node.name)

@@ -1,0 +1,143 @@
+"""Which layers each request skips over time: a picture of layers by rounds, and the same as text."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clasp_vllm.bench.options import engine_settings, number
+from clasp_vllm.bench.prompts import TASKS, task_prompts
+from clasp_vllm.config import ConfigError, read_settings
+
+# What a round did with a layer, as a letter of the text and a colour of the picture.
+KINDS = (
+    ("nothing was drafted by skipping", " ", "#ffffff"),
+    ("run", "█", "#1f3b5c"),
+    ("attention skipped", "▄", "#7a9cc6"),
+    ("MLP skipped", "▀", "#b8862b"),
+    ("skipped", "·", "#e8e4da"),
+)
+
+
+def kinds(masks: list[np.ndarray | None], num_layers: int) -> np.ndarray:
+    """[num_layers, rounds] int, indices into ``KINDS``.
+
+    Args:
+        masks: by round, [num_layers, 2] bool, True = skipped; None where nothing was drafted by skipping.
+    """
+    columns = [np.zeros(num_layers, dtype=int) if m is None else 1 + m[:, 0] + 2 * m[:, 1] for m in masks]
+    return np.array(columns, dtype=int).reshape(-1, num_layers).T
+
+
+def as_text(found: np.ndarray) -> str:
+    """A line for each layer, a letter for each round."""
+    letters = np.array([letter for _, letter, _ in KINDS])
+    return "\n".join(f"{layer:3d} {''.join(letters[row])}" for layer, row in enumerate(found))
+
+
+def legend(found: np.ndarray) -> str:
+    """The letters that occur."""
+    return ", ".join(f"{letter!r} {name}" for i, (name, letter, _) in enumerate(KINDS) if i in found)
+
+
+def draw(requests: dict[str, np.ndarray], path: Path) -> None:
+    """A panel for each request: its name and [num_layers, rounds] ``kinds``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    widest = max(found.shape[1] for found in requests.values())
+    size = (min(3 + 0.12 * widest, 14), 0.8 + 2.4 * len(requests))
+    figure, axes = pyplot.subplots(len(requests), 1, figsize=size, sharex=True, squeeze=False)
+    colours = ListedColormap([colour for *_, colour in KINDS])
+    for axis, (name, found) in zip(axes[:, 0], requests.items(), strict=True):
+        axis.imshow(found, cmap=colours, vmin=0, vmax=len(KINDS) - 1, aspect="auto", interpolation="nearest")
+        axis.set_ylabel("layer")
+        axis.set_title(name, loc="left", fontsize="small")
+    axes[-1, 0].set_xlabel("round")
+    there = np.unique(np.concatenate([found.ravel() for found in requests.values()]))
+    handles = [Patch(facecolor=KINDS[i][2], edgecolor="#888888", label=KINDS[i][0]) for i in there]
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize="small", frameon=False)
+    figure.tight_layout(rect=(0, 0.35 / size[1], 1, 1))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def watch_masks(drafter: Any) -> dict[str, list[np.ndarray | None]]:
+    """The masks of each request by round, in a dict that grows while the engine runs."""
+    found: dict[str, list[np.ndarray | None]] = {}
+    original, by_skipping = drafter._draft, drafter._draft_by_skipping
+
+    def draft(batch: Any, *args: Any) -> Any:
+        for request_id in batch.request_ids:
+            found.setdefault(request_id, []).append(None)
+        return original(batch, *args)
+
+    def draft_by_skipping(batch: Any, slots: Any, running: Any, choice: Any, *args: Any) -> Any:
+        drafted = by_skipping(batch, slots, running, choice, *args)
+        masks = drafter._plans.masks(slots, choice).numpy()
+        for request_id, mask in zip(batch.request_ids, masks, strict=True):
+            found[request_id][-1] = mask.copy()
+        return drafted
+
+    drafter._draft, drafter._draft_by_skipping = draft, draft_by_skipping
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("model", help="name or path")
+    parser.add_argument(
+        "--speculative-config", default='{"method": "clasp"}', help="as for vllm serve (default %(default)s)"
+    )
+    parser.add_argument(
+        "--prompt", action="append", help="may be given several times (default: one of each task)"
+    )
+    parser.add_argument("--max-tokens", type=number(1), default=64, help="tokens per answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("layers.png"), help="default %(default)s")
+    parser.epilog = "Arguments after -- are those of vllm serve."
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the drafter is reached in this process
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    try:
+        config = read_settings(args.speculative_config)
+    except ConfigError as error:
+        Console(stderr=True).print(f"clasp-vllm: error: {error}", markup=False)
+        return 2
+    prompts = args.prompt or [task_prompts(task)[0] for task in TASKS]
+    from vllm import LLM, SamplingParams
+
+    settings = {"max_num_seqs": len(prompts)} | engine_settings(args.model, args.server_arguments)
+    llm = LLM(args.model, speculative_config=config, **settings)
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    drafter = (getattr(runner, "speculator", None) or runner.drafter).drafter
+    found = watch_masks(drafter)
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+    answers = llm.generate(prompts, params)
+    num_layers, pictures = drafter.decoder.num_layers, {}
+    for i, answer in enumerate(answers, start=1):
+        # The engine's names of requests begin with ours.
+        masks = next((m for name, m in found.items() if name.split("-")[0] == answer.request_id), [])
+        name = f"{i}. {' '.join(answer.prompt.split())[:70]}"
+        pictures[name] = kinds(masks, num_layers)
+        tokens = len(answer.outputs[0].token_ids)
+        console.print(f"\n{name}\n{tokens} tokens in {len(masks)} rounds", markup=False, highlight=False)
+        console.print(as_text(pictures[name]), markup=False, highlight=False)
+        console.print(legend(pictures[name]), markup=False, highlight=False)
+    draw(pictures, args.output)
+    console.print(f"\nwritten: {args.output}", markup=False)
+    return 0

@@ -1,0 +1,198 @@
+"""The controller against every fixed setting, and without each of its parts, in one engine in turn.
+
+    .venv/bin/python scripts/bench/settings.py MODEL --output settings.json
+
+A fixed setting is a number of layers to skip and of tokens to draft, in every round, each request with masks
+of its own. Every third measurement is of the same engine without speculation; ratios are to the mean of the
+two around them. What a load that rises and falls comes to is worked out from its levels.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from clasp_vllm.bench.about import about
+from clasp_vllm.bench.options import number, numbers
+from clasp_vllm.bench.prompts import HELD_OUT, TASKS, mixed_prompts, number_of_prompts, task_prompts
+
+WAVE = {1: 2, 8: 2, 16: 1}  # levels of the load 1-8-16-8-1, and how often each
+LAYERS, LENGTHS = (8, 12, 16), (1, 3, 6)
+PARTS = ("n-grams", "length", "sharing", "exit", "speculation", "layers")
+EVERY = 3  # settings between two measurements without speculation
+OFF, ALL = "off", "controller"
+
+
+@contextmanager
+def changed(controller: Any, name: str) -> Iterator[None]:
+    """The controller doing what the setting says."""
+    import clasp_vllm.drafting.adaptive as module
+
+    real, lengths, opened, best = controller.choose, controller._lengths, controller._open, module.choose
+    kind, _, what = name.partition(" ")
+    if name == OFF:
+        controller.choose = lambda *args: replace(real(*args), length=0, ngram=0, checked=False)
+    elif kind == "fixed":
+        skipped, length = map(int, what.split("x"))
+        budget = controller._skipped.index(skipped)
+        controller.choose = lambda *args: replace(
+            real(*args), budget=budget, length=length, shared=False, ngram=0, checked=False, floor=0.0
+        )
+    elif what == "n-grams":
+        controller.choose = lambda slots, own, shared, room, _, version: real(
+            slots, own, shared, room, None, version
+        )
+    elif what == "length":
+        controller._lengths = [controller.longest]
+    elif what == "exit":
+        controller.choose = lambda *args: replace(real(*args), floor=0.0)
+    elif what == "layers":
+        keep = controller._skipped.index(LAYERS[1])
+
+        def choose(batch: Any, *args: Any) -> Any:
+            never = np.full(batch.layers.shape, 1e9)
+            never[:, keep] = batch.layers[:, keep]
+            return best(replace(batch, layers=never), *args)
+
+        module.choose = choose
+    elif what in PARTS:
+        controller._open = opened - {what}
+    try:
+        yield
+    finally:
+        controller.choose, controller._lengths, controller._open = real, lengths, opened
+        module.choose = best
+
+
+def seconds(engine: Any, prompts: Sequence[str], at_once: int, params: Any) -> float:
+    """Answer all prompts, so many at once."""
+    waiting, running = list(enumerate(prompts)), 0
+    started = time.perf_counter()
+    while waiting or running:
+        while waiting and running < at_once:
+            i, prompt = waiting.pop(0)
+            engine.add_request(f"{started}-{i}", prompt, params)
+            running += 1
+        running -= sum(output.finished for output in engine.step())
+    return time.perf_counter() - started
+
+
+def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All settings at all loads."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, ignore_eos=True)
+    engine, names = llm.llm_engine, settings(controller)
+    warm_up = [prompt for task in TASKS for prompt in task_prompts(task)[HELD_OUT:]]
+    for at_once in args.concurrency:
+        seconds(engine, warm_up[: 2 * at_once], at_once, params)
+    found = []
+    for repeat, at_once in track([*itertools.product(range(args.repeats), args.concurrency)]):
+        prompts = mixed_prompts(number_of_prompts(args.prompts, at_once))
+        order = names[:: (-1) ** repeat]
+        groups = [order[i : i + EVERY] for i in range(0, len(order), EVERY)]
+
+        def one(
+            name: str, prompts: Sequence[str] = prompts, at_once: int = at_once, repeat: int = repeat
+        ) -> dict[str, Any]:
+            with changed(controller, name):
+                took = seconds(engine, prompts, at_once, params)
+            return {
+                "setting": name,
+                "concurrency": at_once,
+                "repeat": repeat,
+                "tokens_per_second": len(prompts) * args.max_tokens / took,
+            }
+
+        off = one(OFF)
+        for group in groups:
+            measured = [one(name) for name in group]
+            before, off = off, one(OFF)
+            plain = (before["tokens_per_second"] + off["tokens_per_second"]) / 2
+            found += [result | {"ratio": result["tokens_per_second"] / plain} for result in measured]
+    return found
+
+
+def settings(controller: Any) -> list[str]:
+    """Names of all settings."""
+    skipped = [layers for layers in LAYERS if layers in controller._skipped]
+    fixed = [f"fixed {layers}x{length}" for layers, length in itertools.product(skipped, LENGTHS)]
+    without = [f"without {part}" for part in PARTS]
+    return [ALL, *fixed, ALL, *without]
+
+
+def table(found: list[dict[str, Any]], concurrency: Sequence[int]) -> str:
+    """Median ratios, by setting and load, in Markdown."""
+    names = list(dict.fromkeys(one["setting"] for one in found))
+    wave = set(WAVE) <= set(concurrency)
+    heads = [*map(str, concurrency), *(["1-8-16-8-1"] if wave else [])]
+    lines = [f"| setting | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name in names:
+        ratios = {
+            load: [one["ratio"] for one in found if one["setting"] == name and one["concurrency"] == load]
+            for load in concurrency
+        }
+        cells = [f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})" for of in ratios.values()]
+        if wave:
+            cells.append(f"{_wave(found, name):.2f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _wave(found: list[dict[str, Any]], name: str) -> float:
+    """Ratio on the load that rises and falls: as many answers at each level as ``bench`` asks for there."""
+    plain = ours = 0.0
+    for load, times in WAVE.items():
+        of = [one for one in found if one["setting"] == name and one["concurrency"] == load]
+        speed = statistics.median(one["tokens_per_second"] for one in of)
+        answers = times * number_of_prompts(HELD_OUT, load)
+        ours += answers / speed
+        plain += answers * statistics.median(one["ratio"] for one in of) / speed
+    return plain / ours
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--concurrency", type=numbers(1), default=[1, 2, 4, 8, 16])
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--repeats", type=number(1), default=2)
+    parser.add_argument(
+        "--prompts", type=number(1), default=HELD_OUT, help="at least; twice the load at least"
+    )
+    parser.add_argument("--max-tokens", type=number(1), default=32, help="tokens per answer")
+    parser.add_argument("--output", type=Path, help="JSON file for all measurements")
+    args = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the controller is reached in this process
+    from vllm import LLM
+
+    llm = LLM(
+        args.model,
+        speculative_config={"method": "clasp"},
+        dtype="bfloat16",
+        kv_cache_memory_bytes=3_000_000_000,
+        max_model_len=2048,
+        max_num_seqs=max(args.concurrency),
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    controller = core.model_executor.driver_worker.worker.model_runner.drafter.drafter.adaptive
+    found = measure(llm, controller, args)
+    facts = about()
+    if args.output is not None:
+        args.output.write_text(json.dumps({"about": facts, "measurements": found}, indent=1) + "\n")
+    print("\n".join(f"- {name}: {value}" for name, value in facts.items()))
+    print(f"\n{table(found, args.concurrency)}")
+
+
+if __name__ == "__main__":
+    main()
