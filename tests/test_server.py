@@ -1,5 +1,7 @@
 """The HTTP server with the real openai client."""
 
+import re
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -156,4 +158,13 @@ def test_random_traffic_with_clients_that_leave(server):
     assert list(traffic.texts.values()) == [{text} for text in plain]
     metrics = server.metrics()
     assert metrics["layer_skip_failures"] == 0
-    assert metrics["layer_skip_optimized"] > 0
+    assert metrics["layer_skip_optimized"] >= metrics["layer_skip_passes"] > 0
+    assert metrics["layer_skip_optimized"] >= metrics["layer_skip_changed"] > 0
+    assert metrics["layer_skip_pass_seconds"] > 0
+    assert metrics["layer_skip_spared"] > 0
+    assert 0.5 < metrics["layer_skip_similarity"] < 1
+    with urllib.request.urlopen(server.url.replace("/v1", "/metrics"), timeout=30) as response:
+        text = response.read().decode()
+    kept = dict(re.findall(r"vllm:layer_skip_kept_layers_(bucket|count|sum){[^}]*} (\S+)", text))
+    assert float(kept["sum"]) == 12 * float(kept["count"])  # half of 24
+    assert float(kept["count"]) >= metrics["spec_decode_num_drafts"]

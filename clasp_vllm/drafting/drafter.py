@@ -279,7 +279,11 @@ class Drafter:
         draft.finish()
         self.sequences.advance(slots, due)
         self.statistics.count_round(self._plans.masks(slots, choice), draft_steps, due.size)
+        if due.size:
+            self.statistics.count_pass(started, optimized)
+        self.statistics.total.changed = self.sequences.changed
         limits = np.minimum(choice.length + ahead, width)
+        self.statistics.total.spared += int((limits - draft.count).sum())
         return _Drafted(draft, limits, due, (started, optimized, Mark(device)))
 
     def _first_step(

@@ -34,6 +34,7 @@ class SequenceTable:
         self.initial_mask = initial_mask
         self.shared_mask = initial_mask  # where all sequences of a batch skip the same layers
         self.masks = initial_mask.repeat(capacity, 1, 1, 1)  # [capacity, budgets, num_layers, 2]
+        self.changed = 0  # masks set that were not as before
         self.has_own = np.zeros(capacity, dtype=bool)  # whether its own mask has been found
         self.age = np.full(capacity, NEVER, dtype=np.int64)  # rounds since then
         # Where an initial mask is good enough to start with: the rounds over which new sequences spread
@@ -80,7 +81,9 @@ class SequenceTable:
     def set_masks(self, request_ids: Sequence[str], masks: Tensor) -> None:
         """Store [n, budgets, num_layers, 2] masks. Those of sequences forgotten since are passed over."""
         known = [i for i, request_id in enumerate(request_ids) if request_id in self._slots]
-        self.masks[[self._slots[request_ids[i]] for i in known]] = masks[known]
+        slots = [self._slots[request_ids[i]] for i in known]
+        self.changed += int((self.masks[slots] != masks[known]).flatten(1).any(1).sum())
+        self.masks[slots] = masks[known]
         self.version += 1
 
     def set_initial_mask(self, mask: Tensor) -> None:

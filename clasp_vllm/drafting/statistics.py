@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from clasp_vllm.drafting.timing import Mark
 
 # What the controller chooses, and what it means on /metrics.
 GAUGES = {
     "draft_length": "Draft tokens by layer skipping chosen for a round; 0 = speculation is off.",
     "skipped_layers": "Layers that the best draft would skip.",
     "expected_ratio": "Tokens per second that the best draft promises, over plain decoding's.",
+    "similarity": "Cosine of the last hidden state of the draft to the full model's, at the number of layers "
+    "skipped now, as the last optimisation pass found it.",
 }
 # The counts that are metrics, and what they mean there.
 COUNTERS = {
@@ -22,7 +27,11 @@ COUNTERS = {
     "plain_steps": "Engine steps after which nothing was drafted, for it would not have paid.",
     "ngrams": "Drafts looked up in the context, one per sequence and round.",
     "checked": "Of these, those that a draft step checked before they were verified.",
+    "spared": "Draft tokens left undrafted because drafting for a sequence stopped early.",
+    "passes": "Optimisation passes of the batch.",
+    "pass_seconds": "Time that optimisation passes took.",
     "optimized": "Skip masks found, one per sequence and optimisation pass.",
+    "changed": "Of these, those that differ from the sequence's mask before.",
     "tried": "Sets of sub-layers that a search tried while serving, with method swift.",
     "failures": "Drafting rounds that failed and went without drafts.",
 }
@@ -40,7 +49,11 @@ class DraftCounts:
         plain_steps: engine steps after which nothing was drafted, for it would not have paid.
         ngrams: drafts looked up in the context, one per sequence and round.
         checked: of these, those that a draft step checked before they were verified.
+        spared: draft tokens left undrafted because drafting for a sequence stopped early.
+        passes: optimisation passes of the batch.
+        pass_seconds: that these took; on a GPU those that have ended.
         optimized: masks found, one per sequence and optimisation pass.
+        changed: of these, those that differ from the sequence's mask before.
         tried: sets of sub-layers that a search tried.
         failures: rounds that failed and went without drafts.
         skips: [num_layers] float32, drafts that skipped the layer (a half for half a layer).
@@ -53,7 +66,11 @@ class DraftCounts:
     plain_steps: int
     ngrams: int
     checked: int
+    spared: int
+    passes: int
+    pass_seconds: float
     optimized: int
+    changed: int
     tried: int
     failures: int
     skips: Tensor
@@ -66,8 +83,10 @@ class DraftStatistics:
         self.interval_s = interval_s
         self.total = DraftCounts(**dict.fromkeys(COUNTERS, 0), sequences=0, skips=torch.zeros(num_layers))
         self._reported = self._copy()
-        self._taken = dict.fromkeys(COUNTERS, 0)
+        self._taken: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self._reported_at = time.monotonic()
+        self._passes: list[tuple[Mark, Mark]] = []
+        self._kept: Counter[float] = Counter()
 
     def _copy(self) -> DraftCounts:
         return replace(self.total, skips=self.total.skips.clone())
@@ -78,10 +97,25 @@ class DraftStatistics:
         self.total.sequences += len(masks)
         self.total.steps += steps
         self.total.optimized += optimized
-        self.total.skips += masks.float().mean(2).sum(0)
+        skips = masks.float().mean(2)
+        self.total.skips += skips.sum(0)
+        self._kept.update((masks.shape[1] - skips.sum(1)).tolist())
 
-    def take(self) -> dict[str, int]:
+    def count_pass(self, started: Mark, ended: Mark) -> None:
+        """An optimisation pass between two moments of the device."""
+        self.total.passes += 1
+        self._passes.append((started, ended))
+
+    def take_kept(self) -> dict[float, int]:
+        """Drafts by the number of layers that they ran, since the last call."""
+        kept, self._kept = self._kept, Counter()
+        return dict(kept)
+
+    def take(self) -> dict[str, float]:
         """What has been counted since the last call, by name; what has not is left out."""
+        while self._passes and self._passes[0][1].reached():
+            started, ended = self._passes.pop(0)
+            self.total.pass_seconds += ended.seconds_since(started)
         now = {name: getattr(self.total, name) for name in COUNTERS}
         taken, self._taken = self._taken, now
         return {name: count - taken[name] for name, count in now.items() if count > taken[name]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
@@ -21,6 +21,7 @@ from clasp_vllm.drafting.statistics import COUNTERS, GAUGES
 
 KEY = "layer_skip"
 TASKS = "layer_skip_tasks"  # prompts, by the task that they were taken for
+KEPT = "layer_skip_kept"  # drafts, by the layers that they ran
 CHOSEN = "layer_skip_chosen"  # what the controller chose, by gauge
 DRAFTS = "layer_skip_drafts"  # their requests and tokens
 WANTED = "layer_skip_wanted"  # draft tokens to schedule
@@ -79,9 +80,12 @@ def send_counts(drafter: Drafter, output: Any, runner: Any) -> Any:
     tasks = drafter.policy.take_tasks()
     if tasks:
         found[TASKS] = tasks
+    kept = drafter.statistics.take_kept()
+    if kept:
+        found[KEPT] = kept
+    if counts:
+        found[CHOSEN] = drafter.policy.gauges() | (drafter.adaptive.gauges() if drafter.adaptive else {})
     if drafter.adaptive is not None:
-        if counts:
-            found[CHOSEN] = drafter.adaptive.gauges()
         wanted = drafter.adaptive.take_wanted()
         if wanted is not None:
             found[WANTED] = wanted
@@ -96,7 +100,7 @@ def send_counts(drafter: Drafter, output: Any, runner: Any) -> Any:
 
 
 class LayerSkipStatLogger(AggregateStatLoggerBase):
-    """Prometheus counters and gauges named vllm:layer_skip_*, one child per engine."""
+    """Prometheus counters, gauges and a histogram named vllm:layer_skip_*, one child per engine."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         model_name = vllm_config.model_config.served_model_name
@@ -110,6 +114,11 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
         self._labels = labels
         meaning = "Prompts by the task that they were taken for, with method knn_ssd."
         self._prompts = Counter("vllm:layer_skip_prompts", meaning, [*names, "task"])
+        num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        buckets = [*range(0, num_layers, -(-num_layers // 16)), num_layers]
+        meaning = "Layers that drafts by skipping ran, one per sequence and round."
+        kept = Histogram("vllm:layer_skip_kept_layers", meaning, names, buckets=buckets)
+        self._kept = create_metric_per_engine(kept, labels)
         self._gauges = {
             name: create_metric_per_engine(
                 Gauge(f"vllm:layer_skip_{name}", meaning, names, multiprocess_mode="mostrecent"), labels
@@ -133,6 +142,9 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
             self._counters[name][engine_idx].inc(count)
         for task, count in slot.get(TASKS, {}).items():
             self._prompts.labels(*self._labels[engine_idx], task).inc(count)
+        for layers, count in slot.get(KEPT, {}).items():
+            for _ in range(count):
+                self._kept[engine_idx].observe(layers)
         for name, value in slot.get(CHOSEN, {}).items():
             self._gauges[name][engine_idx].set(value)
 

@@ -32,6 +32,10 @@ class Policy:
         """Prompts by the task that they were taken for, since the last call; empty where there are none."""
         return {}
 
+    def gauges(self) -> dict[str, float]:
+        """What there is to see of the last choice, by the name of its metric."""
+        return {}
+
     def due(self, slots: np.ndarray, interval: int) -> np.ndarray:
         """Rows (indices into ``slots``) whose masks are to be chosen anew in this round.
 

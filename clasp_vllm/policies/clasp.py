@@ -11,7 +11,7 @@ from torch import Tensor
 from clasp_vllm.drafting.adaptive import AdaptiveDrafting
 from clasp_vllm.drafting.batch import DraftBatch, index
 from clasp_vllm.drafting.evidence import SkipEvidence
-from clasp_vllm.drafting.host import HostMasks
+from clasp_vllm.drafting.host import HostCopy, HostMasks
 from clasp_vllm.drafting.passes import Passes
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.policies.base import Policy
@@ -49,17 +49,26 @@ class Clasp(Policy):
         self._sequences = sequences
         self._passes = passes
         self._items = items
+        self._columns = budgets
         self._budgets = torch.tensor(budgets)
         self._max_skipped = budgets[-1]
         self._max_requests = max_requests
         self._adaptive = adaptive
         self._share = share
         self._new_masks = HostMasks()
+        # Of the last pass, and of the one before, which has come to the host for certain.
+        self._similarities: tuple[HostCopy | None, HostCopy | None] = (None, None)
 
     def reset(self) -> None:
         """See ``Policy``."""
         if self.evidence is not None:
             self.evidence.reset()
+
+    def gauges(self) -> dict[str, float]:
+        """See ``Policy``."""
+        before, last = self._similarities
+        known = last if self._budgets.device.type == "cpu" else before
+        return {} if known is None else {"similarity": float(known.get())}
 
     def due(self, slots: np.ndarray, interval: int) -> np.ndarray:
         """See ``Policy``."""
@@ -87,6 +96,9 @@ class Clasp(Policy):
             on_device, fresh = index(slots, device), index(~self._sequences.has_own[slots], device)
             prior = self.evidence.prior(on_device, fresh)
         programme, hidden = self.run_programme(batch, prior)
+        chosen = self._adaptive.last.budget if self._adaptive is not None and self._adaptive.last else -1
+        similarity = programme.similarity[self._columns[chosen]].mean()
+        self._similarities = self._similarities[1], HostCopy(similarity)
         margins = self._share(programme.margins)
         # One broken state must not stay in the averages; where nothing is known the layer is run.
         margins = torch.where(margins.isnan(), -1.0 if prior is None else prior, margins)

@@ -1,0 +1,51 @@
+"""What drafting counts: each thing once, however often it is asked for."""
+
+import torch
+
+from clasp_vllm.drafting import timing
+from clasp_vllm.drafting.sequences import SequenceTable
+from clasp_vllm.drafting.statistics import DraftStatistics
+from clasp_vllm.drafting.timing import Mark
+from clasp_vllm.skipping.mask import layers_mask
+
+
+def test_counts_are_taken_once(monkeypatch):
+    now = iter((1.0, 3.5))
+    statistics = DraftStatistics(4)
+    with monkeypatch.context() as clock:
+        clock.setattr(timing.time, "perf_counter", lambda: next(now))
+        started, ended = Mark(torch.device("cpu")), Mark(torch.device("cpu"))
+    masks = torch.stack((layers_mask(4, [1]), layers_mask(4, [1, 2])))
+    masks[1, 3, 0] = True
+    statistics.count_round(masks, steps=3, optimized=2)
+    statistics.count_pass(started, ended)
+    assert statistics.take_kept() == {3.0: 1, 1.5: 1}
+    assert statistics.take() == {"rounds": 1, "steps": 3, "optimized": 2, "passes": 1, "pass_seconds": 2.5}
+    assert statistics.take_kept() == {}
+    assert statistics.take() == {}
+
+
+def test_a_pass_counts_when_the_device_has_ended_it():
+    class Late(Mark):
+        done = False
+
+        def reached(self):
+            return self.done
+
+    statistics = DraftStatistics(4)
+    started, late = Mark(torch.device("cpu")), Late(torch.device("cpu"))
+    statistics.count_pass(started, late)
+    assert statistics.take() == {"passes": 1}
+    late.done = True
+    assert "pass_seconds" in statistics.take()
+
+
+def test_masks_that_change():
+    table = SequenceTable(2, layers_mask(4, [1]).unsqueeze(0))
+    table.slots(["a", "b"])
+    new = torch.stack((layers_mask(4, [1]), layers_mask(4, [2]))).unsqueeze(1)
+    table.set_masks(["a", "b"], new)
+    assert table.changed == 1
+    table.set_masks(["a", "b"], new)
+    table.set_masks(["gone"], new[:1])
+    assert table.changed == 1
