@@ -9,6 +9,7 @@ whole texts and no cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,46 @@ def _nothing(module: nn.Module, inputs: Any, output: Any) -> Any:
     if isinstance(output, tuple):
         return (torch.zeros_like(output[0]), *output[1:])
     return torch.zeros_like(output)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a calibration needs to know of a model.
+
+    Attributes:
+        num_layers, hidden_size: its shape.
+        shares: [2 num_layers] share of each sub-layer in the weights that a decode step reads.
+        norms: see ``store.stack_norms``.
+    """
+
+    num_layers: int
+    hidden_size: int
+    shares: list[float]
+    norms: Tensor
+
+    @classmethod
+    def of(cls, name: str) -> ModelFacts:
+        """Load the model ``name`` and look."""
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        config, layers = model.config, model.model.layers
+        experts = getattr(config, "num_experts", None) or 1  # of which a token reads a few
+        used = getattr(config, "num_experts_per_tok", None) or 1
+
+        def size(module: nn.Module) -> float:
+            return sum(
+                weight.numel() * (used / experts if "experts" in name else 1)
+                for name, weight in module.named_parameters()
+            )
+
+        sizes = [size(module) for layer in layers for module in (layer.self_attn, layer.mlp)]
+        whole = sum(sizes) + model.lm_head.weight.numel()
+        norms = [n for x in layers for n in (x.input_layernorm, x.post_attention_layernorm)]
+        return cls(
+            len(layers),
+            config.hidden_size,
+            [one / whole for one in sizes],
+            stack_norms([norm.weight for norm in (*norms, model.model.norm)]),
+        )
 
 
 class Acceptance:
@@ -60,30 +101,6 @@ class Acceptance:
         self._model.config.num_hidden_layers = len(kept)
         same = self._predict() == self._predicted
         return float(same.float().mean())
-
-    def shares(self) -> list[float]:
-        """[2 num_layers] share of each sub-layer in the weights that a decode step reads."""
-        config, head = self._model.config, self._model.lm_head.weight.numel()
-        experts = getattr(config, "num_experts", None) or 1  # of which a token reads a few
-        used = getattr(config, "num_experts_per_tok", None) or 1
-
-        def size(module: nn.Module) -> float:
-            return sum(
-                weight.numel() * (used / experts if "experts" in name else 1)
-                for name, weight in module.named_parameters()
-            )
-
-        sizes = [size(module) for layer in self._layers for module in (layer.self_attn, layer.mlp)]
-        return [one / (sum(sizes) + head) for one in sizes]
-
-    def shape(self) -> dict[str, int]:
-        """Layers and width of the model."""
-        return {"num_layers": self.num_layers, "hidden_size": self._model.config.hidden_size}
-
-    def norms(self) -> Tensor:
-        """See ``store.stack_norms``."""
-        norms = [n for x in self._layers for n in (x.input_layernorm, x.post_attention_layernorm)]
-        return stack_norms([norm.weight for norm in (*norms, self._model.model.norm)])
 
     def of_sublayers(self, skipped: frozenset[int]) -> float:
         """The same for sub-layers: ``2 i`` is the attention of layer ``i``, ``2 i + 1`` its MLP."""

@@ -21,6 +21,7 @@ from clasp_vllm.bench.options import engine_settings, number
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, read_prompts, task_prompts
 from clasp_vllm.calibration.search import SEARCHES, SkipSet, Trials
 
+NORMS = "norms of the model"  # beside the tasks' embeddings; no task has spaces in its name
 EVERYTHING = "everything"  # the task of prompts that are of no task known: the best set for all together
 OVERHEAD = 0.03  # of a draft step, in plain steps, besides its sub-layers
 LONGEST = 8  # draft tokens
@@ -51,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(1),
         default=8,
         help="prompts of a task to search with (default %(default)s)",
+    )
+    parser.add_argument(
+        "--search-model",
+        help="a cheaper model of the same layers and the same function to search with, such as the one that "
+        "`clasp-vllm widen` widened (default: the model itself)",
     )
     parser.add_argument("--max-tokens", type=number(2), default=64, help="tokens of each answer to score")
     parser.add_argument("--seed", type=int, default=0, help="of clustering and search (default %(default)s)")
@@ -95,7 +101,11 @@ def main(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         console.print(f"clasp-vllm: error: {error}", markup=False)
         return 2
-    found = calibrate(args, tasks)
+    try:
+        found = calibrate(args, tasks)
+    except ValueError as error:
+        console.print(f"clasp-vllm: error: {error}", markup=False)
+        return 2
     (args.output / "about.json").write_text(json.dumps(about(), indent=1) + "\n")
     apart = "one task" if found["silhouette"] is None else f"silhouette {found['silhouette']:.2f}"
     console.print(f"{args.output}: {apart}; anchors.png shows whether the tasks lie apart", markup=False)
@@ -134,36 +144,52 @@ def keep_settings(args: argparse.Namespace, tasks: dict[str, list[str]]) -> None
 
 def settings_of(args: argparse.Namespace) -> dict[str, int | float | str]:
     """What the result depends on."""
-    names = ("model", "anchors", "trials", "search", "search_prompts", "max_tokens", "seed")
-    return {name: getattr(args, name) for name in names} | {"tasks": ",".join(args.tasks)}
+    names = ("model", "search_model", "anchors", "trials", "search", "search_prompts", "max_tokens", "seed")
+    given = {name: getattr(args, name) for name in names} | {"tasks": ",".join(args.tasks)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str, Any]:
-    """Do what is not done yet; the manifest."""
+    """Do what is not done yet; the manifest.
+
+    Raises:
+        ValueError: the model is not the one that was begun with, or that to search with has other layers.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
-    from clasp_vllm.calibration.acceptance import Acceptance
+    from clasp_vllm.calibration.acceptance import Acceptance, ModelFacts
     from clasp_vllm.calibration.anchors import embed, find_anchors, plot, silhouette
     from clasp_vllm.calibration.store import FORMAT, Manifest, Task, save
 
+    facts = ModelFacts.of(args.model)
     path = args.output / "embeddings.safetensors"
-    if not path.exists():
+    if path.exists():
+        if not torch.equal(load_file(path)[NORMS], facts.norms):
+            raise ValueError(
+                f"--output {args.output}: was begun with other weights of {args.model}; give another folder"
+            )
+    else:
         prompts = [prompt for some in tasks.values() for prompt in some]
         vectors = embed(args.model, prompts, engine_settings(args.model, args.server_arguments))
         split = torch.split(vectors, [len(some) for some in tasks.values()])
         partial = path.with_suffix(".partial")
-        save_file({name: part.contiguous() for name, part in zip(tasks, split, strict=True)}, partial)
+        parts = {name: part.contiguous() for name, part in zip(tasks, split, strict=True)}
+        save_file(parts | {NORMS: facts.norms}, partial)
         partial.rename(path)
     embeddings = [load_file(path)[name] for name in tasks]
     anchors = find_anchors(embeddings, args.anchors, args.seed)
     some = {name: prompts[: args.search_prompts] for name, prompts in tasks.items()}
     some[EVERYTHING] = [prompt for prompts in some.values() for prompt in prompts]
-    found, shape, norms = [], {}, None
+    found = []
     for name, prompts in some.items():
-        acceptance = Acceptance(args.model, prompts, args.max_tokens)
-        shape, norms = acceptance.shape(), acceptance.norms()
-        best, accepted, speedup = search(acceptance, name, args)
+        acceptance = Acceptance(args.search_model or args.model, prompts, args.max_tokens)
+        if acceptance.num_layers != facts.num_layers:
+            raise ValueError(
+                f"--search-model {args.search_model}: has {acceptance.num_layers} layers; allowed are models "
+                f"of {facts.num_layers}"
+            )
+        best, accepted, speedup = search(acceptance, facts.shares, name, args)
         found.append(
             Task(
                 name=name,
@@ -182,19 +208,20 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
         silhouette=silhouette(embeddings),
         settings=settings_of(args),
         versions={name: value for name, value in about().items() if name in ("python", "vllm", "torch")},
-        **shape,
+        num_layers=facts.num_layers,
+        hidden_size=facts.hidden_size,
     )
-    assert norms is not None
-    save(args.output, manifest, anchors, norms)
+    save(args.output, manifest, anchors, facts.norms)
     plot(args.output / "anchors.png", list(tasks), embeddings, anchors)
     return manifest.model_dump()
 
 
-def search(acceptance: Any, name: str, args: argparse.Namespace) -> tuple[SkipSet, float, float]:
-    """The best set of sub-layers for a task, its acceptance, and what it promises."""
+def search(
+    acceptance: Any, shares: Sequence[float], name: str, args: argparse.Namespace
+) -> tuple[SkipSet, float, float]:
+    """The best set of sub-layers for a task, its acceptance, and what it promises. ``shares``: see there."""
     from rich.progress import Progress
 
-    shares = acceptance.shares()
     path = args.output / f"trials-{name}.jsonl"
     known: dict[SkipSet, float] = {}
     if path.exists():  # the last line may have been cut off

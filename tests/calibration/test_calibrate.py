@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from engines import DEMO_MODEL
+from engines import DEMO_MODEL, tiny_llama
 
 from clasp_vllm.calibration.calibrate import EVERYTHING, OVERHEAD, promised
 from clasp_vllm.calibration.store import Calibration
@@ -56,6 +56,34 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_files(folder, tmp_path):
     for path in folder.iterdir():
         if path.name != "about.json":
             assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_model_that_was_replaced_is_noticed(folder, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    model, again = tmp_path / "model", tmp_path / "again"
+    shutil.copytree(DEMO_MODEL, model)
+    shutil.copytree(folder, again)
+    settings = json.loads((again / "settings.json").read_text()) | {"model": str(model)}
+    (again / "settings.json").write_text(json.dumps(settings))
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert main(["calibrate", str(model), f"--output={again}", *OPTIONS, "--", *ENGINE]) == 2
+    assert "was begun with other weights" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_search_with_another_model(folder, tmp_path, capsys):
+    """One of fewer layers is refused, before anything is searched."""
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    other = tiny_llama(tmp_path / "tiny")
+    settings = json.loads((again / "settings.json").read_text()) | {"search_model": str(other)}
+    (again / "settings.json").write_text(json.dumps(settings))
+    options = [f"--search-model={other}", f"--output={again}", *OPTIONS]
+    assert main(["calibrate", str(DEMO_MODEL), *options, "--", *ENGINE]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "has 6 layers; allowed are models of 24" in message
 
 
 @pytest.mark.parametrize(
