@@ -10,6 +10,7 @@ from clasp_vllm.bench.options import levels
 
 TASKS = ("maths", "code", "prose", "sql", "json")
 HELD_OUT = 5  # measurements ask a task's first prompts; calibration may look at those from here on
+ALL_PROMPTS = len(TASKS) * HELD_OUT
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill the unit interval evenly
 WARM_UP = "warm-up"  # a task of the prompts held out
 
@@ -69,9 +70,13 @@ def mix_ratio(task: str) -> float | None:
     return found
 
 
-def number_of_prompts(prompts: int, concurrency: int) -> int:
-    """Enough to keep as many requests running for most of the time."""
-    return max(prompts, 2 * concurrency)
+def number_of_prompts(prompts: int, concurrency: int, task: str = "mixed") -> int:
+    """Enough to keep as many requests running for most of the time.
+
+    Of "mixed/RATIO" always all prompts there are, for any ratio to be of the same ones.
+    """
+    found = max(prompts, 2 * concurrency)
+    return -(-found // ALL_PROMPTS) * ALL_PROMPTS if task.startswith("mixed/") else found
 
 
 def answer_length(i: int, mean: int, equal: bool) -> int:
@@ -96,7 +101,7 @@ def datasets(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
             ]
             continue
         at_once = max(level for load in args.concurrency for level in levels(load))
-        longest = number_of_prompts(args.prompts, at_once)
+        longest = number_of_prompts(args.prompts, at_once, task)
         if task == WARM_UP:
             few = [prompt for known in TASKS for prompt in task_prompts(known)[HELD_OUT:]]
         else:

@@ -86,7 +86,8 @@ class Measurement:
 def measure(server: Server, workload: Workload, dataset: list[str], prompts: int) -> dict[str, Any]:
     """Runs of `vllm bench serve`, one for each level of the load; their result, in one."""
     found = [
-        _ask(server, workload.temperature, level, dataset, prompts) for level in levels(workload.concurrency)
+        _ask(server, workload.temperature, level, dataset, number_of_prompts(prompts, level, workload.task))
+        for level in levels(workload.concurrency)
     ]
     if len(found) == 1:
         return found[0]
@@ -132,7 +133,7 @@ def _ask(
         "--skip-chat-template",
         "--percentile-metrics=ttft,tpot",
         "--metric-percentiles=50,95",
-        f"--num-prompts={number_of_prompts(prompts, concurrency)}",
+        f"--num-prompts={prompts}",
         *dataset,
     ]
     with contextlib.redirect_stdout(io.StringIO()):

@@ -165,7 +165,8 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
     facts = ModelFacts.of(args.model)
     path = args.output / "embeddings.safetensors"
     if path.exists():
-        if not torch.equal(load_file(path)[NORMS], facts.norms):
+        before = load_file(path).get(NORMS)
+        if before is None or not torch.equal(before, facts.norms):
             raise ValueError(
                 f"--output {args.output}: was begun with other weights of {args.model}; give another folder"
             )

@@ -204,7 +204,9 @@ class AdaptiveDrafting:
             self.corrections.add("verify_scale", tokens, predicted, started, Mark(started.device))
         if goes_plain:
             self.wanted = 0
-        if allowed and (worth_it or self._probing) and not (goes_plain and not self.padded):
+            if not self.padded:
+                return replace(choice, length=0, ngram=0, checked=False)
+        if allowed and (worth_it or self._probing):
             self._off_rows = self._off_steps = self._probing = 0
             return replace(choice, length=min(choice.length, allowed), ngram=min(choice.ngram, allowed))
         self._off_steps += 1

@@ -17,21 +17,22 @@ GAUGES = {
     "skipped_layers": "Layers that the best draft would skip.",
     "expected_ratio": "Tokens per second that the best draft promises, over plain decoding's.",
     "similarity": "Cosine of the last hidden state of the draft to the full model's, at the number of layers "
-    "skipped now, as the last optimisation pass found it.",
+    "skipped now, as the last optimisation pass found it (on a GPU the one before).",
 }
 # The counts that are metrics, and what they mean there.
 COUNTERS = {
     "rounds": "Drafting rounds of the batch.",
     "steps": "Forward passes of the draft.",
     "sublayers": "Attention and MLP sub-layers that forward passes of the draft ran.",
-    "plain_steps": "Engine steps after which nothing was drafted, for it would not have paid.",
+    "plain_steps": "Engine steps after which nothing was drafted: it would not have paid, or what a step "
+    "without drafts costs was to be known.",
     "ngrams": "Drafts looked up in the context, one per sequence and round.",
     "checked": "Of these, those that a draft step checked before they were verified.",
     "spared": "Draft tokens left undrafted because drafting for a sequence stopped early.",
     "passes": "Optimisation passes of the batch.",
     "pass_seconds": "Time that optimisation passes took.",
     "optimized": "Skip masks found, one per sequence and optimisation pass.",
-    "changed": "Of these, those that differ from the sequence's mask before.",
+    "changed": "Skip masks that differ from the sequence's mask before, one per sequence.",
     "tried": "Sets of sub-layers that a search tried while serving, with method swift.",
     "failures": "Drafting rounds that failed and went without drafts.",
 }
@@ -46,14 +47,15 @@ class DraftCounts:
         sequences: drafts, one per sequence and round.
         steps: forward passes of the draft.
         sublayers: attention and MLP sub-layers that these ran.
-        plain_steps: engine steps after which nothing was drafted, for it would not have paid.
+        plain_steps: engine steps after which nothing was drafted: it would not have paid, or what a step
+            without drafts costs was to be known.
         ngrams: drafts looked up in the context, one per sequence and round.
         checked: of these, those that a draft step checked before they were verified.
         spared: draft tokens left undrafted because drafting for a sequence stopped early.
         passes: optimisation passes of the batch.
         pass_seconds: that these took; on a GPU those that have ended.
         optimized: masks found, one per sequence and optimisation pass.
-        changed: of these, those that differ from the sequence's mask before.
+        changed: masks that differ from the sequence's mask before.
         tried: sets of sub-layers that a search tried.
         failures: rounds that failed and went without drafts.
         skips: [num_layers] float32, drafts that skipped the layer (a half for half a layer).

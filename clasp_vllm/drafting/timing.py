@@ -13,6 +13,7 @@ from clasp_vllm.skipping.controller import SIZES, Array, PassCosts
 
 RATE = 0.1  # of a correction, once there have been some
 BELIEVABLE = 2.0  # a measurement further off than this counts as this
+_SIZES = np.array(SIZES, dtype=np.float64)
 STEPS = "plain_scale", "verify_scale"  # corrections of the engine's steps, by size
 
 
@@ -75,7 +76,7 @@ class CostCorrections:
 
     Plain steps and those that verify drafts each have a correction for every one of ``SIZES``: the engine
     may run them by other kernels and graphs than drafts, and each size by others. Sizes of which nothing has
-    been seen yet follow those that have.
+    been seen yet lie on lines between those that have, and a kind of step never seen is like the other.
 
     Attributes:
         scales: by the names of the corrections of ``PassCosts``; [sizes] float64, or [1].
@@ -95,13 +96,24 @@ class CostCorrections:
         """Learn from what the device has finished."""
         while self._pending and self._pending[0][-1].reached():
             kind, rows, predicted, start, end = self._pending.pop(0)
-            scale, seen = self.scales[kind], self._seen[kind]
-            near = np.array([np.interp(rows, SIZES, one) for one in np.eye(len(SIZES))])
-            near = near if len(scale) > 1 else np.ones(1)
-            off = end.seconds_since(start) / max(predicted * float(near @ scale), 1e-9)
-            off = min(max(off, 1 / BELIEVABLE), BELIEVABLE)
-            rate = near * np.maximum(RATE, 1 / (4 + seen))
-            for name in STEPS if kind in STEPS else (kind,):
-                self.scales[name][self._seen[name] == 0] *= off ** rate.sum()
-            scale[seen > 0] *= off ** rate[seen > 0]
-            seen += near
+            self._learn(kind, rows, end.seconds_since(start) / max(predicted, 1e-9))
+
+    def _learn(self, kind: str, rows: float, found: float) -> None:
+        scale, seen = self.scales[kind], self._seen[kind]
+        at, near = _neighbours(rows) if kind in STEPS else (np.zeros(1, dtype=np.int64), np.ones(1))
+        off = min(max(found / float(near @ scale[at]), 1 / BELIEVABLE), BELIEVABLE)
+        scale[at] *= off ** (near * np.maximum(RATE, 1 / (4 + seen[at])))
+        seen[at] += near
+        if kind in STEPS:
+            known = seen >= 0.5
+            scale[~known] = np.interp(_SIZES[~known], _SIZES[known], scale[known])
+            for other in STEPS:
+                if not self._seen[other].any():
+                    self.scales[other][:] = scale
+
+
+def _neighbours(rows: float) -> tuple[Array, Array]:
+    """The indices of the two sizes that a number of rows lies between, and how near it is to each."""
+    low = min(max(int(np.searchsorted(_SIZES, rows, side="right")) - 1, 0), len(SIZES) - 2)
+    share = (min(max(rows, SIZES[0]), SIZES[-1]) - SIZES[low]) / (SIZES[low + 1] - SIZES[low])
+    return np.array([low, low + 1]), np.array([1 - share, share])

@@ -130,7 +130,7 @@ class LayerSkipProposer(DraftModelProposer):
             max_lengths[:num_reqs] + 1,
             np.array([request_id not in greedy for request_id in request_ids]),
             self.drafter.guarded(lambda: self._looked_up(next_token_ids, positions, rows)),
-            self._generated(next_token_ids, positions, rows),
+            self.drafter.guarded(lambda: self._generated(next_token_ids, positions, rows)),
         ).select(rows)
 
         probs: list[Tensor] = []

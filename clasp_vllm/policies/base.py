@@ -22,7 +22,10 @@ class Policy:
     def read(self, prompts: PromptTokens) -> None:
         """A step has read (parts of) these prompts. Called before the first round of their requests."""
 
-    reads_generated = 0  # the last tokens generated that it wants to see of each request
+    @property
+    def reads_generated(self) -> int:
+        """How many of the tokens that each request generated last it wants to see."""
+        return 0
 
     def learn(self, batch: DraftBatch) -> bool:
         """A round is about to draft for these sequences by skipping. Whether that was used to learn."""

@@ -22,8 +22,6 @@ from clasp_vllm.skipping.swift_search import WINDOW, SkipSet, SwiftSearch
 class Swift(Policy):
     """Tries one set in a round, as long as the search goes on. Needs the tokens on the host."""
 
-    reads_generated = WINDOW + 1
-
     def __init__(
         self,
         sequences: SequenceTable,
@@ -46,6 +44,11 @@ class Swift(Policy):
         self._share = share
         self._log = log
         self.reset()
+
+    @property
+    def reads_generated(self) -> int:
+        """See ``Policy``."""
+        return 0 if self.search.ended else WINDOW + 1
 
     def reset(self) -> None:
         """See ``Policy``."""

@@ -37,11 +37,12 @@ OFF, ALL = "off", "controller"
 def changed(controller: Any, name: str) -> Iterator[None]:
     """The controller doing what the setting says."""
     import clasp_vllm.drafting.adaptive as module
+    from clasp_vllm.skipping.controller import Choice
 
     real, lengths, opened, best = controller.choose, controller._lengths, controller._open, module.choose
     kind, _, what = name.partition(" ")
     if name == OFF:
-        controller.choose = lambda *args: replace(real(*args), length=0, ngram=0, checked=False)
+        controller.choose = lambda *args: Choice(0, 0, False)
     elif kind == "fixed":
         skipped, length = map(int, what.split("x"))
         budget = controller._skipped.index(skipped)

@@ -17,6 +17,7 @@ from clasp_vllm.bench.prompts import (
     answer_length,
     datasets,
     mixed_prompts,
+    number_of_prompts,
     task_prompts,
 )
 from clasp_vllm.bench.report import pairs, predicted_ratio, ratio, spread, write_report
@@ -77,6 +78,10 @@ def test_a_stream_of_tasks_that_change_more_or_less_often():
     args = options("--tasks=mixed,mixed/0.5", "--concurrency=1")
     fill_in(args)
     assert [w.task for w in workloads(args) if w.temperature == 0] == ["mixed", "mixed/0.5"]
+    # Whatever the ratio, the same prompts are asked.
+    assert number_of_prompts(5, 1, "mixed/0") == number_of_prompts(5, 1, "mixed/1") == 25
+    assert number_of_prompts(5, 16, "mixed/0.5") == 50
+    assert number_of_prompts(5, 1, "mixed") == 5
 
 
 def test_answers_differ_in_length():

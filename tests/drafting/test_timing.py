@@ -70,6 +70,19 @@ def test_sizes_and_kinds_of_steps_have_corrections_of_their_own(clock):
     assert corrections.scales["verify_scale"][at_eight] > 2.0
 
 
+def test_sizes_not_seen_lie_between_those_seen(clock):
+    """However often the machine becomes slower and faster, and at however many sizes that is seen."""
+    corrections = CostCorrections()
+    for took in (0.2, 0.3, 0.15, 0.3, 0.2, 0.3):
+        for rows in (1, 2, 3, 4, 6, 8):
+            see(clock, corrections, "verify_scale", rows, took, times=40)
+    for name in ("verify_scale", "plain_scale"):
+        assert corrections.scales[name] == pytest.approx([1.5] * len(SIZES), rel=0.02)
+    see(clock, corrections, "verify_scale", 16, 0.1, times=100)
+    at = [SIZES.index(size) for size in (8, 12, 16, 512)]
+    assert corrections.scales["verify_scale"][at] == pytest.approx([1.5, 1.0, 0.5, 0.5], rel=0.05)
+
+
 def test_one_measurement_moves_a_correction_little(clock):
     corrections = CostCorrections()
     see(clock, corrections, "draft_scale", 1, 100.0)
