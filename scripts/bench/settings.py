@@ -27,7 +27,6 @@ from clasp_vllm.bench.options import number, numbers
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, mixed_prompts, number_of_prompts, task_prompts
 
 WAVE = {1: 2, 8: 2, 16: 1}  # levels of the load 1-8-16-8-1, and how often each
-LAYERS, LENGTHS = (8, 12, 16), (1, 3, 6)
 PARTS = ("n-grams", "length", "sharing", "exit", "speculation", "layers")
 EVERY = 3  # settings between two measurements without speculation
 OFF, ALL = "off", "controller"
@@ -58,7 +57,9 @@ def changed(controller: Any, name: str) -> Iterator[None]:
     elif what == "exit":
         controller.choose = lambda *args: replace(real(*args), floor=0.0)
     elif what == "layers":
-        keep = controller._skipped.index(LAYERS[1])
+        keep = controller._skipped.index(
+            len(controller._skipped) * 3 // 4
+        )  # half of all, of up to two thirds
 
         def choose(batch: Any, *args: Any) -> Any:
             never = np.full(batch.layers.shape, 1e9)
@@ -93,7 +94,7 @@ def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[st
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, ignore_eos=True)
-    engine, names = llm.llm_engine, settings(controller)
+    engine, names = llm.llm_engine, settings(args.layers, args.lengths)
     warm_up = [prompt for task in TASKS for prompt in task_prompts(task)[HELD_OUT:]]
     for at_once in args.concurrency:
         seconds(engine, warm_up[: 2 * at_once], at_once, params)
@@ -124,10 +125,9 @@ def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[st
     return found
 
 
-def settings(controller: Any) -> list[str]:
+def settings(layers: Sequence[int], lengths: Sequence[int]) -> list[str]:
     """Names of all settings."""
-    skipped = [layers for layers in LAYERS if layers in controller._skipped]
-    fixed = [f"fixed {layers}x{length}" for layers, length in itertools.product(skipped, LENGTHS)]
+    fixed = [f"fixed {skipped}x{length}" for skipped, length in itertools.product(layers, lengths)]
     without = [f"without {part}" for part in PARTS]
     return [ALL, *fixed, ALL, *without]
 
@@ -166,6 +166,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--concurrency", type=numbers(1), default=[1, 2, 4, 8, 16])
+    parser.add_argument("--layers", type=numbers(1), default=[8, 12, 16], help="to skip, of fixed settings")
+    parser.add_argument("--lengths", type=numbers(1), default=[1, 3, 6], help="draft tokens of these")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--repeats", type=number(1), default=2)
     parser.add_argument(

@@ -42,7 +42,7 @@ def replayed(prompts: list[str], tokens: int) -> list[tuple[float, float]]:
     import torch
 
     found = []
-    with running(speculative_config=SWIFT, max_num_seqs=8) as llm:
+    with running(speculative_config=SWIFT, max_num_seqs=8, block_size=32) as llm:
         policy, passes = drafter(llm).policy, drafter(llm).passes
         original = passes.replay
 
@@ -55,7 +55,13 @@ def replayed(prompts: list[str], tokens: int) -> list[tuple[float, float]]:
             return original(batch, told, mask)
 
         passes.replay = replay
-        policy.search.tell = lambda candidate, score: False  # go on for ever
+        search = policy.search
+
+        def tell(candidate, score):  # go on for ever, with one request after the other
+            search.steps += 1
+            return False
+
+        search.tell = tell
         generate(llm, prompts, max_tokens=tokens)
     return found
 

@@ -1,8 +1,13 @@
-"""Lets Model Runner V2 run where there is no GPU: Triton's kernels are interpreted on the CPU.
+"""Lets vLLM do on a CPU what it keeps for GPUs: Model Runner V2, and Ray.
 
 A test harness, never product code. Python imports this module at start-up in every process whose
-PYTHONPATH holds this folder (the engine core and the workers too). vLLM takes Triton to be there
-only if a backend with an active driver is, so it is given one; TRITON_INTERPRET=1 does the rest.
+PYTHONPATH holds this folder (the engine core and the workers too).
+
+V2: Triton's kernels are interpreted. vLLM takes Triton to be there only if a backend with an active driver
+is, so it is given one; TRITON_INTERPRET=1 does the rest.
+
+Ray: vLLM's executors refuse the CPU only because the platform names no resource of Ray's to ask for. With
+VLLM_CLASP_TEST_RAY=1 it asks for "GPU", of which the test's nodes are said to have some.
 """
 
 import os
@@ -13,3 +18,27 @@ if os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("VLLM_USE_V2_MOD
     from triton.backends import backends
 
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+
+if os.environ.get("VLLM_CLASP_TEST_RAY") == "1":
+    import importlib.util
+    import sys
+    from importlib.abc import MetaPathFinder
+
+    class NameTheResource(MetaPathFinder):
+        """Sets ``CpuPlatform.ray_device_key`` when its module is imported."""
+
+        def find_spec(self, name, path, target=None):
+            if name != "vllm.platforms.cpu":
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            original = spec.loader.exec_module
+
+            def exec_module(module):
+                original(module)
+                module.CpuPlatform.ray_device_key = "GPU"
+
+            spec.loader.exec_module = exec_module
+            return spec
+
+    sys.meta_path.insert(0, NameTheResource())

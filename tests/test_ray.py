@@ -1,0 +1,119 @@
+"""Tensor parallelism over two of Ray's nodes: real Ray, two raylets on this machine, one rank on each.
+
+vLLM keeps its Ray executors for GPUs; tests/harness lets them run on a CPU.
+"""
+
+import os
+
+import pytest
+from engines import PROMPTS, ROOT, engine_process, generate, running
+
+CLASP = {
+    "method": "clasp",
+    "adaptive": False,
+    "num_speculative_tokens": 4,
+    "optimization_interval": 2,
+    "draft_exit_threshold": 0.3,
+}
+PARALLEL = {
+    "tensor_parallel_size": 2,
+    "distributed_executor_backend": "ray",
+    "kv_cache_memory_bytes": 256 << 20,
+    "max_num_seqs": 8,
+}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Two nodes that say to have a GPU each. Rank 0 on one core, rank 1 on the other."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests" / "harness"), str(ROOT / "tests")]))
+    for name, value in (
+        ("VLLM_CLASP_TEST_RAY", "1"),
+        ("VLLM_CPU_OMP_THREADS_BIND", "0|1"),
+        ("VLLM_ALLOW_INSECURE_SERIALIZATION", "1"),
+        ("RAY_DEDUP_LOGS", "0"),
+    ):
+        monkeypatch.setenv(name, value)
+    node = {"num_gpus": 1, "num_cpus": 1, "object_store_memory": 128 << 20}
+    found = Cluster(initialize_head=True, head_node_args=node)
+    found.second = found.add_node(**node)
+    found.wait_for_nodes()
+    monkeypatch.setenv("RAY_ADDRESS", found.address)
+    try:
+        yield found
+    finally:
+        ray.shutdown()
+        found.shutdown()
+
+
+def masks_and_node(worker) -> tuple[list, str]:
+    """Every sequence's mask on this rank, and the node it runs on."""
+    import ray
+
+    masks = worker.model_runner.drafter.drafter.sequences.masks.int().tolist()
+    return masks, ray.get_runtime_context().get_node_id()
+
+
+def alone() -> list[list[int]]:
+    with running(max_num_seqs=8) as llm:
+        return generate(llm, PROMPTS[:6], max_tokens=24).token_ids
+
+
+def over_ray(executor: str) -> tuple:
+    os.environ["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] = executor
+    with running(speculative_config=CLASP, **PARALLEL) as llm:
+        outcome = generate(llm, PROMPTS[:6], max_tokens=24)
+        metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+        return outcome, llm.collective_rpc(masks_and_node), metrics
+
+
+@pytest.mark.parametrize("executor", ["1", pytest.param("0", marks=pytest.mark.slow)])
+def test_ranks_on_two_nodes_agree(cluster, executor):
+    with engine_process("v1") as call:
+        plain = call(alone)
+    with engine_process("v1") as call:
+        clasp, ranks, metrics = call(over_ray, executor)
+    assert clasp.token_ids == plain
+    assert clasp.num_accepted_tokens > 0
+    (masks, node), (other_masks, other_node) = ranks
+    assert masks == other_masks
+    assert node != other_node
+    # Both ranks draft in every round; it is counted once.
+    assert 0 < metrics["vllm:layer_skip_rounds"] <= metrics["vllm:spec_decode_num_drafts"]
+
+
+def until_a_node_dies(ready: str) -> str:
+    """Generate without end; what is raised when it ends all the same."""
+    from pathlib import Path
+
+    with running(speculative_config=CLASP, **PARALLEL) as llm:
+        generate(llm, PROMPTS[:2], max_tokens=4)
+        Path(ready).touch()
+        try:
+            while True:
+                generate(llm, PROMPTS[:2], max_tokens=64)
+        except BaseException as error:  # whatever it is: the test reads it
+            return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.slow
+def test_the_engine_ends_when_a_node_dies(cluster, tmp_path):
+    """As plain vLLM's does: an error, not silence. Whoever runs the server starts it anew."""
+    import threading
+    import time
+
+    ready = tmp_path / "ready"
+
+    def kill() -> None:
+        while not ready.exists():
+            time.sleep(0.5)
+        time.sleep(3)
+        cluster.remove_node(cluster.second, allow_graceful=False)
+
+    threading.Thread(target=kill, daemon=True).start()
+    with engine_process("v1") as call:
+        found = call(until_a_node_dies, str(ready))
+    assert "Error" in found
