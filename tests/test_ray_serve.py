@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import yaml
@@ -142,17 +143,21 @@ def test_answers_are_plain_vllms(deployed):
 @pytest.mark.slow
 def test_a_replica_that_dies_is_replaced(deployed):
     expected = {prompt: deployed.ask(prompt) for prompt in PROMPTS[:6]}
-    answers: list[bool] = []
-    errors: list[Exception] = []
+    answers, wrong, failed = [], [], []
     stop = threading.Event()
 
     def load(number: int) -> None:
         while not stop.is_set():
             prompt = PROMPTS[number]
             try:
-                answers.append(deployed.ask(prompt, stream=True) == expected[prompt])
-            except openai.OpenAIError as error:
-                errors.append(error)
+                answer = deployed.ask(prompt, stream=True)
+            except (openai.OpenAIError, httpx.HTTPError) as error:
+                failed.append(error)
+                continue
+            if answer == expected[prompt]:
+                answers.append(answer)
+            else:  # a stream that was cut off, or nonsense
+                (failed if expected[prompt].startswith(answer) else wrong).append(answer)
 
     threads = [threading.Thread(target=load, args=(number,)) for number in range(6)]
     for thread in threads:
@@ -171,8 +176,8 @@ def test_a_replica_that_dies_is_replaced(deployed):
         stop.set()
         for thread in threads:
             thread.join()
-    assert all(answers)
-    assert len(errors) <= 6  # at most what was under way on the replica that died
+    assert not wrong
+    assert len(failed) <= 6  # at most what was under way on the replica that died
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def call():
         yield run
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("adaptive", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_lossless_while_it_searches(adaptive, call):
     plain, *_ = call(served, None, 96)
     more = {"adaptive": ["length", "exit"], "ngram_cascade": False} if adaptive else {}
