@@ -146,7 +146,9 @@ def off_from_the_start(config: dict) -> tuple[Outcome, dict[str, float], list[st
         outcome = generate(llm, PROMPTS[:10], max_tokens=32)
         prefix = "vllm:layer_skip_"
         metrics = {
-            m.name.removeprefix(prefix): m.value for m in llm.get_metrics() if m.name.startswith(prefix)
+            metric.name.removeprefix(prefix): metric.value
+            for metric in llm.get_metrics()
+            if metric.name.startswith(prefix) and hasattr(metric, "value")
         }
         return outcome, metrics, lines
 
