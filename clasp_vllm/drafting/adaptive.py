@@ -112,9 +112,8 @@ class AdaptiveDrafting:
         self._layers: dict[bytes, Array] = {}
         self._layers_version: int | None = None
         self._ended: Mark | None = None  # the last round
-        self._step: tuple[int, float, Mark] | None = (
-            None  # that verified drafts: tokens, seconds expected, start
-        )
+        # The engine's step if it verified drafts: tokens, seconds expected, start.
+        self._step: tuple[int, float, Mark] | None = None
 
     def observe(self, request_ids: Sequence[str], lengths: np.ndarray, rejected: Tensor | None) -> None:
         """Take in the engine's step: see ``Drafter.observe``."""

@@ -32,13 +32,9 @@ def schedule_wanted(scheduler: Any, output: ModelRunnerOutput) -> None:
 
     By vLLM's own table of draft lengths by batch size; what the user set there is the most.
     """
-    slot = output.ec_connector_output
-    stats = slot.ec_connector_stats if slot is not None else None
-    if stats is None or WANTED not in stats.data:
+    wanted = _take(output, WANTED)
+    if wanted is None:
         return
-    wanted = stats.data.pop(WANTED)
-    if not stats.data:
-        slot.ec_connector_stats = None
     config = scheduler.vllm_config
     if config.parallel_config.data_parallel_size > 1:
         return  # engines that run in step must verify alike
@@ -53,12 +49,21 @@ def schedule_wanted(scheduler: Any, output: ModelRunnerOutput) -> None:
 
 def take_drafts(scheduler: Any, output: ModelRunnerOutput) -> None:
     """Keep the drafts that came with a runner's output until the end of the step."""
+    drafts = _take(output, DRAFTS)
+    if drafts is not None:
+        scheduler._layer_skip_drafts = DraftTokenIds(*drafts)
+
+
+def _take(output: ModelRunnerOutput, key: str) -> Any:
+    """What a runner put on its output for the scheduler, which then is gone from it; None: nothing."""
     slot = output.ec_connector_output
     stats = slot.ec_connector_stats if slot is not None else None
-    if stats is not None and DRAFTS in stats.data:
-        scheduler._layer_skip_drafts = DraftTokenIds(*stats.data.pop(DRAFTS))
-        if not stats.data:
-            slot.ec_connector_stats = None
+    if stats is None or key not in stats.data:
+        return None
+    found = stats.data.pop(key)
+    if not stats.data:
+        slot.ec_connector_stats = None
+    return found
 
 
 def send_counts(drafter: Drafter, output: Any, runner: Any) -> Any:

@@ -2,7 +2,7 @@
 
 SWIFT (arXiv 2410.06916, section 4) draws a random set in every step and now and then one by Bayesian
 optimisation, keeps the best, and stops for good after so many steps, or so many without a better one, or
-when the best is good enough. The numbers are those of its published code.
+when the best is good enough. The numbers are meant to be those of its published code.
 """
 
 from __future__ import annotations
