@@ -1,7 +1,7 @@
 """CLaSp over sub-layers: lossless, and its masks cost what the budget says."""
 
 import pytest
-from engines import PROMPTS, Outcome, drafter, engine_process, generate, running
+from engines import PROMPTS, Outcome, change_costs, drafter, engine_process, generate, running
 
 CLASP = {
     "method": "clasp",
@@ -23,8 +23,10 @@ def plain_outcome(count: int, tokens: int) -> Outcome:
 def clasp_outcome(config: dict, count: int, tokens: int) -> tuple[Outcome, list, tuple[int, ...]]:
     """What was generated, the masks of sequences that have found their own, and the costs of the items."""
     with running(speculative_config=config, max_num_seqs=8) as llm:
-        outcome = generate(llm, PROMPTS[:count], max_tokens=tokens)
         ours = drafter(llm)
+        if ours.adaptive is not None:
+            change_costs(llm)  # the machine's own costs might say never to draft
+        outcome = generate(llm, PROMPTS[:count], max_tokens=tokens)
         masks = ours.sequences.masks[ours.sequences.has_own]
         return outcome, masks[:, -1].flatten(1).int().tolist(), ours.policy._items.costs
 
