@@ -16,6 +16,7 @@ TEST = [
     "hypothesis>=6.100",
     "openai>=1.60",
     "psutil",
+    "kubernetes-validate>=1.31",
     "ruff==0.17.*",
     "mypy>=1.14",
     "types-PyYAML",

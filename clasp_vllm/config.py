@@ -103,7 +103,8 @@ class LayerSkipConfig(BaseModel):
     granularity: Literal["layer", "sublayer"] | None = Field(
         default=None,
         description="clasp only: layer: skip whole layers (default); sublayer: skip attention and MLP by "
-        "themselves, by what each costs. Budgets are in layers all the same, and passes cost more.",
+        "themselves, by what each costs at the contexts served. Budgets are in layers all the same, and "
+        "passes cost more.",
     )
     optimization_interval: int | None = Field(
         default=None,

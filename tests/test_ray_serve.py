@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Deployment:
         self.port, self.dashboard = free_port(8700), free_port(8270)
         self.agent = f"http://127.0.0.1:{self.dashboard}"
 
-    def deploy(self, num_speculative_tokens: int) -> None:
+    def deploy(self, num_speculative_tokens: int, **autoscaling: float) -> None:
         config = yaml.safe_load((ROOT / "configs" / "ray" / "serve.yaml").read_text())
         config["http_options"] = {"host": "127.0.0.1", "port": self.port}
         (application,) = config["applications"]
@@ -54,7 +55,7 @@ class Deployment:
         }
         (deployment,) = application["deployments"]
         deployment["ray_actor_options"] = {"num_cpus": 1}
-        deployment["autoscaling_config"] |= {"min_replicas": 2, "max_replicas": 2}
+        deployment["autoscaling_config"] |= {"min_replicas": 2, "max_replicas": 2} | autoscaling
         deployment["health_check_period_s"] = 2
         self.file.write_text(yaml.safe_dump(config))
         run(str(BIN / "serve"), "deploy", str(self.file), "--address", self.agent)
@@ -68,10 +69,10 @@ class Deployment:
         states = application["deployments"].get("OpenAIServer", {}).get("replica_states", {})
         return states if application["status"] == "RUNNING" else states | {"DEPLOYING": 1}
 
-    def wait(self, timeout_s: float = 300) -> None:
-        """Until two replicas run and nothing else goes on."""
+    def wait(self, running: int = 2, timeout_s: float = 300) -> None:
+        """Until so many replicas run and nothing else goes on."""
         deadline = time.monotonic() + timeout_s
-        while (states := self.replicas()) != {"RUNNING": 2}:
+        while (states := self.replicas()) != {"RUNNING": running}:
             assert time.monotonic() < deadline, states
             time.sleep(2)
 
@@ -204,6 +205,33 @@ def test_a_configuration_is_changed_without_an_error(deployed):
     assert set(before).isdisjoint(replica_processes())
 
 
+@pytest.mark.slow
+def test_replicas_follow_the_load(deployed):
+    expected = deployed.ask(PROMPTS[0])
+    stop, wrong = threading.Event(), []
+
+    def load() -> None:
+        while not stop.is_set():
+            answer = deployed.ask(PROMPTS[0])
+            if answer != expected:
+                wrong.append(answer)
+
+    bounds = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1}
+    deployed.deploy(num_speculative_tokens=5, **bounds, upscale_delay_s=1, downscale_delay_s=5)
+    deployed.wait(running=1)
+    with ThreadPoolExecutor(6) as pool:
+        clients = [pool.submit(load) for _ in range(6)]
+        try:
+            deployed.wait(running=2)
+            time.sleep(5)
+        finally:
+            stop.set()
+        for client in clients:
+            client.result()
+    deployed.wait(running=1)
+    assert not wrong
+
+
 def test_a_bad_argument_is_refused_before_anything_is_deployed():
     from clasp_vllm.config import ConfigError
     from clasp_vllm.ray_serve import build
@@ -225,6 +253,55 @@ def test_the_example_is_one_that_serve_takes():
         (application,) = schema.ServeDeploySchema(**one).applications
         assert application.import_path == "clasp_vllm.ray_serve:build"
         assert "--speculative-config" in ServerArguments(**application.args).command_line()
+
+
+# Of KubeRay's reference of ray.io/v1 (docs/reference/api.md).
+KUBERAY = {
+    "RayService": {
+        "serveConfigV2", "rayClusterConfig", "serveService", "upgradeStrategy", "excludeHeadPodFromServeSvc",
+    },
+    "RayCluster": {
+        "rayVersion", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling", "autoscalerOptions",
+        "headServiceAnnotations", "gcsFaultToleranceOptions", "managedBy", "suspend",
+    },
+    "HeadGroup": {"template", "rayStartParams", "headService", "enableIngress", "serviceType"},
+    "WorkerGroup": {
+        "groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template", "numOfHosts",
+        "scaleStrategy", "idleTimeoutSeconds", "suspend",
+    },
+}  # fmt: skip
+
+
+def test_the_manifest_is_one_that_kubernetes_and_kuberay_take():
+    import kubernetes_validate
+
+    manifest = yaml.safe_load((ROOT / "configs" / "ray" / "rayservice.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
+    cluster = manifest["spec"]["rayClusterConfig"]
+    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    assert manifest["spec"].keys() <= KUBERAY["RayService"]
+    assert cluster.keys() <= KUBERAY["RayCluster"]
+    assert head.keys() <= KUBERAY["HeadGroup"]
+    assert all(group.keys() <= KUBERAY["WorkerGroup"] for group in workers)
+    for group in (head, *workers):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "p"},
+            "spec": group["template"]["spec"],
+        }
+        kubernetes_validate.validate(pod, "1.31", strict=True)
+        container = pod["spec"]["containers"][0]
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(
+                pod | {"spec": {"containers": [container | {"imag": ""}]}}, "1.31", strict=True
+            )
+    (application,) = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"]
+    (deployment,) = application["deployments"]
+    most = deployment["autoscaling_config"]["max_replicas"]
+    assert cluster["enableInTreeAutoscaling"]
+    assert sum(group["maxReplicas"] for group in workers) >= most  # of one GPU each
 
 
 def test_the_cluster_launchers_example_is_valid():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clasp_vllm.bench import engine
 from clasp_vllm.bench.options import engine_settings, number
 from clasp_vllm.bench.prompts import TASKS, task_prompts
 from clasp_vllm.config import ConfigError, read_settings
@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the drafter is reached in this process
+    engine.stay_in_process()
     from rich.console import Console
 
     console = Console(soft_wrap=True)
@@ -122,13 +122,9 @@ def main(args: argparse.Namespace) -> int:
 
     settings = {"max_num_seqs": len(prompts)} | engine_settings(args.model, args.server_arguments)
     llm = LLM(args.model, speculative_config=config, **settings)
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    if not hasattr(executor, "driver_worker"):
-        raise SystemExit(
-            "clasp-vllm: error: inspect works with one rank only, without --tensor-parallel-size"
-        )
-    runner = executor.driver_worker.worker.model_runner
-    drafter = (getattr(runner, "speculator", None) or runner.drafter).drafter
+    drafter = engine.drafter(llm)
+    if drafter is None:
+        raise SystemExit(f"clasp-vllm: error: nothing skips layers with {args.speculative_config}")
     found = watch_masks(drafter)
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     answers = llm.generate(prompts, params)

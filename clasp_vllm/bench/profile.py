@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clasp_vllm.bench import engine
 from clasp_vllm.bench.options import engine_settings, number
 from clasp_vllm.bench.prompts import mixed_prompts
 from clasp_vllm.config import read_settings
@@ -85,11 +85,9 @@ def watch_engine(llm: Any) -> Stopwatch:
     import torch
 
     stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner, proposer, ours = engine.model_runner(llm), engine.proposer(llm), engine.drafter(llm)
     stopwatch.watch(runner, "execute_model", "verify: forward")
     stopwatch.watch(runner, "sample_tokens", "verify: sampling and bookkeeping")
-    proposer = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
-    ours = getattr(proposer, "drafter", None)
     if ours is None:
         if proposer is not None:
             stopwatch.watch(proposer, "propose", "draft: forward")
@@ -117,7 +115,7 @@ def profile(
 ) -> Profile:
     """Generate greedily for ``prompts``, ``batch`` of them at any time, and say where the time went.
 
-    Needs VLLM_ENABLE_V1_MULTIPROCESSING=0 from the start of the process. The first ``batch`` prompts
+    Needs ``stay_in_process`` at the start of the process. The first ``batch`` prompts
     warm up.
     """
     from vllm import LLM, SamplingParams
@@ -162,7 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    engine.stay_in_process()
     from rich.console import Console
     from rich.table import Table
 

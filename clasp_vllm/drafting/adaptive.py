@@ -121,7 +121,7 @@ class AdaptiveDrafting:
         self.corrections.settle()
         assert self.costs is not None
         # Steps with prefill are of another kind, and between batches the engine may have waited.
-        ended, self._ended = self._ended, None
+        ended, self._ended, self._step = self._ended, None, None
         if ended is not None and self._running.issuperset(request_ids):
             tokens = int(lengths.sum())
             predicted = self.forward_seconds(tokens, self._num_layers)

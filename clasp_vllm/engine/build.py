@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -46,19 +48,31 @@ def items_of(vllm_config: VllmConfig) -> Items:
     """What a draft skips."""
     config = layer_skip_config(vllm_config)
     assert config is not None
-    num_layers, ratio = num_layers_of(vllm_config), _mlp_to_attention(vllm_config)
-    make = Items.sublayers if config.granularity == "sublayer" else Items.layers
-    return make(num_layers, ratio)
+    num_layers, sizes = num_layers_of(vllm_config), _layer_sizes(vllm_config)
+    ratio = sizes.mlp / sizes.attention
+    if config.granularity == "sublayer":
+        return Items.sublayers(num_layers, ratio, sizes.per_token / (sizes.attention + sizes.mlp))
+    return Items.layers(num_layers, ratio)
 
 
-def _mlp_to_attention(vllm_config: VllmConfig) -> float:
-    """Weights that a token's MLP reads over those that its attention does, by the model's configuration."""
+class _LayerSizes(NamedTuple):
+    """Numbers that a token reads of a layer, by the model's configuration."""
+
+    attention: int  # weights
+    mlp: int  # weights
+    per_token: int  # key and value of each token before it
+
+
+def _layer_sizes(vllm_config: VllmConfig) -> _LayerSizes:
     model = vllm_config.model_config
-    text = model.hf_text_config
+    text, head_size = model.hf_text_config, model.get_head_size()
     heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", text.num_attention_heads)
     experts = getattr(text, "num_experts_per_tok", None) or 1
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-    return 3 * experts * width / (2 * (heads + kv_heads) * model.get_head_size())
+    hidden = text.hidden_size
+    return _LayerSizes(
+        2 * (heads + kv_heads) * head_size * hidden, 3 * experts * width * hidden, 2 * kv_heads * head_size
+    )
 
 
 def num_scratch_blocks(vllm_config: VllmConfig) -> int:

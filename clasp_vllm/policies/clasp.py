@@ -19,6 +19,7 @@ from clasp_vllm.skipping.dynamic_program import Programme, backtrack_all
 from clasp_vllm.skipping.items import Items
 
 ENOUGH_PASSES = 8  # until the average over all is trusted with new sequences
+CONTEXT_RATE = 0.1  # of a pass in the average of what contexts are read
 
 
 class Clasp(Policy):
@@ -48,7 +49,8 @@ class Clasp(Policy):
         self.evidence = evidence
         self._sequences = sequences
         self._passes = passes
-        self._items = items
+        self._first_items = self._items = items
+        self._context: float | None = None  # tokens that a draft step reads, of all its rows
         self._columns = budgets
         self._budgets = torch.tensor(budgets)
         self._max_skipped = budgets[-1]
@@ -61,6 +63,7 @@ class Clasp(Policy):
 
     def reset(self) -> None:
         """See ``Policy``."""
+        self._items, self._context = self._first_items, None
         if self.evidence is not None:
             self.evidence.reset()
 
@@ -92,6 +95,7 @@ class Clasp(Policy):
     def optimize(self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray) -> Tensor:
         """See ``Policy``."""
         prior, device = None, batch.tokens.device
+        self._weigh(len(running) * float(batch.max_lengths.float().mean()))
         if self.evidence is not None:
             on_device, fresh = index(slots, device), index(~self._sequences.has_own[slots], device)
             prior = self.evidence.prior(on_device, fresh)
@@ -117,6 +121,15 @@ class Clasp(Policy):
         if self._new_masks.put(batch.request_ids, self._items.masks(skipped), findings):
             self.apply()
         return hidden
+
+    def _weigh(self, context: float) -> None:
+        """Let attention cost what it does where draft steps read so many tokens of context."""
+        before = context if self._context is None else self._context
+        self._context = before + CONTEXT_RATE * (context - before)
+        items = self._first_items.reading(self._context)
+        if items.costs != self._items.costs and self.evidence is not None:
+            self.evidence.reset()  # what its columns hold was found for other costs
+        self._items = items
 
     def run_programme(self, batch: DraftBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""

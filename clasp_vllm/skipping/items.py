@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clasp_vllm.skipping.dynamic_program import columns_at
 
-GREATEST_COST = 3  # of an MLP, in attentions: the programme has a column for every unit
+UNITS = 4  # of a layer of two sub-layers: the programme has a column for every unit
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class Items:
         num_layers: of the model.
         shares: of attention and MLP in what a layer costs; they add up to 1.
         costs: [items] units that skipping each saves: one per layer, or two for attention and MLP of each.
+        per_token: what attention costs more for each token of context that a forward pass reads, in layers.
     """
 
     num_layers: int
     shares: tuple[float, float]
     costs: tuple[int, ...]
+    per_token: float = 0.0
 
     @classmethod
     def layers(cls, num_layers: int, mlp_to_attention: float = 1.0) -> Items:
@@ -33,10 +35,22 @@ class Items:
         return cls(num_layers, _shares(mlp_to_attention), (1,) * num_layers)
 
     @classmethod
-    def sublayers(cls, num_layers: int, mlp_to_attention: float) -> Items:
-        """Attentions of one unit, MLPs of as many as they cost more."""
-        mlp = min(max(round(mlp_to_attention), 1), GREATEST_COST)
-        return cls(num_layers, _shares(mlp_to_attention), (1, mlp) * num_layers)
+    def sublayers(cls, num_layers: int, mlp_to_attention: float, per_token: float = 0.0) -> Items:
+        """Attention and MLP of each layer, which cost ``UNITS`` together and at least one each."""
+        shares = _shares(mlp_to_attention)
+        attention = min(max(round(shares[0] * UNITS), 1), UNITS - 1)
+        return cls(num_layers, shares, (attention, UNITS - attention) * num_layers, per_token)
+
+    def reading(self, context: float) -> Items:
+        """The items where a pass reads so many tokens of context, of all its rows together.
+
+        Weights are read once for all rows, keys and values for each: the longer the contexts and the more
+        rows, the more of a layer is attention.
+        """
+        if len(self.costs) == self.num_layers:
+            return self
+        attention, mlp = self.shares
+        return self.sublayers(self.num_layers, mlp / (attention + context * self.per_token), self.per_token)
 
     @property
     def units(self) -> int:

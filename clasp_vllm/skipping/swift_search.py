@@ -2,7 +2,12 @@
 
 SWIFT (arXiv 2410.06916, section 4) draws a random set in every step and now and then one by Bayesian
 optimisation, keeps the best, and stops for good after so many steps, or so many without a better one, or
-when the best is good enough. The numbers are meant to be those of its published code.
+when the best is good enough. The numbers are the defaults of its published code (hemingkx/SWIFT, commit
+0501393).
+
+Not as there: the set in use at the beginning is scored first and so kept until one is better (there the
+first random set replaces it); sets are scored on the tokens generated last (there on a request's first); the
+Gaussian process chooses among random sets (there its point is continuous, its greatest coordinates count).
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ BAYESIAN_EVERY = 25  # steps
 MOST_STEPS = 1000
 PATIENCE = 300  # steps without a better set
 GOOD_ENOUGH = 0.95  # of the window's tokens
+KAPPA = 2.5  # deviations that the upper confidence bound lies above the mean
+NOISE = 1e-2  # variance of a score, of the variance of all
 
 
 class SwiftSearch:
@@ -75,19 +82,16 @@ class SwiftSearch:
         return frozenset(self._random.choice(self._items, self._size, replace=False).tolist())
 
     def _promising(self, pool: int = 200) -> SkipSet:
-        """Of some random sets that of the greatest expected improvement."""
-        from scipy.stats import norm
+        """Of some random sets that of the greatest upper confidence bound."""
         from sklearn.gaussian_process import GaussianProcessRegressor
-        from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+        from sklearn.gaussian_process.kernels import Matern
 
-        kernel = ConstantKernel(1.0) * RBF(math.sqrt(len(self._items))) + WhiteKernel(1e-2)
-        process = GaussianProcessRegressor(kernel, optimizer=None, normalize_y=True)
+        kernel = Matern(math.sqrt(len(self._items)), nu=2.5)
+        process = GaussianProcessRegressor(kernel, alpha=NOISE, optimizer=None, normalize_y=True)
         process.fit(self._vectors([*self.scores]), [*self.scores.values()])
         candidates = [self._random_set() for _ in range(pool)]
         mean, deviation = process.predict(self._vectors(candidates), return_std=True)
-        gain, deviation = mean - self.best_score, np.maximum(deviation, 1e-9)
-        z = gain / deviation
-        return candidates[int(np.argmax(gain * norm.cdf(z) + deviation * norm.pdf(z)))]
+        return candidates[int(np.argmax(mean + KAPPA * deviation))]
 
     def _vectors(self, sets: list[SkipSet]) -> np.ndarray:
         """[sets, sub-layers that may be skipped] 0 and 1."""

@@ -10,7 +10,6 @@ two around them. What a load that rises and falls comes to is worked out from it
 import argparse
 import itertools
 import json
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from clasp_vllm.bench import engine as ours
 from clasp_vllm.bench.about import about
 from clasp_vllm.bench.options import number, numbers
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, mixed_prompts, number_of_prompts, task_prompts
@@ -83,7 +83,7 @@ def seconds(engine: Any, prompts: Sequence[str], at_once: int, params: Any) -> f
     while waiting or running:
         while waiting and running < at_once:
             i, prompt = waiting.pop(0)
-            engine.add_request(f"{started}-{i}", prompt, params)
+            engine.add_request(f"{i}/{started}", prompt, params)
             running += 1
         running -= sum(output.finished for output in engine.step())
     return time.perf_counter() - started
@@ -123,6 +123,30 @@ def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[st
             plain = (before["tokens_per_second"] + off["tokens_per_second"]) / 2
             found += [result | {"ratio": result["tokens_per_second"] / plain} for result in measured]
     return found
+
+
+def start(model: str, config: dict[str, Any], at_once: int) -> Any:
+    """An engine in this process."""
+    ours.stay_in_process()
+    from vllm import LLM
+
+    return LLM(
+        model,
+        speculative_config=config,
+        dtype="bfloat16",
+        kv_cache_memory_bytes=3_000_000_000,
+        max_model_len=2048,
+        max_num_seqs=at_once,
+    )
+
+
+def report(found: list[dict[str, Any]], table: str, output: Path | None) -> None:
+    """Print the table, under what was run where, and write all measurements."""
+    facts = about()
+    if output is not None:
+        output.write_text(json.dumps({"about": facts, "measurements": found}, indent=1) + "\n")
+    print("\n".join(f"- {name}: {value}" for name, value in facts.items()))
+    print(f"\n{table}")
 
 
 def settings(layers: Sequence[int], lengths: Sequence[int]) -> list[str]:
@@ -176,25 +200,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=number(1), default=32, help="tokens per answer")
     parser.add_argument("--output", type=Path, help="JSON file for all measurements")
     args = parser.parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the controller is reached in this process
-    from vllm import LLM
-
-    llm = LLM(
-        args.model,
-        speculative_config={"method": "clasp"},
-        dtype="bfloat16",
-        kv_cache_memory_bytes=3_000_000_000,
-        max_model_len=2048,
-        max_num_seqs=max(args.concurrency),
-    )
-    core = llm.llm_engine.engine_core.engine_core
-    controller = core.model_executor.driver_worker.worker.model_runner.drafter.drafter.adaptive
-    found = measure(llm, controller, args)
-    facts = about()
-    if args.output is not None:
-        args.output.write_text(json.dumps({"about": facts, "measurements": found}, indent=1) + "\n")
-    print("\n".join(f"- {name}: {value}" for name, value in facts.items()))
-    print(f"\n{table(found, args.concurrency)}")
+    llm = start(args.model, {"method": "clasp"}, max(args.concurrency))
+    found = measure(llm, ours.drafter(llm).adaptive, args)
+    report(found, table(found, args.concurrency), args.output)
 
 
 if __name__ == "__main__":

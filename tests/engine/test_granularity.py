@@ -3,6 +3,8 @@
 import pytest
 from engines import PROMPTS, Outcome, change_costs, drafter, engine_process, generate, running
 
+from clasp_vllm.skipping.items import UNITS
+
 CLASP = {
     "method": "clasp",
     "adaptive": False,
@@ -13,6 +15,13 @@ CLASP = {
     "max_optimized_requests": 2,
     "draft_exit_threshold": 0.0,
 }
+
+
+LONG = "Here is some text that all requests begin with, so that there is much to read again. " * 9
+
+
+def cost_of(mask: list[int], costs: tuple[int, ...]) -> int:
+    return sum(cost for cost, skipped in zip(costs, mask, strict=True) if skipped)
 
 
 def plain_outcome(count: int, tokens: int) -> Outcome:
@@ -38,10 +47,9 @@ def test_sublayers(runner, count, tokens):
         clasp, masks, costs = call(clasp_outcome, CLASP, count, tokens)
     assert clasp.token_ids == plain.token_ids
     assert clasp.num_accepted_tokens > clasp.num_drafts
-    assert costs == (1, 3) * 24
     assert masks
-    for mask in masks:
-        assert sum(cost for cost, skipped in zip(costs, mask, strict=True) if skipped) == 12 * 4
+    for mask in masks:  # found when the contexts were short, or longer
+        assert 12 * UNITS in (cost_of(mask, (1, 3) * 24), cost_of(mask, costs))
     assert any(mask[::2] != mask[1::2] for mask in masks)
 
 
@@ -53,4 +61,23 @@ def test_the_controller_over_sublayers():
     assert clasp.token_ids == plain.token_ids
     assert clasp.num_accepted_tokens > 0
     for mask in masks:  # of the largest budget
-        assert sum(cost for cost, skipped in zip(costs, mask, strict=True) if skipped) == 16 * 4
+        assert 16 * UNITS in (cost_of(mask, (1, 3) * 24), cost_of(mask, costs))
+
+
+def long_contexts(config: dict | None) -> tuple[list, list[tuple[int, ...]]]:
+    """Short prompts, then some that begin alike with a long text, and short ones again."""
+    with running(speculative_config=config, max_num_seqs=4, max_model_len=1024) as llm:
+        found, costs = [], []
+        for prompts in (PROMPTS[:2], [LONG + prompt for prompt in PROMPTS[:4]], PROMPTS[4:6]):
+            found.append(generate(llm, prompts, max_tokens=64).token_ids)
+            if config is not None:
+                costs.append(drafter(llm).policy._items.costs)
+        return found, costs
+
+
+def test_attention_costs_more_in_long_contexts():
+    with engine_process("v1") as call:
+        plain, _ = call(long_contexts, None)
+        clasp, costs = call(long_contexts, CLASP | {"optimization_interval": 1})
+    assert clasp == plain
+    assert costs == [(1, 3) * 24, (2, 2) * 24, (1, 3) * 24]
