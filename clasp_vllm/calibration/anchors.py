@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clasp_vllm.skipping.anchors import Anchors
 
-MARGIN = 2.0  # times as far from the anchors as the farthest prompt calibrated with: of no task known
+MARGIN = 1.5  # times as far from its task's anchors as the farthest prompt calibrated with: of no task known
 
 
 def embed(model: str, prompts: Sequence[str], settings: Mapping[str, Any]) -> Tensor:
@@ -50,21 +50,25 @@ def find_anchors(embeddings: Sequence[Tensor], count: int, seed: int) -> Anchors
         fitted = KMeans(min(count, len(found)), random_state=seed, n_init=10).fit(_unit(found).numpy())
         centres.append(torch.from_numpy(fitted.cluster_centers_).float())
         tasks += [task] * len(fitted.cluster_centers_)
-    anchors = Anchors(torch.cat(centres), torch.tensor(tasks), torch.tensor(-1.0))
-    _, cosine = anchors.match(torch.cat(list(embeddings)))
     # Prompts not seen lie farther from the centres than those that made them.
-    least = 1 - MARGIN * max(1 - float(cosine.min()), _neighbour_distance(embeddings))
-    return Anchors(anchors.vectors, anchors.tasks, torch.tensor(least))
+    least = torch.tensor(
+        [
+            1 - MARGIN * max(_distance(found, found_centres), _distance(found, found, itself=False))
+            for found, found_centres in zip(embeddings, centres, strict=True)
+        ]
+    )
+    of = torch.tensor(tasks)
+    return Anchors(torch.cat(centres), of, least[of])
 
 
-def _neighbour_distance(embeddings: Sequence[Tensor]) -> float:
-    """The largest distance of a prompt to the nearest other of its task."""
-    distances = [0.0]
-    for found in embeddings:
-        if len(found) > 1:
-            cosine = _unit(found) @ _unit(found).T
-            distances += (1 - cosine.fill_diagonal_(-1.0).max(dim=1).values).tolist()
-    return max(distances)
+def _distance(vectors: Tensor, others: Tensor, itself: bool = True) -> float:
+    """The largest distance of a vector to the nearest other one, by cosine; 0 where there is none."""
+    cosine = _unit(vectors) @ _unit(others).T
+    if not itself:
+        if len(vectors) < 2:
+            return 0.0
+        cosine.fill_diagonal_(-1.0)
+    return 1 - float(cosine.max(dim=1).values.min())
 
 
 def silhouette(embeddings: Sequence[Tensor]) -> float | None:

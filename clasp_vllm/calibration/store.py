@@ -19,7 +19,7 @@ from torch import Tensor
 from clasp_vllm.config import ConfigError
 from clasp_vllm.skipping.anchors import Anchors
 
-FORMAT = 1
+FORMAT = 2
 SAME_NORMS = 0.02  # mean difference, relative, up to which norms are the same in another precision
 
 
@@ -108,6 +108,8 @@ class Calibration:
             len(self.manifest.tasks) - 1
         ):
             return "its anchors are of tasks that it does not have"
+        if self.anchors.least.shape != tasks.shape:
+            return "it does not say how near its anchors are"
         return None
 
     def check_shape(self, num_layers: int, hidden_size: int) -> None:

@@ -19,7 +19,7 @@ class Anchors:
     Attributes:
         vectors: [anchors, hidden_size] float32.
         tasks: [anchors] int64, the task that each is of.
-        least: [] float32, the cosine below which a prompt is of no task known.
+        least: [anchors] float32, the cosine to an anchor below which a prompt is not of its task.
     """
 
     vectors: Tensor
@@ -37,9 +37,9 @@ class Anchors:
             embeddings: [rows, hidden_size].
 
         Returns:
-            tasks: [rows] int64, -1 where none is near enough.
+            tasks: [rows] int64, -1 where the nearest anchor is not near enough.
             cosine: [rows] float32 to the nearest anchor.
         """
         unit = torch.nn.functional.normalize
         cosine, nearest = (unit(embeddings.float(), dim=1) @ unit(self.vectors, dim=1).T).max(dim=1)
-        return torch.where(cosine < self.least, -1, self.tasks[nearest]), cosine
+        return torch.where(cosine < self.least[nearest], -1, self.tasks[nearest]), cosine

@@ -9,6 +9,11 @@ from engines import DEMO_MODEL, PROMPTS, drafter, engine_process, generate, runn
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, task_prompts
 
 ENGINE = ["--dtype=float32", "--enforce-eager", "--max-model-len=512", "--kv-cache-memory-bytes=67108864"]
+FOREIGN = [
+    "Der schnelle braune Fuchs springt über den faulen Hund und läuft davon.",
+    "0x7f 0x45 0x4c 0x46 02 01 01 00 00 00",
+    "今日はとても良い天気ですね。散歩に行きましょう。",
+]
 LONG = "Here is some text that all requests begin with, long enough to fill a block of the cache. " * 9
 
 
@@ -74,12 +79,14 @@ def tasks_by_prompt(config: dict, prompts: list[str], **settings) -> list[tuple[
     return found
 
 
-def test_a_prompt_of_each_domain_gets_its_own_anchor(config):
+def test_a_prompt_of_each_domain_gets_its_own_anchor_and_a_foreign_one_none(config):
     prompts = [prompt for task in TASKS for prompt in task_prompts(task)[:HELD_OUT]]
     with engine_process("v1") as call:
-        found = [task for task, _ in call(tasks_by_prompt, config, prompts)]
+        found = [task for task, _ in call(tasks_by_prompt, config, prompts + FOREIGN)]
+    found, foreign = found[: len(prompts)], found[len(prompts) :]
     right = [task == i // HELD_OUT for i, task in enumerate(found)]
     assert sum(right) >= len(right) - 2, found
+    assert foreign == [-1] * len(FOREIGN)
     for domain in range(len(TASKS)):
         assert any(right[domain * HELD_OUT : (domain + 1) * HELD_OUT])
 
