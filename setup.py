@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 BENCH = ["matplotlib>=3.9", "pandas>=2", "rich>=13", "scikit-learn>=1.6"]
 
-RAY = "ray[serve]>=2.56"
+RAY = "ray[serve]>=2.60"
 
 TEST = [
     *BENCH,

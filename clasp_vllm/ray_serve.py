@@ -22,7 +22,9 @@ class ServerArguments(BaseModel):
 
     model: str = Field(description="Name or path, there on every node.")
     speculative_config: dict[str, Any] = Field(
-        default={"method": "clasp"}, description="As for vllm serve; written out, since nodes share no files."
+        default={"method": "clasp"},
+        description="As for vllm serve; written out, since nodes share no files. "
+        "A calibration has to be at the same absolute path on all of them.",
     )
     engine_arguments: list[str] = Field(
         default=[], description="Further arguments of vllm serve, a word each: --dtype, bfloat16, ..."

@@ -4,9 +4,15 @@ vLLM keeps its Ray executors for GPUs; tests/harness lets them run on a CPU.
 """
 
 import os
+import threading
+import time
+from pathlib import Path
 
+import openai
 import pytest
-from engines import PROMPTS, ROOT, engine_process, generate, running
+from engines import DEMO_MODEL, PROMPTS, ROOT, engine_process, generate, running
+
+from clasp_vllm.bench.servers import serve
 
 CLASP = {
     "method": "clasp",
@@ -52,12 +58,13 @@ def cluster(monkeypatch, request):
         found.shutdown()
 
 
-def masks_and_node(worker) -> tuple[list, str]:
-    """Every sequence's mask on this rank, and the node it runs on."""
+def masks_node_and_rounds(worker) -> tuple[list, str, int]:
+    """Every sequence's mask on this rank, the node it runs on, and the rounds it drafted in."""
     import ray
 
-    masks = worker.model_runner.drafter.drafter.sequences.masks.int().tolist()
-    return masks, ray.get_runtime_context().get_node_id()
+    drafter = worker.model_runner.drafter.drafter
+    masks, rounds = drafter.sequences.masks.int().tolist(), drafter.statistics.total.rounds
+    return masks, ray.get_runtime_context().get_node_id(), rounds
 
 
 def alone() -> list[list[int]]:
@@ -70,7 +77,7 @@ def over_ray(executor: str) -> tuple:
     with running(speculative_config=CLASP, **PARALLEL) as llm:
         outcome = generate(llm, PROMPTS[:6], max_tokens=24)
         metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-        return outcome, llm.collective_rpc(masks_and_node), metrics
+        return outcome, llm.collective_rpc(masks_node_and_rounds), metrics
 
 
 # The older executor wants nodes of different addresses, which one machine has not.
@@ -85,42 +92,67 @@ def test_ranks_agree(executor, cluster):
         clasp, ranks, metrics = call(over_ray, executor)
     assert clasp.token_ids == plain
     assert clasp.num_accepted_tokens > 0
-    (masks, node), (other_masks, other_node) = ranks
+    (masks, node, rounds), (other_masks, other_node, other_rounds) = ranks
     assert masks == other_masks
     assert (node != other_node) == hasattr(cluster, "second")
     # Both ranks draft in every round; it is counted once.
-    assert 0 < metrics["vllm:layer_skip_rounds"] <= metrics["vllm:spec_decode_num_drafts"]
+    assert metrics["vllm:layer_skip_rounds"] == rounds == other_rounds > 0
 
 
-def until_a_node_dies(ready: str) -> str:
-    """Generate without end; what is raised when it ends all the same."""
-    from pathlib import Path
+@pytest.mark.slow
+def test_served(cluster, tmp_path):
+    """The command of the README."""
+    with engine_process("v1") as call:
+        plain = call(texts)
+    arguments = ["--tensor-parallel-size=2", "--distributed-executor-backend=ray", "--dtype=float32"]
+    arguments += ["--enforce-eager", "--max-model-len=512", "--max-num-seqs=8"]
+    arguments += ["--kv-cache-memory-bytes=268435456", '--speculative-config={"method": "clasp"}']
+    with serve(DEMO_MODEL, *arguments, log=tmp_path / "log", port=8220) as server:
+        client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+        for prompt, expected in zip(PROMPTS[:4], plain, strict=True):
+            answer = client.completions.create(
+                model=str(DEMO_MODEL),
+                prompt=prompt,
+                max_tokens=24,
+                temperature=0,
+                extra_body={"ignore_eos": True},
+            )
+            assert answer.choices[0].text == expected
 
+
+def texts() -> list[str]:
+    with running(max_num_seqs=8) as llm:
+        return generate(llm, PROMPTS[:4], max_tokens=24).texts
+
+
+def until_a_node_dies(ready: Path, killed: Path) -> tuple[bool, str]:
+    """Generate without end; what is raised when it ends all the same, and whether after the death."""
     with running(speculative_config=CLASP, **PARALLEL) as llm:
         generate(llm, PROMPTS[:2], max_tokens=4)
-        Path(ready).touch()
+        ready.touch()
         try:
             while True:
                 generate(llm, PROMPTS[:2], max_tokens=64)
         except BaseException as error:  # whatever it is: the test reads it
-            return f"{type(error).__name__}: {error}"
+            return killed.exists(), f"{type(error).__name__}: {error}"
 
 
 @pytest.mark.slow
 def test_the_engine_ends_when_a_node_dies(cluster, tmp_path):
-    """As plain vLLM's does: an error, not silence. Whoever runs the server starts it anew."""
-    import threading
-    import time
-
-    ready = tmp_path / "ready"
+    """An error, not silence. Whoever runs the server starts it anew."""
+    ready, killed = tmp_path / "ready", tmp_path / "killed"
 
     def kill() -> None:
         while not ready.exists():
             time.sleep(0.5)
         time.sleep(3)
+        killed.touch()
         cluster.remove_node(cluster.second, allow_graceful=False)
 
     threading.Thread(target=kill, daemon=True).start()
     with engine_process("v1") as call:
-        found = call(until_a_node_dies, str(ready))
-    assert "Error" in found
+        after, found = call(until_a_node_dies, ready, killed)
+    assert after
+    assert found.startswith(
+        ("EngineDeadError", "ActorDiedError", "RayActorError", "ActorUnavailableError")
+    ), found

@@ -203,6 +203,10 @@ def test_a_configuration_is_changed_without_an_error(deployed):
         thread.join()
     assert not errors
     assert set(before).isdisjoint(replica_processes())
+    deployed.ask(PROMPTS[3])
+    metrics = httpx.get(f"http://127.0.0.1:{deployed.port}/metrics").text
+    assert 'num_accepted_tokens_per_pos_total{engine="0",model_name=' in metrics
+    assert 'position="4"' in metrics  # the fifth draft token
 
 
 @pytest.mark.slow

@@ -109,9 +109,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
     engine.stay_in_process()
+    from importlib.util import find_spec
+
     from rich.console import Console
 
     console = Console(soft_wrap=True)
+    if find_spec("matplotlib") is None:
+        Console(stderr=True).print(
+            'clasp-vllm: error: inspect draws with matplotlib: pip install ".[bench]"', markup=False
+        )
+        return 2
     try:
         config = read_settings(args.speculative_config)
     except ConfigError as error:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from clasp_vllm.calibration.store import stack_norms
 
 _NAME = "exact_past"
+MOST_SCORES = 1 << 26  # of attention, of a layer, at a time
 
 
 def _nothing(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -74,13 +75,21 @@ class Acceptance:
     def __init__(self, model: str, prompts: Sequence[str], num_tokens: int = 64) -> None:
         """Let ``model`` continue each prompt by ``num_tokens`` tokens, greedily."""
         AttentionInterface.register(_NAME, self._attend)
-        self._keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self._keys: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by layer and first row
         self._recording = True
         tokenizer = AutoTokenizer.from_pretrained(model)
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        # On a GPU in the checkpoint's precision; a CPU computes float32 best.
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = "auto" if self._device.type == "cuda" else torch.float32
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self._device)
         texts = [self._continue(tokenizer.encode(prompt), num_tokens) for prompt in prompts]
         longest = max(len(text) for text in texts)
-        self._tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+        self._tokens = torch.tensor(
+            [text + [0] * (longest - len(text)) for text in texts], device=self._device
+        )
+        heads = self._model.config.num_attention_heads
+        self._rows = max(MOST_SCORES // (heads * longest**2), 1)  # in one pass
+        self._first_row = 0
         self._counted = torch.zeros_like(self._tokens, dtype=torch.bool)
         for row, text in enumerate(texts):
             self._counted[row, len(text) - num_tokens : len(text) - 1] = True
@@ -118,30 +127,35 @@ class Acceptance:
     @torch.inference_mode()
     def _continue(self, prompt: list[int], num_tokens: int) -> list[int]:
         settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
-        tokens: list[int] = self._model.generate(torch.tensor([prompt]), pad_token_id=0, **settings)[
-            0
-        ].tolist()
+        given = torch.tensor([prompt], device=self._device)
+        tokens: list[int] = self._model.generate(given, pad_token_id=0, **settings)[0].tolist()
         return tokens
 
     @torch.inference_mode()
     def _predict(self) -> Tensor:
         """[counted positions] tokens."""
-        hidden = self._model.model(self._tokens, use_cache=False).last_hidden_state[self._counted]
-        tokens: Tensor = self._model.lm_head(hidden).argmax(-1)
-        return tokens
+        found = []
+        for first in range(0, len(self._tokens), self._rows):
+            self._first_row, rows = first, slice(first, first + self._rows)
+            hidden = self._model.model(self._tokens[rows], use_cache=False).last_hidden_state
+            found.append(self._model.lm_head(hidden[self._counted[rows]]).argmax(-1))
+        return torch.cat(found)
 
     def _attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **__: Any
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **more: Any
     ) -> tuple[Tensor, None]:
         """[batch, heads, length, size] attention to the recorded past and the position's own key."""
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        place = module.layer_idx, self._first_row
         if self._recording:
-            self._keys[module.layer_idx] = key, value
-        past_key, past_value = self._keys[module.layer_idx]
+            self._keys[place] = key, value
+        past_key, past_value = self._keys[place]
         scores = query @ past_key.transpose(2, 3) * scaling
         length = scores.shape[-1]
         before = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril(-1)
+        if more.get("sliding_window") is not None:
+            before = before.triu(1 - more["sliding_window"])
         scores = scores.masked_fill(~before, -torch.inf)
         own = (query * key).sum(-1, keepdim=True) * scaling
         weights = torch.cat((scores, own), -1).softmax(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clasp_vllm.skipping.anchors import Anchors
 
-MARGIN = 1.5  # times as far from its task's anchors as the farthest prompt calibrated with: of no task known
+MARGIN = 1.5  # times as far from a task's anchors as its farthest prompt: not of the task
 
 
 def embed(model: str, prompts: Sequence[str], settings: Mapping[str, Any]) -> Tensor:
@@ -50,15 +50,20 @@ def find_anchors(embeddings: Sequence[Tensor], count: int, seed: int) -> Anchors
         fitted = KMeans(min(count, len(found)), random_state=seed, n_init=10).fit(_unit(found).numpy())
         centres.append(torch.from_numpy(fitted.cluster_centers_).float())
         tasks += [task] * len(fitted.cluster_centers_)
-    # Prompts not seen lie farther from the centres than those that made them.
-    least = torch.tensor(
-        [
-            1 - MARGIN * max(_distance(found, found_centres), _distance(found, found, itself=False))
-            for found, found_centres in zip(embeddings, centres, strict=True)
-        ]
-    )
-    of = torch.tensor(tasks)
-    return Anchors(torch.cat(centres), of, least[of])
+    least = [_least(embeddings, task, found) for task, found in enumerate(centres)]
+    return Anchors(torch.cat(centres), torch.tensor(tasks), torch.tensor([least[task] for task in tasks]))
+
+
+def _least(embeddings: Sequence[Tensor], task: int, centres: Tensor) -> float:
+    """How near to its centres a prompt of a task has to be.
+
+    Prompts not seen lie farther from the centres than those that made them, as far as these from each other.
+    But where these have little in common, a prompt must be nearer than those of all other tasks are.
+    """
+    own, others = embeddings[task], [*embeddings[:task], *embeddings[task + 1 :]]
+    distance = max(_distance(own, centres), _distance(own, own, itself=False))
+    foreign = max((float((_unit(some) @ _unit(centres).T).max()) for some in others), default=-1.0)
+    return max(1 - MARGIN * distance, min(foreign, 1 - distance))
 
 
 def _distance(vectors: Tensor, others: Tensor, itself: bool = True) -> float:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from clasp_vllm.bench.about import about
 from clasp_vllm.bench.cost_model import expected_tokens
 from clasp_vllm.bench.options import engine_settings, number
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, read_prompts, task_prompts
+from clasp_vllm.calibration.fingerprint import fingerprint
 from clasp_vllm.calibration.search import SEARCHES, SkipSet, Trials
 
-NORMS = "norms of the model"  # beside the tasks' embeddings; no task has spaces in its name
 EVERYTHING = "everything"  # the task of prompts that are of no task known: the best set for all together
 OVERHEAD = 0.03  # of a draft step, in plain steps, besides its sub-layers
 LONGEST = 8  # draft tokens
@@ -78,12 +79,12 @@ def tasks_of(args: argparse.Namespace) -> dict[str, list[str]]:
                 f"not {EVERYTHING}"
             )
         if path:
-            found[name] = read_prompts(Path(path), f"--tasks {text}")
+            found[name] = list(dict.fromkeys(read_prompts(Path(path), f"--tasks {text}")))
         elif name in TASKS:
             found[name] = task_prompts(name)[HELD_OUT:]
         else:
             raise ValueError(f"--tasks {text}: allowed are {', '.join(TASKS)} and NAME=FILE")
-        if len(set(found[name])) < 2:
+        if len(found[name]) < 2:
             raise ValueError(f"--tasks {text}: holds fewer than two different prompts")
     return found
 
@@ -127,6 +128,9 @@ def keep_settings(args: argparse.Namespace, tasks: dict[str, list[str]]) -> None
     """
     settings = {name: str(value) for name, value in sorted(settings_of(args).items())}
     settings["arguments after --"] = " ".join(args.server_arguments)
+    settings["weights"] = str(fingerprint(args.model))
+    if args.search_model is not None:
+        settings["weights to search with"] = str(fingerprint(args.search_model))
     for name, prompts in tasks.items():
         settings[f"prompts of {name}"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     path = args.output / "settings.json"
@@ -153,7 +157,7 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
     """Do what is not done yet; the manifest.
 
     Raises:
-        ValueError: the model is not the one that was begun with, or that to search with has other layers.
+        ValueError: the model to search with has other layers.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -164,19 +168,13 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
 
     facts = ModelFacts.of(args.model)
     path = args.output / "embeddings.safetensors"
-    if path.exists():
-        before = load_file(path).get(NORMS)
-        if before is None or not torch.equal(before, facts.norms):
-            raise ValueError(
-                f"--output {args.output}: was begun with other weights of {args.model}; give another folder"
-            )
-    else:
+    if not path.exists():
         prompts = [prompt for some in tasks.values() for prompt in some]
         vectors = embed(args.model, prompts, engine_settings(args.model, args.server_arguments))
         split = torch.split(vectors, [len(some) for some in tasks.values()])
         partial = path.with_suffix(".partial")
         parts = {name: part.contiguous() for name, part in zip(tasks, split, strict=True)}
-        save_file(parts | {NORMS: facts.norms}, partial)
+        save_file(parts, partial)
         partial.rename(path)
     embeddings = [load_file(path)[name] for name in tasks]
     anchors = find_anchors(embeddings, args.anchors, args.seed)
@@ -205,10 +203,12 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
     manifest = Manifest(
         format=FORMAT,
         model=args.model,
+        fingerprint=fingerprint(args.model),
         tasks=found,
         silhouette=silhouette(embeddings),
         settings=settings_of(args),
-        versions={name: value for name, value in about().items() if name in ("python", "vllm", "torch")},
+        versions={name: value for name, value in about().items() if name in ("python", "vllm", "torch")}
+        | {name: version(name) for name in ("transformers", "scikit-learn")},
         num_layers=facts.num_layers,
         hidden_size=facts.hidden_size,
     )

@@ -1,8 +1,8 @@
 """A calibration on disk: the tasks, what each skips, and the anchors that prompts are matched with.
 
-A folder of ``manifest.json`` and ``anchors.safetensors``. It holds for one model, told by the weights of its
-norms, which tensor parallelism and most quantisation leave as they are. (AWQ and SmoothQuant fold scales
-into them: such a model wants a calibration of its own.)
+A folder of ``manifest.json`` and ``anchors.safetensors``. It holds for one model, told by its checkpoint's
+fingerprint; a quantised one by the weights of its norms, which most quantisation leaves as they are. (AWQ and
+SmoothQuant fold scales into them: such a model wants a calibration of its own.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clasp_vllm.config import ConfigError
 from clasp_vllm.skipping.anchors import Anchors
 
 FORMAT = 2
-SAME_NORMS = 0.02  # mean difference, relative, up to which norms are the same in another precision
+SAME_NORMS = 0.005  # mean difference, relative, up to which norms are the same in another precision
 
 
 class Task(BaseModel):
@@ -50,6 +50,7 @@ class Manifest(BaseModel):
 
     format: int = Field(description="Version of the format.")
     model: str = Field(description="Name or path of the model calibrated for.")
+    fingerprint: str | None = Field(description="Of its checkpoint; None: it has no safetensors files.")
     num_layers: int
     hidden_size: int
     tasks: list[Task] = Field(description="The last one is for prompts that are of none of the others.")
@@ -128,6 +129,11 @@ class Calibration:
             if float(off) < SAME_NORMS:
                 return
         raise self._of_another("whose norms have other weights than this one's")
+
+    def check_checkpoint(self, found: str | None) -> None:
+        """Raises ConfigError where a checkpoint has another fingerprint than the one calibrated for."""
+        if None not in (found, self.manifest.fingerprint) and found != self.manifest.fingerprint:
+            raise self._of_another("whose checkpoint has other weights than this one's")
 
     def _of_another(self, difference: str) -> ConfigError:
         return ConfigError(

@@ -130,6 +130,11 @@ class AdaptiveDrafting:
             else:
                 self._step = tokens, predicted, ended
 
+    def weigh(self, items: Items) -> None:
+        """Sub-layers cost something else from now on."""
+        self._items = items
+        self._layers.clear()
+
     def forward_seconds(self, rows: int, layers: float) -> float:
         """Of a forward pass, without correction."""
         assert self.costs is not None

@@ -39,9 +39,9 @@ class PagedAttention(Protocol):
         ...
 
 
-# What a step read of prompts: of each request the final hidden states [tokens, hidden_size] of the tokens
-# of its prompt that it ran, at least one, and whether they are the last.
-PromptTokens = Sequence[tuple[str, Tensor, bool]]
+# What a step read of prompts: of each request the position of the first token of its prompt that it ran, the
+# final hidden states [tokens, hidden_size] of these tokens, at least one, and whether they are the last.
+PromptTokens = Sequence[tuple[str, int, Tensor, bool]]
 
 
 def prompt_tokens(
@@ -64,6 +64,7 @@ def prompt_tokens(
     return [
         (
             request_ids[row],
+            int(computed[row]),
             hidden[ends[row] : ends[row] + left[row]],
             bool(computed[row] + left[row] == prompt_lengths[row]),
         )

@@ -258,7 +258,10 @@ class Drafter:
         started = Mark(device)
         self.statistics.total.tried += self.policy.learn(batch)
         due = self.policy.due(slots, self._interval(choice, len(running)))
-        exact = self.policy.optimize(batch.select(due), slots[due], running) if due.size else None
+        exact = None
+        if due.size:
+            context = int(batch.max_lengths.sum())
+            exact = self.policy.optimize(batch.select(due), slots[due], running, context)
         optimized = Mark(device)
         if self._plans is None:
             self._plans = Plans(self.sequences, device)

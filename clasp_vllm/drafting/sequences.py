@@ -50,6 +50,9 @@ class SequenceTable:
 
     def slots(self, request_ids: Sequence[str]) -> np.ndarray:
         """[n] int64, the slot of each sequence; new ones get one."""
+        for request_id in request_ids:  # so that new ones take the slots of others
+            if request_id in self._slots:
+                self._slots.move_to_end(request_id)
         return np.array([self._slot(request_id) for request_id in request_ids], dtype=np.int64)
 
     def _slot(self, request_id: str) -> int:

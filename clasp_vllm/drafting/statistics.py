@@ -13,7 +13,7 @@ from clasp_vllm.drafting.timing import Mark
 
 # What the controller chooses, and what it means on /metrics.
 GAUGES = {
-    "draft_length": "Draft tokens by layer skipping chosen for a round; 0 = speculation is off.",
+    "draft_length": "Draft tokens by layer skipping chosen for a round; 0 = none are drafted so now.",
     "skipped_layers": "Layers that the best draft would skip.",
     "expected_ratio": "Tokens per second that the best draft promises, over plain decoding's.",
     "similarity": "Cosine of the last hidden state of the draft to the full model's, at the number of layers "
@@ -32,7 +32,7 @@ COUNTERS = {
     "passes": "Optimisation passes of the batch.",
     "pass_seconds": "Time that optimisation passes took.",
     "optimized": "Skip masks found, one per sequence and optimisation pass.",
-    "changed": "Skip masks that differ from the sequence's mask before, one per sequence.",
+    "changed": "Of these, those that differ from the sequence's before, for any number of layers.",
     "tried": "Sets of sub-layers that a search tried while serving, with method swift.",
     "failures": "Drafting rounds that failed and went without drafts.",
 }
@@ -55,7 +55,7 @@ class DraftCounts:
         passes: optimisation passes of the batch.
         pass_seconds: that these took; on a GPU those that have ended.
         optimized: masks found, one per sequence and optimisation pass.
-        changed: masks that differ from the sequence's mask before.
+        changed: of these, those that differ from the sequence's before, at any budget.
         tried: sets of sub-layers that a search tried.
         failures: rounds that failed and went without drafts.
         skips: [num_layers] float32, drafts that skipped the layer (a half for half a layer).

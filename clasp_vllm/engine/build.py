@@ -14,6 +14,7 @@ from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
 from vllm.v1.core.kv_cache_utils import update_kv_cache_capacity
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from clasp_vllm.calibration.fingerprint import fingerprint
 from clasp_vllm.calibration.store import Calibration
 from clasp_vllm.config import ConfigError, LayerSkipConfig
 from clasp_vllm.drafting.adaptive import AdaptiveDrafting
@@ -161,6 +162,9 @@ def build_drafter(
     if config.calibration is not None:
         calibration = Calibration(config.calibration)
         calibration.check_model(decoder.norm_weights())
+        if vllm_config.model_config.quantization is None:
+            served = vllm_config.model_config
+            calibration.check_checkpoint(fingerprint(served.model, served.revision))
     items = items_of(vllm_config)
     masks, budgets = _first_masks(config, items, calibration)
     budget = budgets[-1]

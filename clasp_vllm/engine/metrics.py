@@ -115,8 +115,7 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
             name: create_metric_per_engine(Counter(f"vllm:layer_skip_{name}", meaning, names), labels)
             for name, meaning in COUNTERS.items()
         }
-        # Which tasks there are is only known as they come.
-        self._labels = labels
+        self._labels = labels  # which tasks there are is only known as they come
         meaning = "Prompts by the task that they were taken for, with method knn_ssd."
         self._prompts = Counter("vllm:layer_skip_prompts", meaning, [*names, "task"])
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()
@@ -124,10 +123,9 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
         meaning = "Layers that drafts by skipping ran, one per sequence and round."
         kept = Histogram("vllm:layer_skip_kept_layers", meaning, names, buckets=buckets)
         self._kept = create_metric_per_engine(kept, labels)
+        # Not there until they are known: 0 would say something else.
         self._gauges = {
-            name: create_metric_per_engine(
-                Gauge(f"vllm:layer_skip_{name}", meaning, names, multiprocess_mode="mostrecent"), labels
-            )
+            name: Gauge(f"vllm:layer_skip_{name}", meaning, names, multiprocess_mode="mostrecent")
             for name, meaning in GAUGES.items()
         }
 
@@ -151,7 +149,7 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
             for _ in range(count):
                 self._kept[engine_idx].observe(layers)
         for name, value in slot.get(CHOSEN, {}).items():
-            self._gauges[name][engine_idx].set(value)
+            self._gauges[name].labels(*self._labels[engine_idx]).set(value)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""

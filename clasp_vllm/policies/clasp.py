@@ -20,6 +20,7 @@ from clasp_vllm.skipping.items import Items
 
 ENOUGH_PASSES = 8  # until the average over all is trusted with new sequences
 CONTEXT_RATE = 0.1  # of a pass in the average of what contexts are read
+CONTEXT_CHANGE = 0.1  # by which that average must be beyond where costs change
 
 
 class Clasp(Policy):
@@ -92,10 +93,10 @@ class Clasp(Policy):
         if self._adaptive is not None and findings is not None:
             self._adaptive.learn(findings.numpy())
 
-    def optimize(self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray) -> Tensor:
+    def optimize(self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray, context: int) -> Tensor:
         """See ``Policy``."""
         prior, device = None, batch.tokens.device
-        self._weigh(len(running) * float(batch.max_lengths.float().mean()))
+        self._weigh(context)
         if self.evidence is not None:
             on_device, fresh = index(slots, device), index(~self._sequences.has_own[slots], device)
             prior = self.evidence.prior(on_device, fresh)
@@ -122,14 +123,22 @@ class Clasp(Policy):
             self.apply()
         return hidden
 
-    def _weigh(self, context: float) -> None:
+    def _weigh(self, context: int) -> None:
         """Let attention cost what it does where draft steps read so many tokens of context."""
         before = context if self._context is None else self._context
         self._context = before + CONTEXT_RATE * (context - before)
         items = self._first_items.reading(self._context)
-        if items.costs != self._items.costs and self.evidence is not None:
-            self.evidence.reset()  # what its columns hold was found for other costs
+        near = (
+            self._first_items.reading(self._context * (1 + by)) for by in (-CONTEXT_CHANGE, CONTEXT_CHANGE)
+        )
+        if self._items.costs in (items.costs, *(other.costs for other in near)):
+            return
         self._items = items
+        if self.evidence is not None:
+            self.evidence.reset()  # what its columns hold was found for other costs
+            self._sequences.spread = None
+        if self._adaptive is not None:
+            self._adaptive.weigh(items)
 
     def run_programme(self, batch: DraftBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""

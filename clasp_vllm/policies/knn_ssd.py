@@ -45,7 +45,8 @@ class KnnSsd(Policy):
         self._names = names
         self._tasks: Counter[str] = Counter()
         self._share = share
-        self._sums: OrderedDict[str, tuple[Tensor, int]] = OrderedDict()  # of prompts not read to the end
+        # Of prompts not read to the end: sum of embeddings, how many, and where the next token is.
+        self._sums: OrderedDict[str, tuple[Tensor, int, int]] = OrderedDict()
         # On a GPU a match is used from the next round, like CLaSp's masks: the host does not wait for it.
         self._matched: list[tuple[Sequence[str], HostCopy]] = []
         self._late: list[tuple[Sequence[str], HostCopy]] = []
@@ -59,14 +60,17 @@ class KnnSsd(Policy):
     def read(self, prompts: PromptTokens) -> None:
         """See ``Policy``."""
         ended, embeddings = [], []
-        for request_id, hidden, last in prompts:
-            before, length = self._sums.pop(request_id, (0.0, 0))
-            total, length = before + hidden.float().sum(0), length + len(hidden)
+        for request_id, start, hidden, last in prompts:
+            total, length, end = self._sums.pop(request_id, (None, 0, start))
+            if end != start:  # it was preempted and begins again
+                total, length = None, 0
+            found, length = hidden.float().sum(0), length + len(hidden)
+            total = found if total is None else total + found
             if last:
                 ended.append(request_id)
                 embeddings.append(total / length)
                 continue
-            self._sums[request_id] = total, length
+            self._sums[request_id] = total, length, start + len(hidden)
             if len(self._sums) > self._sequences.capacity:  # of a request that was aborted
                 self._sums.popitem(last=False)
         if ended:
@@ -81,7 +85,6 @@ class KnnSsd(Policy):
             matched, self._late = self._late, matched
         for request_ids, found in matched:
             tasks = found.get() % len(self._masks)  # -1 is the last
-            self._sequences.slots(request_ids)
             self._sequences.set_masks(request_ids, self._masks[tasks])
             self._tasks.update(self._names[task] for task in tasks.tolist())
 

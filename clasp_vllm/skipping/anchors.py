@@ -37,9 +37,11 @@ class Anchors:
             embeddings: [rows, hidden_size].
 
         Returns:
-            tasks: [rows] int64, -1 where the nearest anchor is not near enough.
-            cosine: [rows] float32 to the nearest anchor.
+            tasks: [rows] int64 of the nearest of the anchors that are near enough, -1 where none is.
+            cosine: [rows] float32 to that anchor, or to the nearest of all.
         """
         unit = torch.nn.functional.normalize
-        cosine, nearest = (unit(embeddings.float(), dim=1) @ unit(self.vectors, dim=1).T).max(dim=1)
-        return torch.where(cosine < self.least[nearest], -1, self.tasks[nearest]), cosine
+        every = unit(embeddings.float(), dim=1) @ unit(self.vectors, dim=1).T
+        near = every >= self.least
+        cosine, nearest = every.masked_fill(~near & near.any(1, keepdim=True), -torch.inf).max(dim=1)
+        return torch.where(near.any(1), self.tasks[nearest], -1), cosine

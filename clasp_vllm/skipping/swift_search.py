@@ -5,9 +5,10 @@ optimisation, keeps the best, and stops for good after so many steps, or so many
 when the best is good enough. The numbers are the defaults of its published code (hemingkx/SWIFT, commit
 0501393).
 
-Not as there: the set in use at the beginning is scored first and so kept until one is better (there the
-first random set replaces it); sets are scored on the tokens generated last (there on a request's first); the
-Gaussian process chooses among random sets (there its point is continuous, its greatest coordinates count).
+Not as there: the set in use at the beginning, every second layer, is cut to the ratio, scored first and so
+kept until one is better (there the first random set replaces it); sets are scored on the tokens generated
+last (there on a request's first); the Gaussian process chooses among random sets (there its point is
+continuous, and its greatest coordinates count).
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-
-from clasp_vllm.skipping.mask import evenly_spaced_layers
 
 SkipSet = frozenset[int]
 
@@ -49,7 +48,10 @@ class SwiftSearch:
                 "between the first and the last layer; allowed is more than none and less than all"
             )
         self._random = np.random.default_rng(seed)
-        self.best: SkipSet = frozenset(2 + i for i in evenly_spaced_layers(len(self._items), self._size))
+        every_second = [
+            2 * layer + part for i in (1, 2) for layer in range(i, num_layers - 1, 2) for part in (0, 1)
+        ]
+        self.best: SkipSet = frozenset(every_second[: self._size])
         self.best_score = -math.inf
         self.scores: dict[SkipSet, float] = {}  # the last score of each set tried
         self.steps = 0
@@ -58,8 +60,8 @@ class SwiftSearch:
     @property
     def ended(self) -> bool:
         """Whether the search is over."""
-        stale = self.steps - self._better_at >= PATIENCE
-        return self.steps >= MOST_STEPS or stale or self.best_score > GOOD_ENOUGH
+        stale = self.steps - self._better_at > PATIENCE
+        return self.steps > MOST_STEPS or stale or self.best_score > GOOD_ENOUGH
 
     def candidate(self) -> SkipSet:
         """The set to try in this step."""

@@ -10,6 +10,7 @@ import pytest
 from engines import DEMO_MODEL, tiny_llama
 
 from clasp_vllm.calibration.calibrate import EVERYTHING, OVERHEAD, promised
+from clasp_vllm.calibration.fingerprint import fingerprint
 from clasp_vllm.calibration.store import Calibration
 from clasp_vllm.cli import main
 from clasp_vllm.config import ConfigError
@@ -67,10 +68,13 @@ def test_a_model_that_was_replaced_is_noticed(folder, tmp_path, capsys):
     settings = json.loads((again / "settings.json").read_text()) | {"model": str(model)}
     (again / "settings.json").write_text(json.dumps(settings))
     weights = load_file(model / "model.safetensors")
-    weights["model.norm.weight"] *= 2
+    weights["model.layers.3.self_attn.q_proj.weight"] *= 2  # the norms stay as they are
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     assert main(["calibrate", str(model), f"--output={again}", *OPTIONS, "--", *ENGINE]) == 2
-    assert "was begun with other weights" in " ".join(capsys.readouterr().err.split())
+    assert "holds a calibration with weights=" in " ".join(capsys.readouterr().err.split())
+    Calibration(folder).check_checkpoint(fingerprint(str(DEMO_MODEL)))
+    with pytest.raises(ConfigError, match="checkpoint has other weights"):
+        Calibration(folder).check_checkpoint(fingerprint(str(model)))
 
 
 def test_a_search_with_another_model(folder, tmp_path, capsys):
@@ -79,6 +83,7 @@ def test_a_search_with_another_model(folder, tmp_path, capsys):
     shutil.copytree(folder, again)
     other = tiny_llama(tmp_path / "tiny")
     settings = json.loads((again / "settings.json").read_text()) | {"search_model": str(other)}
+    settings["weights to search with"] = fingerprint(str(other))
     (again / "settings.json").write_text(json.dumps(settings))
     options = [f"--search-model={other}", f"--output={again}", *OPTIONS]
     assert main(["calibrate", str(DEMO_MODEL), *options, "--", *ENGINE]) == 2
@@ -114,6 +119,7 @@ def test_a_damaged_calibration(folder, tmp_path):
         {"tasks": found["tasks"][:2]},
         {"surplus": 1},
         {"hidden_size": 64},
+        {"fingerprint": 3},
     ):
         copy = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(folder, copy)

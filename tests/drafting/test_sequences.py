@@ -114,3 +114,11 @@ def test_a_reused_slot_has_no_mask_of_its_own():
     assert table.has_own.tolist() == [True]
     table.slots(["b"])
     assert table.has_own.tolist() == [False]
+
+
+def test_new_sequences_take_the_slots_of_others_than_those_of_the_batch():
+    table = SequenceTable(3, torch.zeros(1, 4, 2, dtype=torch.bool))
+    a, b, _ = table.slots(["a", "b", "gone"]).tolist()
+    new, still_a, still_b = table.slots(["new", "a", "b"]).tolist()
+    assert (still_a, still_b) == (a, b)
+    assert new not in (a, b)

@@ -60,6 +60,7 @@ def test_the_controller_over_sublayers():
         clasp, masks, costs = call(clasp_outcome, config | {"ngram_cascade": False}, 8, 32)
     assert clasp.token_ids == plain.token_ids
     assert clasp.num_accepted_tokens > 0
+    assert masks
     for mask in masks:  # of the largest budget
         assert 16 * UNITS in (cost_of(mask, (1, 3) * 24), cost_of(mask, costs))
 

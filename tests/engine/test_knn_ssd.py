@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from engines import DEMO_MODEL, PROMPTS, drafter, engine_process, generate, running, tiny_llama
 
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, task_prompts
@@ -53,9 +54,9 @@ def test_lossless_with_masks_of_sublayers(runner, count, tokens, config):
     assert any(attention != mlp for mask in masks for attention, mlp in mask)
 
 
-def tasks_by_prompt(config: dict, prompts: list[str], **settings) -> list[tuple[int, list[float]]]:
-    """The task that each prompt is taken for, and its embedding. One by one."""
-    found = []
+def tasks_by_prompt(config: dict, prompts: list[str], **settings) -> list[tuple[int, list[float], int]]:
+    """The task that each prompt is taken for, its embedding, and of how many tokens. One by one."""
+    found, lengths = [], []
     with running(speculative_config=config, max_num_seqs=2, **settings) as llm:
         policy = drafter(llm).policy
         anchors = policy._anchors
@@ -72,8 +73,17 @@ def tasks_by_prompt(config: dict, prompts: list[str], **settings) -> list[tuple[
                 return tasks, cosine
 
         policy._anchors = Spy()
-        for prompt in prompts:
+        read = policy.read
+
+        def count(chunks):
+            lengths.append(sum(len(hidden) for _, _, hidden, _ in chunks))
+            read(chunks)
+
+        policy.read = count
+        for i, prompt in enumerate(prompts):
+            lengths.clear()
             generate(llm, [prompt], max_tokens=3)
+            found[i] = *found[i], sum(lengths)
         metrics = [m for m in llm.get_metrics() if m.name == "vllm:layer_skip_prompts"]
         assert sum(metric.value for metric in metrics) == len(prompts)
     return found
@@ -82,7 +92,7 @@ def tasks_by_prompt(config: dict, prompts: list[str], **settings) -> list[tuple[
 def test_a_prompt_of_each_domain_gets_its_own_anchor_and_a_foreign_one_none(config):
     prompts = [prompt for task in TASKS for prompt in task_prompts(task)[:HELD_OUT]]
     with engine_process("v1") as call:
-        found = [task for task, _ in call(tasks_by_prompt, config, prompts + FOREIGN)]
+        found = [task for task, *_ in call(tasks_by_prompt, config, prompts + FOREIGN)]
     found, foreign = found[: len(prompts)], found[len(prompts) :]
     right = [task == i // HELD_OUT for i, task in enumerate(found)]
     assert sum(right) >= len(right) - 2, found
@@ -100,12 +110,18 @@ def test_chunks_and_cached_prefixes(config):
             tasks_by_prompt, config, prompts, enable_prefix_caching=False, max_num_batched_tokens=32
         )
         cached = call(tasks_by_prompt, config, prompts, enable_prefix_caching=True)
-    for (task, embedding), (same_task, same) in zip(whole, chunks, strict=True):
-        assert task == same_task
+    for (task, embedding, length), (same_task, same, same_length) in zip(whole, chunks, strict=True):
+        assert (task, length) == (same_task, same_length)
         assert same == pytest.approx(embedding, abs=1e-3)
     assert cached[0][1] == pytest.approx(whole[0][1], abs=1e-3)  # nothing was cached yet
-    for (_, embedding), (_, rest) in zip(whole[1:], cached[1:], strict=True):
-        assert rest != pytest.approx(embedding, abs=1e-2)
+    # What is missing of the sums is the prefix's, the same for both.
+    missing = []
+    for (_, embedding, length), (_, rest, left) in zip(whole[1:], cached[1:], strict=True):
+        assert 0 < left < length
+        missing.append((length - left, length * torch.tensor(embedding) - left * torch.tensor(rest)))
+    (tokens, one), (same_tokens, other) = missing
+    assert tokens == same_tokens
+    torch.testing.assert_close(one / tokens, other / tokens, atol=1e-3, rtol=0)
 
 
 def refused(model: str, config: dict) -> str:

@@ -22,4 +22,7 @@ def test_what_is_near_to_nothing_is_of_no_task():
     prompts = torch.tensor([[0.0, 2.0, 0.1], [1.0, 1.0, 0.0], [0.9, 0.0, 1.0]])
     found, cosine = anchors.match(prompts.bfloat16())
     assert found.tolist() == [6, -1, 7]  # each task says how near is near enough
+    # The nearest is not near enough, another is.
+    found, _ = anchors.match(torch.tensor([[0.8, 0.0, 0.6]]))
+    assert found.tolist() == [7]
     assert abs(float(cosine[1]) - 0.5**0.5) < 1e-3
