@@ -2,9 +2,10 @@
 
     .venv/bin/python scripts/bench/warm_start.py MODEL --output warm_start.json
 
-An upper bound: the task is told instead of matched, and its masks are what CLaSp itself comes to in the mean
-over other prompts of it, for every budget. Without, a new request begins with the mean over all requests.
-Both in one engine, in turn, on the mixed stream; what is learnt while measuring starts afresh each time.
+The task is told instead of matched, and its masks are what CLaSp itself comes to in the mean over other
+prompts of it, for every budget (a calibration's are for one budget, and what the controller chooses from are
+many). Without, a new request begins with the mean over all requests. Both in one engine, in turn, on the
+mixed stream; what passes find starts afresh each time, the controller's averages do not.
 """
 
 import argparse
@@ -52,6 +53,7 @@ def learn(engine: Any, ours: Any, prompts: Sequence[str], params: Any) -> Any:
     ours.sequences.reset()
     ours.policy.reset()
     seconds(engine, prompts, 1, params)
+    assert ours.policy.evidence.passes, "nothing was drafted, so there is nothing to begin with"
     return ours.sequences.initial_mask.clone()
 
 

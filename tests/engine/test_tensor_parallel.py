@@ -46,12 +46,12 @@ def disagreements_of(worker) -> int:
     return getattr(_drafter(worker), "disagreements", 0)
 
 
-def parallel(speculative_config: object, forced: bool = False) -> tuple:
+def parallel(speculative_config: object, forced: bool = False, tokens: int = 24) -> tuple:
     settings = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 256 << 20}
     with running(speculative_config=speculative_config, **settings) as llm:
         if forced:
             llm.collective_rpc(disagree)
-        outcome = generate(llm, PROMPTS[:6], max_tokens=24)
+        outcome = generate(llm, PROMPTS[:6], max_tokens=tokens)
         if not speculative_config:
             return outcome, None
         if forced:
@@ -81,6 +81,21 @@ def test_ranks_agree(runner, monkeypatch):
     # Rank 0 overrules: the same masks, and so the same drafts, as without the disagreement.
     assert forced_masks[0] == forced_masks[1] == masks[0]
     assert forced == clasp
+
+
+OTHERS = {"sublayers": CLASP | {"granularity": "sublayer"}, "swift": {"method": "swift"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS.keys())
+def test_ranks_agree_on_sublayers(config, monkeypatch):
+    with two_ranks("v1", monkeypatch) as call:
+        plain, _ = call(parallel, None, False, 64)
+        found, masks = call(parallel, config, False, 64)
+    assert found.token_ids == plain.token_ids
+    assert found.num_accepted_tokens > 0
+    assert masks[0] == masks[1]
+    assert any(attention != mlp for mask in masks[0] for layers in mask for attention, mlp in layers)
 
 
 def watch(worker) -> None:
