@@ -94,7 +94,7 @@ def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[st
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, ignore_eos=True)
-    engine, names = llm.llm_engine, settings(args.layers, args.lengths)
+    engine, names = llm.llm_engine, settings(args.layers, args.lengths, args.parts)
     warm_up = [prompt for task in TASKS for prompt in task_prompts(task)[HELD_OUT:]]
     for at_once in args.concurrency:
         seconds(engine, warm_up[: 2 * at_once], at_once, params)
@@ -149,10 +149,10 @@ def report(found: list[dict[str, Any]], table: str, output: Path | None) -> None
     print(f"\n{table}")
 
 
-def settings(layers: Sequence[int], lengths: Sequence[int]) -> list[str]:
+def settings(layers: Sequence[int], lengths: Sequence[int], parts: Sequence[str]) -> list[str]:
     """Names of all settings."""
     fixed = [f"fixed {skipped}x{length}" for skipped, length in itertools.product(layers, lengths)]
-    without = [f"without {part}" for part in PARTS]
+    without = [f"without {part}" for part in parts]
     return [ALL, *fixed, ALL, *without]
 
 
@@ -192,6 +192,12 @@ def main() -> None:
     parser.add_argument("--concurrency", type=numbers(1), default=[1, 2, 4, 8, 16])
     parser.add_argument("--layers", type=numbers(1), default=[8, 12, 16], help="to skip, of fixed settings")
     parser.add_argument("--lengths", type=numbers(1), default=[1, 3, 6], help="draft tokens of these")
+    parser.add_argument(
+        "--parts",
+        type=lambda text: text.split(","),
+        default=list(PARTS),
+        help=f"of the controller to go without (default {','.join(PARTS)})",
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--repeats", type=number(1), default=2)
     parser.add_argument(
@@ -200,6 +206,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=number(1), default=32, help="tokens per answer")
     parser.add_argument("--output", type=Path, help="JSON file for all measurements")
     args = parser.parse_args()
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"--parts {','.join(sorted(unknown))}: allowed are {', '.join(PARTS)}")
     llm = start(args.model, {"method": "clasp"}, max(args.concurrency))
     found = measure(llm, ours.drafter(llm).adaptive, args)
     report(found, table(found, args.concurrency), args.output)
