@@ -118,7 +118,7 @@ class LayerSkipConfig(BaseModel):
         ge=1,
         le=1024,
         description="clasp only: how many requests may have their layers chosen in one step "
-        "(default 4). Each holds back num_skipped_layers blocks of KV cache, up to four times as many with "
+        "(default 4). Each holds back num_skipped_layers blocks of KV cache, four times as many with "
         "granularity: sublayer.",
     )
     mask_memory: float | None = Field(

@@ -145,12 +145,13 @@ class Acceptance:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **more: Any
     ) -> tuple[Tensor, None]:
         """[batch, heads, length, size] attention to the recorded past and the position's own key."""
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         place = module.layer_idx, self._first_row
         if self._recording:
             self._keys[place] = key, value
-        past_key, past_value = self._keys[place]
+        groups = query.shape[1] // key.shape[1]
+        past_key, past_value, key, value = (
+            heads.repeat_interleave(groups, 1) for heads in (*self._keys[place], key, value)
+        )
         scores = query @ past_key.transpose(2, 3) * scaling
         length = scores.shape[-1]
         before = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril(-1)

@@ -23,6 +23,7 @@ from clasp_vllm.bench.prompts import HELD_OUT, TASKS, read_prompts, task_prompts
 from clasp_vllm.calibration.fingerprint import fingerprint
 from clasp_vllm.calibration.search import SEARCHES, SkipSet, Trials
 
+WEIGHTS = "weights", "weights to search with"  # fingerprints of the models, among the settings
 EVERYTHING = "everything"  # the task of prompts that are of no task known: the best set for all together
 OVERHEAD = 0.03  # of a draft step, in plain steps, besides its sub-layers
 LONGEST = 8  # draft tokens
@@ -96,6 +97,8 @@ def main(args: argparse.Namespace) -> int:
 
     console = Console(stderr=True)
     try:
+        if any(word.partition("=")[0] == "--revision" for word in args.server_arguments):
+            raise ValueError("--revision: not allowed here; calibrate a folder with that revision's files")
         tasks = tasks_of(args)
         args.output.mkdir(parents=True, exist_ok=True)
         keep_settings(args, tasks)
@@ -128,21 +131,24 @@ def keep_settings(args: argparse.Namespace, tasks: dict[str, list[str]]) -> None
     """
     settings = {name: str(value) for name, value in sorted(settings_of(args).items())}
     settings["arguments after --"] = " ".join(args.server_arguments)
-    settings["weights"] = str(fingerprint(args.model))
-    if args.search_model is not None:
-        settings["weights to search with"] = str(fingerprint(args.search_model))
+    for name, model in zip(WEIGHTS, (args.model, args.search_model), strict=True):
+        if model is not None:
+            settings[name] = str(fingerprint(model))
     for name, prompts in tasks.items():
         settings[f"prompts of {name}"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     path = args.output / "settings.json"
     if path.exists():
         before = json.loads(path.read_text())
-        other = [name for name in {*before, *settings} if before.get(name) != settings.get(name)]
+        unknown = [name for name in WEIGHTS if "None" in (before.get(name), settings.get(name))]
+        names = {*before, *settings}.difference(unknown)  # a model that was not here yet
+        other = [name for name in names if before.get(name) != settings.get(name)]
         if other:
             name = min(other)
             raise ValueError(
                 f"--output {args.output}: holds a calibration with {name}={before.get(name)}, not "
                 f"{settings.get(name)}; give another folder, or remove this one"
             )
+        settings |= {name: before[name] for name in unknown if settings.get(name) == "None"}
     path.write_text(json.dumps(settings, indent=1) + "\n")
 
 

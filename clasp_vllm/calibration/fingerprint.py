@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 
-def fingerprint(model: str, revision: str | None = None) -> str | None:
+def fingerprint(model: str, revision: str | None = None, cache: str | None = None) -> str | None:
     """Hex digest of the first rows of all tensors of a checkpoint, their names, shapes and types.
 
     Args:
-        model: a folder, or a name of which the files are in the local cache.
+        model: a folder, or a name of which the files are in the local cache of the Hugging Face hub.
+        revision: of a name.
+        cache: where the hub's files are, if not where they are by default.
 
     Returns:
-        None where there are no safetensors files.
+        None where there are no safetensors files, or not all of them.
     """
+    import torch
     from safetensors import safe_open
 
-    folder = _folder(model, revision)
-    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    index = _file(model, "model.safetensors.index.json", revision, cache)
+    names = {"model.safetensors"}
+    if index is not None:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     found: dict[str, bytes] = {}
-    for file in files:
+    for file in (_file(model, name, revision, cache) for name in names):
+        if file is None:
+            return None
         with safe_open(file, framework="pt") as checkpoint:
             for name in checkpoint.keys():  # noqa: SIM118 - not a dict
                 part = checkpoint.get_slice(name)
                 shape = part.get_shape()
-                row = part[:1] if shape else checkpoint.get_tensor(name)
-                text = f"{name} {shape} {row.dtype} {row.flatten().float().tolist()}"
-                found[name] = hashlib.sha256(text.encode()).digest()
-    if not found:
-        return None
+                digest = hashlib.sha256(f"{name} {shape} {part.get_dtype()}".encode())
+                if 0 not in shape:
+                    row = part[:1] if shape else checkpoint.get_tensor(name)
+                    digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                found[name] = digest.digest()
     return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()
 
 
-def _folder(model: str, revision: str | None) -> Path | None:
+def _file(model: str, name: str, revision: str | None, cache: str | None) -> Path | None:
     if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+        path = Path(model) / name
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
+        found = try_to_load_from_cache(model, name, cache_dir=cache, revision=revision)
+    except HFValidationError:  # no name of the hub's
         return None
+    return Path(found) if isinstance(found, str) else None

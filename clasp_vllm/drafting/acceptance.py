@@ -34,6 +34,9 @@ FORGET = 1 / 64  # what passes forget of the curve, for each sequence optimised
 PRIOR_PASSES = 2.0  # how many the first guess of the curve counts for
 LENGTHS_MEMORY = 200.0  # tokens that the estimate of drafting going on remembers
 LIMIT = 6.0  # of the offsets
+# Of n-grams, until there is evidence, for greedy and for sampling sequences: a token that is certain is
+# accepted as often as the target draws it.
+NGRAM_GUESS = (0.0, -1.0)
 
 
 class SequenceOffsets:
@@ -42,14 +45,21 @@ class SequenceOffsets:
     One step of Newton's method on the logistic likelihood, with the variance as the prior's.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, guess: tuple[float, float] = (0.0, 0.0)) -> None:
+        """``guess``: the mean of greedy and of sampling sequences, until there is evidence."""
         self.offset = np.zeros(capacity)
         self.variance = np.full(capacity, SPREAD)
-        self.mean = np.zeros(2)  # of greedy and of sampling sequences
+        self._guess = np.array(guess)
+        self.mean = self._guess.copy()
 
     def start(self, slot: int, kind: int) -> None:
         """A new sequence has got the slot."""
         self.offset[slot], self.variance[slot] = self.mean[kind], SPREAD
+
+    def forget(self, kinds: np.ndarray, share: float) -> None:
+        """Go back to the guess by this share of the way; ``kinds``: [capacity]."""
+        self.mean += share * (self._guess - self.mean)
+        self.offset += share * (self._guess[kinds] - self.offset)
 
     def add(self, slots: np.ndarray, kinds: np.ndarray, expected: Array, won: Flags, seen: Flags) -> None:
         """Take in outcomes: [rows, tokens] each, chances and what became of those ``seen``."""
@@ -80,7 +90,7 @@ class AcceptanceEvidence:
         self._trials = PRIOR_PASSES
         self.kind = np.zeros(capacity, dtype=np.int64)  # 1 for sampling sequences
         self.drafts = SequenceOffsets(capacity)
-        self.ngrams = SequenceOffsets(capacity)
+        self.ngrams = SequenceOffsets(capacity, NGRAM_GUESS)
         self._position = np.zeros((2, longest))  # by kind; the first stays 0
         self._position_variance = np.full((2, longest), POSITION_SPREAD)
         self._position_tokens = np.zeros((2, longest))
@@ -159,8 +169,7 @@ class AcceptanceEvidence:
     def forget(self) -> None:
         """Count a round: what is not in use is not tried either, so verdicts on it do not last for ever."""
         self.sharing *= 1 - FORGET_ROUND
-        self.ngrams.mean *= 1 - FORGET_ROUND
-        self.ngrams.offset *= 1 - FORGET_ROUND
+        self.ngrams.forget(self.kind, FORGET_ROUND)
         self._position_tokens *= 1 - FORGET_ROUND
 
     def ngram_acceptance(self, slots: np.ndarray) -> Array:

@@ -140,6 +140,10 @@ class AdaptiveDrafting:
         assert self.costs is not None
         return float(self.costs.forward(rows, layers))
 
+    def draft_seconds(self, rows: int, parts: Sequence[int]) -> float:
+        """Of a draft step, without correction. ``parts``: of the sub-layers it runs, as in ``Items.cost``."""
+        return self.forward_seconds(rows, self._items.cost(parts))
+
     def drafted(self, request_ids: Sequence[str], drafts: Drafts | None, ended: Mark) -> None:
         """A round has ended: remember its drafts, if there are any, until they are verified."""
         if drafts is not None:

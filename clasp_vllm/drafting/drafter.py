@@ -29,7 +29,6 @@ from clasp_vllm.drafting.timing import Mark
 from clasp_vllm.drafting.tokens import DraftTokens
 from clasp_vllm.policies.base import Policy
 from clasp_vllm.skipping.controller import Choice
-from clasp_vllm.skipping.items import Items
 
 # sample(hidden_states [n, hidden_size], positions [n], step, rows [n] of the batch) -> tokens [n] int64 and,
 # where the drafter asks for it, the probability [n] float32 of the most likely one under the draft.
@@ -93,7 +92,6 @@ class Drafter:
     def __init__(
         self,
         decoder: Decoder,
-        items: Items,
         passes: Passes,
         sequences: SequenceTable,
         policy: Policy,
@@ -104,7 +102,6 @@ class Drafter:
     ) -> None:
         """
         Args:
-            items: what layers cost.
             policy: who chooses the layers, of these sequences.
             adaptive: the controller, if there is one.
             share: makes what a pass found the same on all ranks that run the layers together.
@@ -117,7 +114,6 @@ class Drafter:
         self.policy = policy
         self.adaptive = adaptive
         self.passes = passes
-        self._items = items
         # Leave sequences that have stopped out of further steps. It takes a host that knows which: a CPU.
         self.drop_stopped = False
         self.statistics = DraftStatistics(decoder.num_layers)
@@ -391,8 +387,7 @@ class Drafter:
         """One forward pass of the draft: [rows, hidden_size]."""
         self.statistics.total.sublayers += len(plan)
         if self._controlled is not None:
-            layers = self._items.cost([part for _, part, _ in plan])
-            self._predicted += self._controlled.forward_seconds(len(batch), layers)
+            self._predicted += self._controlled.draft_seconds(len(batch), [part for _, part, _ in plan])
         return self.passes.draft(batch, plan)
 
     @torch.inference_mode()

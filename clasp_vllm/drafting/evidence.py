@@ -25,12 +25,14 @@ class SkipEvidence:
         self.memory = memory
         self.passes = 0
         self._own = torch.zeros(capacity, num_layers, columns, device=device)
+        self._known = torch.zeros(capacity, dtype=torch.bool, device=device)  # since the last reset
         self._overall = torch.zeros(num_layers, columns, device=device)
 
     def reset(self) -> None:
         """Forget everything."""
         self.passes = 0
         self._own.zero_()
+        self._known.zero_()
         self._overall.zero_()
 
     def prior(self, slots: Tensor, fresh: Tensor) -> Tensor | None:
@@ -41,11 +43,13 @@ class SkipEvidence:
         if self.passes == 0:
             return None
         own = self._own[slots]
+        fresh = fresh | ~self._known[slots]
         return torch.where(fresh.view(-1, 1, 1), self._overall, own).permute(1, 2, 0)
 
     def update(self, slots: Tensor, margins: Tensor, prior: Tensor | None) -> None:
         """Take in a pass: ``margins`` [num_layers, columns, rows], blended with ``prior``."""
         self._own[slots] = margins.permute(2, 0, 1)
+        self._known[slots] = True
         self.passes += 1
         alone = margins if prior is None else (margins - self.memory * prior) / (1 - self.memory)
         self._overall.lerp_(alone.mean(2), max(1 / self.passes, (1 - self.memory) / 4))

@@ -57,11 +57,14 @@ def items_of(vllm_config: VllmConfig) -> Items:
 
 
 class _LayerSizes(NamedTuple):
-    """Numbers that a token reads of a layer, by the model's configuration."""
+    """What a token reads of a layer, in weights, by the model's configuration.
 
-    attention: int  # weights
-    mlp: int  # weights
-    per_token: int  # key and value of each token before it
+    That weights are quantised, and that a window slides, is not considered.
+    """
+
+    attention: int
+    mlp: int
+    per_token: float  # of the cache, for each token before it
 
 
 def _layer_sizes(vllm_config: VllmConfig) -> _LayerSizes:
@@ -70,9 +73,12 @@ def _layer_sizes(vllm_config: VllmConfig) -> _LayerSizes:
     heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", text.num_attention_heads)
     experts = getattr(text, "num_experts_per_tok", None) or 1
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-    hidden = text.hidden_size
+    hidden, weight = text.hidden_size, model.dtype.itemsize
+    number = 1 if str(vllm_config.cache_config.cache_dtype).startswith("fp8") else weight  # bytes
     return _LayerSizes(
-        2 * (heads + kv_heads) * head_size * hidden, 3 * experts * width * hidden, 2 * kv_heads * head_size
+        2 * (heads + kv_heads) * head_size * hidden,
+        3 * experts * width * hidden,
+        2 * kv_heads * head_size * number / weight,
     )
 
 
@@ -163,8 +169,8 @@ def build_drafter(
         calibration = Calibration(config.calibration)
         calibration.check_model(decoder.norm_weights())
         if vllm_config.model_config.quantization is None:
-            served = vllm_config.model_config
-            calibration.check_checkpoint(fingerprint(served.model, served.revision))
+            served, cache = vllm_config.model_config, vllm_config.load_config.download_dir
+            calibration.check_checkpoint(fingerprint(served.model, served.revision, cache))
     items = items_of(vllm_config)
     masks, budgets = _first_masks(config, items, calibration)
     budget = budgets[-1]
@@ -208,7 +214,7 @@ def build_drafter(
         policy = Swift(sequences, passes, items.num_layers, config.sublayer_ratio, share, logger.info)
     options = DrafterOptions(budgets, config.interval or 1, config.exit_threshold)
     drafter = Drafter(
-        decoder, items, passes, sequences, policy, options, adaptive, share, on_failure=_go_on_without_drafts
+        decoder, passes, sequences, policy, options, adaptive, share, on_failure=_go_on_without_drafts
     )
     drafter.drop_stopped = narrows
     return drafter, attention

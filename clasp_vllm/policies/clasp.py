@@ -65,6 +65,8 @@ class Clasp(Policy):
     def reset(self) -> None:
         """See ``Policy``."""
         self._items, self._context = self._first_items, None
+        if self._adaptive is not None:
+            self._adaptive.weigh(self._items)
         if self.evidence is not None:
             self.evidence.reset()
 

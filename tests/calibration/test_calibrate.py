@@ -99,6 +99,7 @@ def test_a_search_with_another_model(folder, tmp_path, capsys):
         (["--tasks=my/task=x.jsonl"], "--tasks my/task=x.jsonl: allowed are names of letters"),
         (["--tasks=sql,sql"], "each once"),
         (["--seed=1"], "holds a calibration with seed=0, not 1"),
+        (["--", "--revision=abc"], "--revision: not allowed here"),
     ],
 )
 def test_bad_options(folder, options, part, capsys):
@@ -181,3 +182,33 @@ def test_what_a_set_promises_by_hand():
     shares = [0.25, 0.25, 0.2, 0.2]
     assert promised(1.0, frozenset({0, 1}), shares) == pytest.approx(9 / (1 + 8 * (0.5 + OVERHEAD)))
     assert promised(0.0, frozenset({0}), shares) < 1
+
+
+def test_a_checkpoint_in_the_hubs_cache(tmp_path):
+    """Told by the files that its index names; the rest of the repository need not be there."""
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / "abc"
+    shutil.copytree(DEMO_MODEL, snapshot)
+    references = tmp_path / "models--someone--model" / "refs"
+    references.mkdir()
+    (references / "main").write_text("abc")
+    expected = fingerprint(str(DEMO_MODEL))
+    assert expected is not None
+    assert fingerprint("someone/model", cache=str(tmp_path)) == expected
+    assert fingerprint("someone/other", cache=str(tmp_path)) is None
+    assert fingerprint("no name at all", cache=str(tmp_path)) is None
+    index = {"weight_map": {"a": "model.safetensors", "b": "not-here.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert fingerprint("someone/model", cache=str(tmp_path)) is None
+
+
+def test_a_model_that_was_not_here_yet_is_no_other(tmp_path):
+    from clasp_vllm.calibration import calibrate
+
+    args = cli_arguments(["calibrate", "someone/model-not-here", f"--output={tmp_path}"])
+    tasks = calibrate.tasks_of(args)
+    calibrate.keep_settings(args, tasks)
+    assert json.loads((tmp_path / "settings.json").read_text())["weights"] == "None"
+    settings = json.loads((tmp_path / "settings.json").read_text()) | {"weights": "known"}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    calibrate.keep_settings(args, tasks)
+    assert json.loads((tmp_path / "settings.json").read_text()) == settings

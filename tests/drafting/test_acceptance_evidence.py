@@ -154,6 +154,19 @@ def test_a_shared_masks_acceptance_is_its_own():
     assert own > shared
 
 
+def test_of_what_the_context_offers_less_is_thought_where_tokens_are_drawn():
+    learnt = evidence()
+    learnt.start(1, sampling=True)
+    greedy, sampled = learnt.ngram_acceptance(np.array([0, 1]))
+    assert greedy > sampled + 0.1
+    for _ in range(50):
+        learnt.add_ngrams(np.array([1]), np.array([4]), np.array([False]))
+    assert learnt.ngram_acceptance(np.array([1]))[0] > 0.8
+    for _ in range(20_000):
+        learnt.forget()
+    assert np.allclose(learnt.ngram_acceptance(np.array([0, 1])), [greedy, sampled])
+
+
 def test_what_the_context_offers_has_an_acceptance_of_its_own():
     learnt = evidence()
     for _ in range(50):
