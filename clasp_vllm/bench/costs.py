@@ -57,7 +57,7 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
     import torch
     from vllm import SamplingParams
 
-    from clasp_vllm.drafting.drafter import Draft
+    from clasp_vllm.drafting.draft import Draft
     from clasp_vllm.policies.base import Policy
     from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
 

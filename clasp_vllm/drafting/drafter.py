@@ -9,8 +9,8 @@ certainty. All other tokens are drafted by the target with each row's skipped la
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from clasp_vllm.drafting.adaptive import AdaptiveDrafting
 from clasp_vllm.drafting.batch import DraftBatch, PromptTokens, index
 from clasp_vllm.drafting.decoder import Decoder
+from clasp_vllm.drafting.draft import Draft, Drafted, DrafterOptions, Sample
 from clasp_vllm.drafting.early_exit import Exit, FixedExit
 from clasp_vllm.drafting.outcomes import Drafts
 from clasp_vllm.drafting.passes import Passes
@@ -30,60 +31,7 @@ from clasp_vllm.drafting.tokens import DraftTokens
 from clasp_vllm.policies.base import Policy
 from clasp_vllm.skipping.controller import Choice
 
-# sample(hidden_states [n, hidden_size], positions [n], step, rows [n] of the batch) -> tokens [n] int64 and,
-# where the drafter asks for it, the probability [n] float32 of the most likely one under the draft.
-Sample = Callable[[Tensor, Tensor, int, np.ndarray], tuple[Tensor, Tensor | None]]
-
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class DrafterOptions:
-    """How to draft.
-
-    Attributes:
-        budgets: the numbers of layers to skip that there are to choose from, ascending.
-        optimization_interval: rounds between two choices of a sequence's layers, unless a controller says.
-        draft_exit_threshold: stop drafting a sequence after a token less probable than this; 0 = off;
-            None: the controller says when, if there is one.
-    """
-
-    budgets: tuple[int, ...]
-    optimization_interval: int
-    draft_exit_threshold: float | None
-
-
-class Draft(NamedTuple):
-    """A round's drafts.
-
-    Attributes:
-        tokens: [rows, num_tokens] int64. All of them are valid to verify, those past a row's length merely
-            unlikely to be accepted.
-        lengths: [rows] int64, how many of a row's tokens are worth verifying.
-        drawn: [rows, num_tokens] int64 on the host, which of all rows that were sampled each token is, in
-            the order of the calls of ``sample``; -1 for tokens that were not sampled.
-    """
-
-    tokens: Tensor
-    lengths: Tensor
-    drawn: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Drafted:
-    """Drafts made by skipping layers.
-
-    Attributes:
-        draft: the tokens.
-        limits: [rows] int64, the tokens there might have been, had drafting not stopped early.
-        due: rows whose layers were chosen anew; the first token of these is certain.
-        marks: the start of the round, the end of its optimisation pass, and its end.
-    """
-
-    draft: DraftTokens
-    limits: np.ndarray
-    due: np.ndarray
-    marks: tuple[Mark, Mark, Mark]
 
 
 class Drafter:
@@ -209,7 +157,7 @@ class Drafter:
         skipping: np.ndarray,
         looked_up: np.ndarray,
         lengths: Tensor,
-        found: _Drafted | None,
+        found: Drafted | None,
         choice: Choice,
     ) -> None:
         """Tell the controller of a round. ``skipping``: rows drafted for by skipping."""
@@ -243,7 +191,7 @@ class Drafter:
         choice: Choice,
         room: int,
         sample: Sample,
-    ) -> _Drafted:
+    ) -> Drafted:
         """Draft for the rows with layers left out, after choosing these anew where that is due.
 
         Args:
@@ -283,7 +231,7 @@ class Drafter:
         self.statistics.total.changed = self.sequences.changed
         limits = np.minimum(choice.length + ahead, width)
         self.statistics.total.spared += int((limits - draft.count).sum())
-        return _Drafted(draft, limits, due, (started, optimized, Mark(device)))
+        return Drafted(draft, limits, due, (started, optimized, Mark(device)))
 
     def _first_step(
         self,

@@ -19,7 +19,8 @@ from clasp_vllm.calibration.store import Calibration
 from clasp_vllm.config import ConfigError, LayerSkipConfig
 from clasp_vllm.drafting.adaptive import AdaptiveDrafting
 from clasp_vllm.drafting.decoder import Decoder
-from clasp_vllm.drafting.drafter import Drafter, DrafterOptions
+from clasp_vllm.drafting.draft import DrafterOptions
+from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.evidence import SkipEvidence
 from clasp_vllm.drafting.passes import Passes
 from clasp_vllm.drafting.scratch import ScratchBlocks

@@ -1,0 +1,66 @@
+"""What a drafting round is asked for and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from clasp_vllm.drafting.timing import Mark
+from clasp_vllm.drafting.tokens import DraftTokens
+
+# sample(hidden_states [n, hidden_size], positions [n], step, rows [n] of the batch) -> tokens [n] int64 and,
+# where the drafter asks for it, the probability [n] float32 of the most likely one under the draft.
+Sample = Callable[[Tensor, Tensor, int, np.ndarray], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class DrafterOptions:
+    """How to draft.
+
+    Attributes:
+        budgets: the numbers of layers to skip that there are to choose from, ascending.
+        optimization_interval: rounds between two choices of a sequence's layers, unless a controller says.
+        draft_exit_threshold: stop drafting a sequence after a token less probable than this; 0 = off;
+            None: the controller says when, if there is one.
+    """
+
+    budgets: tuple[int, ...]
+    optimization_interval: int
+    draft_exit_threshold: float | None
+
+
+class Draft(NamedTuple):
+    """A round's drafts.
+
+    Attributes:
+        tokens: [rows, num_tokens] int64. All of them are valid to verify, those past a row's length merely
+            unlikely to be accepted.
+        lengths: [rows] int64, how many of a row's tokens are worth verifying.
+        drawn: [rows, num_tokens] int64 on the host, which of all rows that were sampled each token is, in
+            the order of the calls of ``sample``; -1 for tokens that were not sampled.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    drawn: np.ndarray
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Drafts made by skipping layers.
+
+    Attributes:
+        draft: the tokens.
+        limits: [rows] int64, the tokens there might have been, had drafting not stopped early.
+        due: rows whose layers were chosen anew; the first token of these is certain.
+        marks: the start of the round, the end of its optimisation pass, and its end.
+    """
+
+    draft: DraftTokens
+    limits: np.ndarray
+    due: np.ndarray
+    marks: tuple[Mark, Mark, Mark]
