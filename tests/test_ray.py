@@ -153,6 +153,5 @@ def test_the_engine_ends_when_a_node_dies(cluster, tmp_path):
     with engine_process("v1") as call:
         after, found = call(until_a_node_dies, ready, killed)
     assert after
-    assert found.startswith(
-        ("EngineDeadError", "ActorDiedError", "RayActorError", "ActorUnavailableError")
-    ), found
+    # What waits for the workers' answer is told that there will be none, or sees the actor's death first.
+    assert found.startswith(("RuntimeError: cancelled", "EngineDeadError", "ActorDiedError")), found
