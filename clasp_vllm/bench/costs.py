@@ -21,6 +21,7 @@ from typing import Any
 
 from clasp_vllm.bench.about import about
 from clasp_vllm.bench.cost_model import Costs, break_even
+from clasp_vllm.bench.engine import model_runner, stay_in_process
 from clasp_vllm.bench.options import engine_settings, number, numbers
 from clasp_vllm.bench.prompts import mixed_prompts
 from clasp_vllm.config import ConfigError, parse_config
@@ -64,7 +65,7 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     timings = Timings(synchronize)
     engine = llm.llm_engine
-    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner = model_runner(llm)
     proposer = runner.drafter
     drafter = proposer.drafter
     num_layers = drafter.decoder.num_layers
@@ -216,7 +217,7 @@ def main(args: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"clasp-vllm: error: {error}", file=sys.stderr)
         return 2
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    stay_in_process()
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # V2 verifies all drafts, whatever their length
     from rich.progress import Progress
     from vllm import LLM

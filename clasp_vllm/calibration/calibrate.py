@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from typing import Any
 
 from clasp_vllm.bench.about import about
 from clasp_vllm.bench.cost_model import expected_tokens
+from clasp_vllm.bench.engine import stay_in_process
 from clasp_vllm.bench.options import engine_settings, number
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, read_prompts, task_prompts
 from clasp_vllm.calibration.fingerprint import fingerprint
@@ -92,7 +92,7 @@ def tasks_of(args: argparse.Namespace) -> dict[str, list[str]]:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    stay_in_process()
     from rich.console import Console
 
     console = Console(stderr=True)

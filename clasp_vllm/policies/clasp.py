@@ -129,11 +129,9 @@ class Clasp(Policy):
         """Let attention cost what it does where draft steps read so many tokens of context."""
         before = context if self._context is None else self._context
         self._context = before + CONTEXT_RATE * (context - before)
-        items = self._first_items.reading(self._context)
-        near = (
-            self._first_items.reading(self._context * (1 + by)) for by in (-CONTEXT_CHANGE, CONTEXT_CHANGE)
-        )
-        if self._items.costs in (items.costs, *(other.costs for other in near)):
+        near = (1.0, 1 - CONTEXT_CHANGE, 1 + CONTEXT_CHANGE)
+        items, *others = (self._first_items.reading(self._context * by) for by in near)
+        if any(self._items.costs == one.costs for one in (items, *others)):
             return
         self._items = items
         if self.evidence is not None:

@@ -61,11 +61,10 @@ class KnnSsd(Policy):
         """See ``Policy``."""
         ended, embeddings = [], []
         for request_id, start, hidden, last in prompts:
-            total, length, end = self._sums.pop(request_id, (None, 0, start))
+            before, length, end = self._sums.pop(request_id, (0.0, 0, start))
             if end != start:  # it was preempted and begins again
-                total, length = None, 0
-            found, length = hidden.float().sum(0), length + len(hidden)
-            total = found if total is None else total + found
+                before, length = 0.0, 0
+            total, length = before + hidden.float().sum(0), length + len(hidden)
             if last:
                 ended.append(request_id)
                 embeddings.append(total / length)

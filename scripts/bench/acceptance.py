@@ -6,11 +6,11 @@
 import argparse
 import itertools
 import multiprocessing
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
 from clasp_vllm.bench.about import about
+from clasp_vllm.bench.engine import stay_in_process
 from clasp_vllm.bench.options import engine_settings, number, split_arguments
 from clasp_vllm.bench.prompts import mixed_prompts
 from clasp_vllm.config import read_settings
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=number(1), default=64, help="tokens per answer (default 64)")
     words, server_arguments = split_arguments(sys.argv[1:])
     args = parser.parse_args(words, argparse.Namespace(server_arguments=server_arguments))
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    stay_in_process()
     print("\n".join(f"- {name}: {value}" for name, value in about().items()))
     print("\n| method | mean accepted length | at each position, of those accepted before |\n|---|---|---|")
     for method in args.method:

@@ -11,7 +11,7 @@ mixed stream; what passes find starts afresh each time, the controller's average
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,8 @@ def measure(llm: Any, ours: Any, args: argparse.Namespace) -> list[dict[str, Any
             for name in (COLD, WARM)[:: (-1) ** repeat]:
                 learn(llm.llm_engine, ours, [prompt for some in others.values() for prompt in some], params)
                 before = ours.statistics.total.rounds
-                if name == WARM:
-                    with beginning_with(ours.sequences, masks, tasks):
-                        took = seconds(llm.llm_engine, prompts, at_once, params)
-                else:
+                warm = beginning_with(ours.sequences, masks, tasks) if name == WARM else nullcontext()
+                with warm:
                     took = seconds(llm.llm_engine, prompts, at_once, params)
                 found.append(
                     {
