@@ -31,7 +31,7 @@ ENOUGH_TOKENS = 16.0  # at a position, for its own offset to count half; else th
 SHARING_RATE = 0.04
 FORGET_ROUND = 1e-3  # of what may not be in use, each round
 FORGET = 1 / 64  # what passes forget of the curve, for each sequence optimised
-PRIOR_PASSES = 2.0  # how many the first guess of the curve counts for
+PRIOR_PASSES = 8.0  # how many the first guess of the curve counts for
 LENGTHS_MEMORY = 200.0  # tokens that the estimate of drafting going on remembers
 LIMIT = 6.0  # of the offsets
 # Of n-grams, until there is evidence, for greedy and for sampling sequences: a token that is certain is
@@ -89,6 +89,7 @@ class AcceptanceEvidence:
         self._curve = 0.95 - 0.6 * np.asarray(skipped, dtype=np.float64) / num_layers
         self._trials = PRIOR_PASSES
         self.kind = np.zeros(capacity, dtype=np.int64)  # 1 for sampling sequences
+        self.started = 0  # sequences
         self.drafts = SequenceOffsets(capacity)
         self.ngrams = SequenceOffsets(capacity, NGRAM_GUESS)
         self._position = np.zeros((2, longest))  # by kind; the first stays 0
@@ -102,6 +103,7 @@ class AcceptanceEvidence:
     def start(self, slot: int, sampling: bool = False) -> None:
         """A new sequence has got the slot."""
         self.kind[slot] = int(sampling)
+        self.started += 1
         for offsets in (self.drafts, self.ngrams):
             offsets.start(slot, int(sampling))
 
@@ -192,13 +194,17 @@ class AcceptanceEvidence:
             found[:, step] = found[:, step - 1] + trust[:, step] * (found[:, step] - found[:, step - 1])
         return found
 
-    def acceptance(self, slots: np.ndarray) -> Array:
+    def acceptance(self, slots: np.ndarray, hope: float = 0.0) -> Array:
         """[2, rows, budgets, longest]: that a token is accepted if those before it were.
 
         With its own mask, and with a shared one.
+
+        Args:
+            hope: standard deviations, of what is not known of each sequence, to think better of it.
         """
         curve = np.minimum.accumulate(np.clip(self._curve, 0.02, 0.98))  # skipping more is never better
-        own = np.log(curve / (1 - curve)) + self.drafts.offset[slots, None]
+        offset = self.drafts.offset[slots] + hope * np.sqrt(self.drafts.variance[slots])
+        own = np.log(curve / (1 - curve)) + offset[:, None]
         own = own[..., None] + self.positions()[self.kind[slots]][:, None]
         return _probability(np.stack((own, own + self.sharing)))
 

@@ -35,8 +35,12 @@ from clasp_vllm.skipping.items import Items
 PLAIN_EVERY = 128  # rounds of a batch's size, one goes without drafts, to know what it costs;
 PLAIN_FIRST = 8  # the first of them comes sooner
 OFF_CHECK = 8  # steps without speculation until it is thought over again,
-OFF_CHANGE = 0.25  # unless the number of rows has changed by this share
+OFF_CHANGE = 0.25  # unless the number of rows has changed by this share, or as many are new
 PATIENCE = 6  # steps that a probe waits for room in
+# Before speculation goes off, acceptance is hoped to be better than thought by so many standard deviations of
+# its mean over the batch: what is wrongly thought worth it shows in a few rounds, what is wrongly thought not
+# worth it by rare probes alone.
+HOPE = 0.5
 MASKS_TO_SHARE = 2  # rows from which on
 SHARE_EVERY = 16  # rounds, that ranks take rank 0's corrections
 
@@ -107,7 +111,7 @@ class AdaptiveDrafting:
             every = draft_lengths(longest) if padded else range(longest + 1)
             self._lengths = [length for length in every if length]
         self._probes = Probes()
-        self._off_rows, self._off_steps = 0, 0
+        self._off_rows, self._off_started, self._off_steps = 0, 0, 0
         self._running: frozenset[str] = frozenset()  # the requests of the last round
         self._layers: dict[bytes, Array] = {}
         self._layers_version: int | None = None
@@ -194,7 +198,10 @@ class AdaptiveDrafting:
             if version is None or version != self._layers_version or len(self._layers) >= MAX_PLANS:
                 self._layers.clear()
                 self._layers_version = version
-            choice = self.last = self._best(costs, slots, masks, shared_mask, offered)
+            choice = self._best(costs, slots, masks, shared_mask, offered)
+            if choice.ratio < WORTH_IT:
+                choice = self._best(costs, slots, masks, shared_mask, offered, HOPE / rows**0.5)
+            self.last = choice
         worth_it = choice.ratio >= WORTH_IT or "speculation" not in self._open
         ask = worth_it
         if worth_it:
@@ -232,9 +239,10 @@ class AdaptiveDrafting:
     def _is_due(self, rows: int) -> bool:
         """Whether to think again: always while speculating, now and then while off."""
         similar = self._off_rows * (1 - OFF_CHANGE) <= rows <= self._off_rows * (1 + OFF_CHANGE)
+        similar &= self.evidence.started - self._off_started <= rows * OFF_CHANGE
         if self._off_steps % OFF_CHECK and similar:
             return False
-        self._off_rows = rows
+        self._off_rows, self._off_started = rows, self.evidence.started
         return True
 
     def _tempts(self, costs: PassCosts, slots: np.ndarray, offered: np.ndarray) -> bool:
@@ -290,7 +298,13 @@ class AdaptiveDrafting:
         }
 
     def _best(
-        self, costs: PassCosts, slots: np.ndarray, masks: Tensor, shared_mask: Tensor, offered: np.ndarray
+        self,
+        costs: PassCosts,
+        slots: np.ndarray,
+        masks: Tensor,
+        shared_mask: Tensor,
+        offered: np.ndarray,
+        hope: float = 0.0,
     ) -> Choice:
         """The best way to speculate, with what the context offers where that is better than drafting."""
 
@@ -304,7 +318,7 @@ class AdaptiveDrafting:
             return Batch(
                 costs,
                 self._num_layers,
-                self.evidence.acceptance(slots[rows])[:kinds],
+                self.evidence.acceptance(slots[rows], hope)[:kinds],
                 layers[:kinds],
                 self.evidence.going_on,
                 self._lengths,

@@ -11,7 +11,7 @@ from torch import Tensor
 from clasp_vllm.drafting.batch import index
 
 EDGES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # between bins of confidence
-FIRST_TRIALS = 4.0  # tokens that the guess, to be accepted as often as the draft is sure, counts for
+FIRST_TRIALS = 4.0  # tokens that the guess counts for
 MEMORY = 300.0  # tokens that a bin remembers
 
 
@@ -59,7 +59,10 @@ class Confidence:
 
     def __init__(self) -> None:
         edges = np.array((0.0, *EDGES, 1.0))
-        self.accepted = np.tile((edges[1:] + edges[:-1]) / 2, (2, 1))  # by kind: greedy, sampling
+        sure = (edges[1:] + edges[:-1]) / 2
+        # A guess, until there is evidence. By kind: greedy, where a token is accepted as often as the draft
+        # is sure of it, and sampling, where one of an unsure draft is if the target is as unsure.
+        self.accepted = np.stack((sure, (1 + sure) / 2))
         self._trials = np.full(self.accepted.shape, FIRST_TRIALS)
         self._edges: Tensor | None = None  # kept on the device: a copy would wait for it
 

@@ -62,6 +62,17 @@ def test_verification_finds_a_sequences_acceptance():
     assert abs(high - 0.9) < 0.05
 
 
+def test_hope_is_for_what_is_not_known():
+    learnt, slots = evidence(), np.array([0, 1])
+    for _ in range(20):
+        verify(learnt, 0, 2)
+    before, hopeful = learnt.acceptance(slots), learnt.acceptance(slots, hope=1.0)
+    gained = np.log(hopeful / (1 - hopeful)) - np.log(before / (1 - before))
+    assert np.allclose(gained[:, 1], 1.0)  # one standard deviation of a new sequence
+    assert (gained[:, 0] > 0).all()
+    assert (gained[:, 0] < 0.5).all()
+
+
 def test_a_few_tokens_tell_a_new_sequence_from_the_mean():
     """After two rounds without one token accepted it is thought much worse than before."""
     learnt = evidence()

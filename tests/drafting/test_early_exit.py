@@ -37,6 +37,16 @@ def test_what_is_learnt_and_what_is_asked_use_the_same_bins(confidence):
     assert (np.abs(learnt.accepted[0] - 0.5) < 1e-9).sum() == len(EDGES)  # but for one
 
 
+def test_unsure_drafts_of_sampling_sequences_are_tried():
+    """A token drawn from a flat law is accepted if the target's is as flat, until the evidence says no."""
+    learnt, kinds, one = Confidence(), np.array([0, 1]), np.ones((2, 1), dtype=bool)
+    unsure = torch.tensor([0.2, 0.2])
+    assert learnt.exit(kinds, 0.5, CPU).stops(unsure, slice(None)).tolist() == [True, False]
+    for _ in range(10):
+        learnt.add(kinds, np.full((2, 1), 0.2, dtype=np.float32), ~one, one)
+    assert learnt.exit(kinds, 0.5, CPU).stops(unsure, slice(None)).all()
+
+
 def batch(rows: int) -> DraftBatch:
     table = torch.arange(rows * 2, dtype=torch.int32).view(rows, 2)
     tokens, positions = torch.arange(rows) + 100, torch.arange(rows) * 10

@@ -1,4 +1,4 @@
-"""Where speculation pays, a round goes without drafts now and then, to learn what that costs."""
+"""What the controller of a drafter does from round to round, its costs in numbers."""
 
 import numpy as np
 import pytest
@@ -11,13 +11,13 @@ from clasp_vllm.skipping.items import Items
 LAYERS, BUDGETS = 8, (2, 4)
 
 
-def controller(choices: tuple[str, ...], padded: bool = False) -> AdaptiveDrafting:
-    """One that finds drafts almost free."""
+def controller(choices: tuple[str, ...], padded: bool = False, draft_cost: float = 1e-3) -> AdaptiveDrafting:
+    """One that finds drafts almost free, unless told what a layer of them costs of one of the target."""
     found = AdaptiveDrafting(
         16, BUDGETS, Items.layers(LAYERS), 4, None, choices, padded=padded, narrows=not padded, ranks=1
     )
     found.costs = PassCosts(tuple(map(float, SIZES)), (1e-3,) * len(SIZES), (0.0,) * len(SIZES))
-    found.corrections.scales["draft_scale"][:] = 1e-3
+    found.corrections.scales["draft_scale"][:] = draft_cost
     return found
 
 
@@ -30,6 +30,9 @@ def chosen(found: AdaptiveDrafting, rows: int, rounds: int, room: bool = False) 
         allowed = found.wanted if room else 4
         lengths.append(choice.length)
     return lengths
+
+
+# Where speculation pays, a round goes without drafts now and then, to learn what that costs.
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -61,3 +64,35 @@ def test_after_it_the_round_is_thought_over():
     found = controller(("length", "speculation"))
     assert chosen(found, 1, PLAIN_FIRST)[-1] == 0
     assert found._off_steps == 0
+
+
+# Where it does not seem to pay, what is not known counts for it.
+
+
+def worth_drafting(rows: int, draft_cost: float, known: bool = False) -> bool:
+    found = controller(("length", "speculation"), draft_cost=draft_cost)
+    if known:
+        found.evidence.drafts.variance[:] = 0.0
+    return chosen(found, rows, 1) != [0]
+
+
+def test_new_sequences_are_given_a_chance():
+    """What is known of a mean over many is more, so they are given less of it."""
+    dear = {
+        (rows, known): max(cost for cost in np.linspace(0.1, 3, 100) if worth_drafting(rows, cost, known))
+        for rows in (1, 16)
+        for known in (False, True)
+    }
+    assert dear[1, False] > dear[16, False] > dear[16, True]
+    assert dear[1, True] == pytest.approx(dear[16, True])
+
+
+def test_while_off_new_sequences_are_thought_of_at_once():
+    found = controller(("length", "speculation"), draft_cost=0.5)
+    found.evidence.drafts.offset[:] = found.evidence.drafts.mean[:] = -2.0
+    assert chosen(found, 4, 2) == [0, 0]
+    found.evidence.drafts.mean[:] = 2.0
+    found.evidence.start(0)
+    assert chosen(found, 4, 1) == [0]  # one of four
+    found.evidence.start(1)
+    assert chosen(found, 4, 1) != [0]
