@@ -98,6 +98,16 @@ def engine_process(runner: str) -> Iterator[Callable[..., Any]]:
                 os.environ[key] = value
 
 
+def two_ranks(runner: str, monkeypatch: Any) -> Any:
+    """An ``engine_process`` of which each rank has a core of its own."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    if runner == "v2":
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    return engine_process(runner)
+
+
 @contextmanager
 def running(
     model: str | Path = DEMO_MODEL, speculative_config: object = None, **settings: Any
@@ -182,16 +192,21 @@ def model_runner(llm: Any) -> Any:
 def change_costs(llm: Any, every: int = 6) -> list[tuple[bool, Any]]:
     """Make drafts seem to cost nothing for a few rounds, then more than they could be worth, and so on.
 
-    Returns a list that grows with what the controller chooses: (whether drafts were dear, the choice).
+    Every second time that they cost nothing, skipping much seems as good as skipping little. Returns a list
+    that grows with what the controller chooses: (whether drafts were dear, the choice).
     """
     chosen: list[tuple[bool, Any]] = []
     controller = drafter(llm).adaptive
     original = controller.choose
 
     def choose(*args: Any) -> Any:
-        dear = len(chosen) // every % 2 == 1
+        turn, evidence = len(chosen) // every % 4, controller.evidence
+        dear, curve = turn % 2 == 1, evidence._curve
         controller.corrections.scales["draft_scale"][:] = 1e6 if dear else 1e-6
+        if turn == 2:
+            evidence._curve = curve * 0 + 0.9
         choice = original(*args)
+        evidence._curve = curve
         chosen.append((dear, choice))
         return choice
 

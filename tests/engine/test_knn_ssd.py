@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from engines import DEMO_MODEL, PROMPTS, drafter, engine_process, generate, running, tiny_llama
+from engines import DEMO_MODEL, PROMPTS, drafter, engine_process, generate, running, tiny_llama, two_ranks
 
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, task_prompts
 
@@ -52,6 +52,43 @@ def test_lossless_with_masks_of_sublayers(runner, count, tokens, config):
     assert found.num_accepted_tokens > 0
     assert len(masks) > 1
     assert any(attention != mlp for mask in masks for attention, mlp in mask)
+
+
+def masks_of(worker) -> list:
+    """Every sequence's mask on this rank."""
+    return worker.model_runner.drafter.drafter.sequences.masks.int().tolist()
+
+
+def mismatch(worker) -> None:
+    """Have rank 1 take every prompt for another task."""
+    from dataclasses import replace
+
+    policy = worker.model_runner.drafter.drafter.policy
+    if worker.rank == 1:
+        anchors = policy._anchors
+        policy._anchors = replace(anchors, tasks=(anchors.tasks + 1) % (len(policy._names) - 1))
+
+
+def on_two_ranks(speculative_config: object, prompts: list[str]) -> tuple:
+    settings = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 8}
+    with running(speculative_config=speculative_config, **settings) as llm:
+        if speculative_config:
+            llm.collective_rpc(mismatch)
+        outcome = generate(llm, prompts, max_tokens=24)
+        return outcome, llm.collective_rpc(masks_of) if speculative_config else None
+
+
+@pytest.mark.slow
+def test_tensor_parallel_ranks_skip_alike(config, monkeypatch):
+    """Even if they take prompts for different tasks: what rank 0 finds holds."""
+    prompts = [prompt for task in TASKS for prompt in task_prompts(task)[:1]]
+    with two_ranks("v1", monkeypatch) as call:
+        plain, _ = call(on_two_ranks, None, prompts)
+        found, masks = call(on_two_ranks, config, prompts)
+    assert found.token_ids == plain.token_ids
+    assert found.num_accepted_tokens > 0
+    assert masks[0] == masks[1]
+    assert len({str(mask) for mask in masks[0]}) > 1
 
 
 def tasks_by_prompt(config: dict, prompts: list[str], **settings) -> list[tuple[int, list[float], int]]:

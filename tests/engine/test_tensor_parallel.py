@@ -1,9 +1,7 @@
 """Two tensor-parallel ranks, each a process of its own: same output, same masks, no hang if they disagree."""
 
-import os
-
 import pytest
-from engines import PROMPTS, engine_process, generate, running
+from engines import PROMPTS, generate, running, two_ranks
 
 CLASP = {
     "method": "clasp",
@@ -57,16 +55,6 @@ def parallel(speculative_config: object, forced: bool = False, tokens: int = 24)
         if forced:
             assert llm.collective_rpc(disagreements_of)[1] > 0
         return outcome, llm.collective_rpc(masks_of)
-
-
-def two_ranks(runner: str, monkeypatch):
-    """An ``engine_process`` of which each rank has a core of its own."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(os.path.dirname(__file__)))
-    if runner == "v2":
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    return engine_process(runner)
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
