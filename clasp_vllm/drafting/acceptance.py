@@ -25,6 +25,7 @@ Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 SPREAD = 1.0  # variance of the offsets of sequences, before anything is known of one
 DRIFT = 0.005  # what one token adds to it
+KNOWN = 0.16  # where it ends up after many tokens
 MEAN_RATE = 0.02  # how far one token moves the mean to the offsets
 POSITION_SPREAD, POSITION_DRIFT = 0.5, 2e-4  # the same of the offsets of positions
 ENOUGH_TOKENS = 16.0  # at a position, for its own offset to count half; else the one before it does
@@ -200,10 +201,11 @@ class AcceptanceEvidence:
         With its own mask, and with a shared one.
 
         Args:
-            hope: standard deviations, of what is not known of each sequence, to think better of it.
+            hope: standard deviations, of what more tokens will tell of each sequence, to think better of it.
         """
         curve = np.minimum.accumulate(np.clip(self._curve, 0.02, 0.98))  # skipping more is never better
-        offset = self.drafts.offset[slots] + hope * np.sqrt(self.drafts.variance[slots])
+        unknown = np.maximum(self.drafts.variance[slots] - KNOWN, 0.0)
+        offset = self.drafts.offset[slots] + hope * np.sqrt(unknown)
         own = np.log(curve / (1 - curve)) + offset[:, None]
         own = own[..., None] + self.positions()[self.kind[slots]][:, None]
         return _probability(np.stack((own, own + self.sharing)))

@@ -37,9 +37,8 @@ PLAIN_FIRST = 8  # the first of them comes sooner
 OFF_CHECK = 8  # steps without speculation until it is thought over again,
 OFF_CHANGE = 0.25  # unless the number of rows has changed by this share, or as many are new
 PATIENCE = 6  # steps that a probe waits for room in
-# Before speculation goes off, acceptance is hoped to be better than thought by so many standard deviations of
-# its mean over the batch: what is wrongly thought worth it shows in a few rounds, what is wrongly thought not
-# worth it by rare probes alone.
+# Drafts that pay only if the batch's mean acceptance is so many standard deviations better than thought are
+# tried too: what is wrongly thought worth it shows in a few rounds, the opposite only by rare probes.
 HOPE = 0.5
 MASKS_TO_SHARE = 2  # rows from which on
 SHARE_EVERY = 16  # rounds, that ranks take rank 0's corrections
@@ -112,6 +111,7 @@ class AdaptiveDrafting:
             self._lengths = [length for length in every if length]
         self._probes = Probes()
         self._off_rows, self._off_started, self._off_steps = 0, 0, 0
+        self._hoped = False  # that the last choice is better than thought
         self._running: frozenset[str] = frozenset()  # the requests of the last round
         self._layers: dict[bytes, Array] = {}
         self._layers_version: int | None = None
@@ -198,11 +198,12 @@ class AdaptiveDrafting:
             if version is None or version != self._layers_version or len(self._layers) >= MAX_PLANS:
                 self._layers.clear()
                 self._layers_version = version
-            choice = self._best(costs, slots, masks, shared_mask, offered)
-            if choice.ratio < WORTH_IT:
-                choice = self._best(costs, slots, masks, shared_mask, offered, HOPE / rows**0.5)
-            self.last = choice
-        worth_it = choice.ratio >= WORTH_IT or "speculation" not in self._open
+            choice = self.last = self._best(costs, slots, masks, shared_mask, offered)
+            self._hoped = choice.ratio < WORTH_IT and "speculation" in self._open
+            if self._hoped:
+                hopeful = self._best(costs, slots, masks, shared_mask, offered, HOPE / rows**0.5)
+                self._hoped = hopeful.ratio >= WORTH_IT
+        worth_it = choice.ratio >= WORTH_IT or self._hoped or "speculation" not in self._open
         ask = worth_it
         if worth_it:
             self._probing = 0
@@ -256,7 +257,7 @@ class AdaptiveDrafting:
 
     def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray, worth_it: bool) -> None:
         plan = choice.budget, choice.length, choice.shared, choice.ngram, choice.checked
-        made = len(slots), *plan, worth_it, self._probing
+        made = len(slots), *plan, worth_it, self._hoped, self._probing
         if made == self._logged:
             return
         self._logged = made
@@ -265,6 +266,8 @@ class AdaptiveDrafting:
         plain = 1000 * float(costs.plain(len(slots), self._num_layers))
         step = 1000 * float(costs.draft(len(slots), self._num_layers - skipped))
         what = "speculating" if worth_it else "probing" if self._probing else "off"
+        if self._hoped:
+            what = "trying"
         self._log(
             f"{len(slots)} sequences: {what}; "
             f"best: {choice.length} tokens with {skipped:g} of {self._num_layers} layers skipped"

@@ -60,8 +60,8 @@ class Confidence:
     def __init__(self) -> None:
         edges = np.array((0.0, *EDGES, 1.0))
         sure = (edges[1:] + edges[:-1]) / 2
-        # A guess, until there is evidence. By kind: greedy, where a token is accepted as often as the draft
-        # is sure of it, and sampling, where one of an unsure draft is if the target is as unsure.
+        # A guess, until there is evidence. By kind: greedy, accepted as often as the draft is sure; sampling,
+        # where a token drawn by an unsure draft is also accepted if the target is as unsure.
         self.accepted = np.stack((sure, (1 + sure) / 2))
         self._trials = np.full(self.accepted.shape, FIRST_TRIALS)
         self._edges: Tensor | None = None  # kept on the device: a copy would wait for it

@@ -32,6 +32,7 @@ def forget(ours: Any) -> None:
     from clasp_vllm.drafting.acceptance import AcceptanceEvidence
     from clasp_vllm.drafting.early_exit import Confidence
     from clasp_vllm.drafting.outcomes import Outcomes
+    from clasp_vllm.skipping.controller import Probes
 
     controller = ours.adaptive
     ours.sequences.reset()
@@ -42,6 +43,8 @@ def forget(ours: Any) -> None:
     controller.confidence = Confidence()
     controller.outcomes = Outcomes(controller.evidence, controller.confidence, controller.longest)
     controller.last = None
+    controller._probes = Probes()
+    controller._off_rows = controller._off_started = controller._off_steps = controller._probing = 0
 
 
 @contextmanager
@@ -121,7 +124,7 @@ def measure(llm: Any, ours: Any, args: argparse.Namespace) -> list[dict[str, Any
                         "drafts": round(float(controller.evidence.drafts.mean[kind]), 3),
                         "ngrams": round(float(controller.evidence.ngrams.mean[kind]), 3),
                         "accepted by confidence": controller.confidence.accepted[kind].round(3).tolist(),
-                        **summary(rounds, controller._skipped),
+                        **(summary(rounds, controller._skipped) if setting == ALL else {}),
                     }
                 )
     return found
@@ -142,7 +145,7 @@ def table(found: list[dict[str, Any]], tokens: int) -> str:
         rounds = sum(sum(one["rounds"].values()) for one in of)
         cells = [str(i), f"{speed(of):.2f}", f"{statistics.mean(one['promised'] for one in of):.2f}"]
         cells += [f"{sum(one['rounds'][kind] for one in of) / rounds:.0%}" for kind in KINDS]
-        cells.append(f"{len(of) * (tokens - 1) / rounds:.2f}")
+        cells.append(f"{len(of) * (tokens - 1) / (rounds - len(of)):.2f}")  # the last is for nothing
         cells += [
             f"{statistics.mean(one[name] for one in of):.2f}" for name in ("expected", "drafts", "ngrams")
         ]

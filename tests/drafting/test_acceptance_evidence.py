@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from clasp_vllm.drafting.acceptance import AcceptanceEvidence
+from clasp_vllm.drafting.acceptance import KNOWN, SPREAD, AcceptanceEvidence
 from clasp_vllm.drafting.early_exit import Confidence
 from clasp_vllm.drafting.outcomes import Drafts, Outcomes
 from clasp_vllm.skipping.controller import Choice
@@ -68,7 +68,7 @@ def test_hope_is_for_what_is_not_known():
         verify(learnt, 0, 2)
     before, hopeful = learnt.acceptance(slots), learnt.acceptance(slots, hope=1.0)
     gained = np.log(hopeful / (1 - hopeful)) - np.log(before / (1 - before))
-    assert np.allclose(gained[:, 1], 1.0)  # one standard deviation of a new sequence
+    assert np.allclose(gained[:, 1], (SPREAD - KNOWN) ** 0.5)
     assert (gained[:, 0] > 0).all()
     assert (gained[:, 0] < 0.5).all()
 

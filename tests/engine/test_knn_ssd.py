@@ -60,13 +60,23 @@ def masks_of(worker) -> list:
 
 
 def mismatch(worker) -> None:
-    """Have rank 1 take every prompt for another task."""
-    from dataclasses import replace
-
+    """Have rank 1 take every prompt for another task, and count that it does."""
     policy = worker.model_runner.drafter.drafter.policy
+    policy.mismatches = 0
     if worker.rank == 1:
-        anchors = policy._anchors
-        policy._anchors = replace(anchors, tasks=(anchors.tasks + 1) % (len(policy._names) - 1))
+        share = policy._share
+
+        def other(tasks):
+            found = share((tasks + 1) % len(policy._masks))
+            policy.mismatches += int((found == tasks).sum())
+            return found
+
+        policy._share = other
+
+
+def mismatches_of(worker) -> int:
+    """Prompts for which this rank was told another task than it would have shared, and the one it found."""
+    return worker.model_runner.drafter.drafter.policy.mismatches
 
 
 def on_two_ranks(speculative_config: object, prompts: list[str]) -> tuple:
@@ -75,7 +85,9 @@ def on_two_ranks(speculative_config: object, prompts: list[str]) -> tuple:
         if speculative_config:
             llm.collective_rpc(mismatch)
         outcome = generate(llm, prompts, max_tokens=24)
-        return outcome, llm.collective_rpc(masks_of) if speculative_config else None
+        if not speculative_config:
+            return outcome, None, None
+        return outcome, llm.collective_rpc(masks_of), llm.collective_rpc(mismatches_of)
 
 
 @pytest.mark.slow
@@ -83,8 +95,9 @@ def test_tensor_parallel_ranks_skip_alike(config, monkeypatch):
     """Even if they take prompts for different tasks: what rank 0 finds holds."""
     prompts = [prompt for task in TASKS for prompt in task_prompts(task)[:1]]
     with two_ranks("v1", monkeypatch) as call:
-        plain, _ = call(on_two_ranks, None, prompts)
-        found, masks = call(on_two_ranks, config, prompts)
+        plain, *_ = call(on_two_ranks, None, prompts)
+        found, masks, mismatches = call(on_two_ranks, config | {"adaptive": False}, prompts)
+    assert mismatches == [0, len(prompts)]
     assert found.token_ids == plain.token_ids
     assert found.num_accepted_tokens > 0
     assert masks[0] == masks[1]

@@ -87,6 +87,30 @@ def test_new_sequences_are_given_a_chance():
     assert dear[1, True] == pytest.approx(dear[16, True])
 
 
+def test_hope_ends_with_what_tokens_can_tell():
+    """A sequence of which much has been seen gets none."""
+    found = controller(("length", "speculation"))
+    one, won = np.array([0]), np.array([[True, False, True, False]])
+    for _ in range(100):
+        found.evidence.drafts.add(one, one, np.full((1, 4), 0.5), won, np.ones((1, 4), dtype=bool))
+    assert (found.evidence.acceptance(one, hope=3.0) == found.evidence.acceptance(one)).all()
+    assert (found.evidence.acceptance(one + 1, hope=3.0) > found.evidence.acceptance(one + 1)).all()
+
+
+@pytest.mark.parametrize("draft_cost", [0.5, 0.73])
+def test_hope_says_whether_and_not_how(draft_cost):
+    """What is done and promised is what is thought best, though hope alone makes it worth a try."""
+    found, known = (controller(("length", "speculation"), draft_cost=draft_cost) for _ in range(2))
+    known.evidence.drafts.variance[:] = 0.0
+    always = controller(("length",), draft_cost=draft_cost)
+    for one in (found, known, always):
+        chosen(one, 1, 1)
+    assert found.last == known.last == always.last
+    assert found._hoped == (draft_cost > 0.7)
+    assert not known._hoped
+    assert not always._hoped
+
+
 def test_while_off_new_sequences_are_thought_of_at_once():
     found = controller(("length", "speculation"), draft_cost=0.5)
     found.evidence.drafts.offset[:] = found.evidence.drafts.mean[:] = -2.0
