@@ -34,6 +34,8 @@ def test_interrupting_the_demo_stops_its_servers(tmp_path):
     demo = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / "demo" / "demo.py"), "--logs", str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"TERM": "dumb"},
+        # The tests may run in the background of a shell, whose jobs ignore interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     log, deadline = tmp_path / "plain.log", time.monotonic() + 120
     while not (log.exists() and "model" in log.read_text()):  # the engine is starting
