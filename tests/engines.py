@@ -230,5 +230,18 @@ def look_up(llm: Any, checked: bool) -> None:
 
 def drafter(llm: Any) -> Any:
     """Our drafter, whichever the runner."""
-    runner = model_runner(llm)
+    return _drafter(model_runner(llm))
+
+
+def drafter_of(worker: Any) -> Any:
+    """Our drafter on the worker's rank."""
+    return _drafter(worker.model_runner)
+
+
+def masks_of(worker: Any) -> list[Any]:
+    """Every sequence's mask on the worker's rank."""
+    return drafter_of(worker).sequences.masks.int().tolist()
+
+
+def _drafter(runner: Any) -> Any:
     return (runner.speculator if hasattr(runner, "speculator") else runner.drafter).drafter

@@ -5,7 +5,18 @@ import sys
 
 import pytest
 import torch
-from engines import DEMO_MODEL, PROMPTS, drafter, engine_process, generate, running, tiny_llama, two_ranks
+from engines import (
+    DEMO_MODEL,
+    PROMPTS,
+    drafter,
+    drafter_of,
+    engine_process,
+    generate,
+    masks_of,
+    running,
+    tiny_llama,
+    two_ranks,
+)
 
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, task_prompts
 
@@ -54,14 +65,9 @@ def test_lossless_with_masks_of_sublayers(runner, count, tokens, config):
     assert any(attention != mlp for mask in masks for attention, mlp in mask)
 
 
-def masks_of(worker) -> list:
-    """Every sequence's mask on this rank."""
-    return worker.model_runner.drafter.drafter.sequences.masks.int().tolist()
-
-
 def mismatch(worker) -> None:
     """Have rank 1 take every prompt for another task, and count that it does."""
-    policy = worker.model_runner.drafter.drafter.policy
+    policy = drafter_of(worker).policy
     policy.mismatches = 0
     if worker.rank == 1:
         share = policy._share
@@ -76,7 +82,7 @@ def mismatch(worker) -> None:
 
 def mismatches_of(worker) -> int:
     """Prompts for which this rank was told another task than it would have shared, and the one it found."""
-    return worker.model_runner.drafter.drafter.policy.mismatches
+    return drafter_of(worker).policy.mismatches
 
 
 def on_two_ranks(speculative_config: object, prompts: list[str]) -> tuple:

@@ -1,7 +1,7 @@
 """Two tensor-parallel ranks, each a process of its own: same output, same masks, no hang if they disagree."""
 
 import pytest
-from engines import PROMPTS, generate, running, two_ranks
+from engines import PROMPTS, drafter_of, generate, masks_of, running, two_ranks
 
 CLASP = {
     "method": "clasp",
@@ -12,22 +12,12 @@ CLASP = {
 }
 
 
-def _drafter(worker):
-    runner = worker.model_runner
-    return (runner.speculator if hasattr(runner, "speculator") else runner.drafter).drafter
-
-
-def masks_of(worker) -> list:
-    """Every sequence's mask on this rank."""
-    return _drafter(worker).sequences.masks.int().tolist()
-
-
 def disagree(worker) -> None:
     """Make rank 1 find masks of its own."""
     from dataclasses import replace
 
     if worker.rank == 1:
-        ours = _drafter(worker)
+        ours = drafter_of(worker)
         original = ours.policy.run_programme
 
         def run_programme(batch, prior):
@@ -41,7 +31,7 @@ def disagree(worker) -> None:
 
 def disagreements_of(worker) -> int:
     """How many passes gave this rank another mask."""
-    return getattr(_drafter(worker), "disagreements", 0)
+    return getattr(drafter_of(worker), "disagreements", 0)
 
 
 def parallel(speculative_config: object, forced: bool = False, tokens: int = 24) -> tuple:
@@ -88,7 +78,7 @@ def test_ranks_agree_on_sublayers(config, monkeypatch):
 
 def watch(worker) -> None:
     """Keep what this rank chooses. Rank 0 sees drafts that cost little, rank 1 drafts that never pay."""
-    controller = _drafter(worker).adaptive
+    controller = drafter_of(worker).adaptive
     original = controller.choose
     controller.chosen = []
     controller._scales["draft_scale"][:] = 0.01  # as rank 0 shares it from its first pass on
@@ -103,7 +93,7 @@ def watch(worker) -> None:
 
 
 def chosen_by(worker) -> list[tuple]:
-    return _drafter(worker).adaptive.chosen
+    return drafter_of(worker).adaptive.chosen
 
 
 def adaptive(speculative_config: object) -> tuple:
