@@ -76,12 +76,8 @@ class AdaptiveDrafting:
             log: told in words whenever another choice is made.
         """
         skipped = [budget / items.units for budget in budgets]
-        self.evidence = AcceptanceEvidence(capacity, skipped, items.num_layers, longest)
-        self.confidence = Confidence()
-        self.outcomes = Outcomes(self.evidence, self.confidence, longest)
         self.corrections = CostCorrections()
         self.costs: PassCosts | None = None  # as measured at start-up
-        self.last: Choice | None = None
         # Draft tokens that the next round should have room for. Where the scheduler makes room ahead of time
         # (``padded``) it has to be told.
         self.wanted = longest
@@ -89,7 +85,6 @@ class AdaptiveDrafting:
         self._narrows = narrows
         self._sent: int | None = None
         self.longest = longest
-        self._probing = 0  # steps since a probe was decided on and room for it was asked for
         self._log = log
         self._logged: tuple[object, ...] = ()
         self._shares = ranks > 1
@@ -109,15 +104,25 @@ class AdaptiveDrafting:
         if "length" in open_choices:
             every = draft_lengths(longest) if padded else range(longest + 1)
             self._lengths = [length for length in every if length]
-        self._probes = Probes()
-        self._off_rows, self._off_started, self._off_steps = 0, 0, 0
-        self._hoped = False  # that the last choice is better than thought
         self._running: frozenset[str] = frozenset()  # the requests of the last round
         self._layers: dict[bytes, Array] = {}
         self._layers_version: int | None = None
         self._ended: Mark | None = None  # the last round
         # The engine's step if it verified drafts: tokens, seconds expected, start.
         self._step: tuple[int, float, Mark] | None = None
+        self._capacity = capacity
+        self.reset()
+
+    def reset(self) -> None:
+        """Know of no requests, as after the start. What passes cost is the machine's, and kept."""
+        self.evidence = AcceptanceEvidence(self._capacity, self._skipped, self._num_layers, self.longest)
+        self.confidence = Confidence()
+        self.outcomes = Outcomes(self.evidence, self.confidence, self.longest)
+        self.last: Choice | None = None
+        self._probes = Probes()
+        self._probing = 0  # steps since a probe was decided on and room for it was asked for
+        self._off_rows, self._off_started, self._off_steps = 0, 0, 0
+        self._hoped = False  # that the last choice is better than thought
 
     def observe(self, request_ids: Sequence[str], lengths: np.ndarray, rejected: Tensor | None) -> None:
         """Take in the engine's step: see ``Drafter.observe``."""

@@ -338,12 +338,18 @@ class Drafter:
             self._predicted += self._controlled.draft_seconds(len(batch), [part for _, part, _ in plan])
         return self.passes.draft(batch, plan)
 
+    def forget(self) -> None:
+        """Know of no requests, as after the start."""
+        self.sequences.reset()
+        self.policy.reset()
+        if self.adaptive is not None:
+            self.adaptive.reset()
+
     @torch.inference_mode()
     def start(self, device: torch.device) -> None:
         """Before anything is served: forget the engine's warm-up, and find out what passes cost."""
-        self.sequences.reset()
+        self.forget()
         self.statistics = DraftStatistics(self.decoder.num_layers)
-        self.policy.reset()
         if (
             self.adaptive is None or self.passes.attention.scratch_block < 1
         ):  # so small a cache is refused next

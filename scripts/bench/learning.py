@@ -27,26 +27,6 @@ SKIPPING, NGRAMS, NEITHER = KINDS = "skipping", "n-grams", "neither"
 COLUMNS = "answer", "ratio", "promised", *KINDS, "tokens a round", "expected", "drafts", "n-grams thought of"
 
 
-def forget(ours: Any) -> None:
-    """Everything about requests, as after the start."""
-    from clasp_vllm.drafting.acceptance import AcceptanceEvidence
-    from clasp_vllm.drafting.early_exit import Confidence
-    from clasp_vllm.drafting.outcomes import Outcomes
-    from clasp_vllm.skipping.controller import Probes
-
-    controller = ours.adaptive
-    ours.sequences.reset()
-    ours.policy.reset()
-    controller.evidence = AcceptanceEvidence(
-        len(controller.evidence.kind), controller._skipped, controller._num_layers, controller.longest
-    )
-    controller.confidence = Confidence()
-    controller.outcomes = Outcomes(controller.evidence, controller.confidence, controller.longest)
-    controller.last = None
-    controller._probes = Probes()
-    controller._off_rows = controller._off_started = controller._off_steps = controller._probing = 0
-
-
 @contextmanager
 def recorded(controller: Any) -> Iterator[list[tuple[str, float, float, Any]]]:
     """Of every round what it is to do, the ratio and the tokens to expect, and all that was chosen."""
@@ -106,7 +86,7 @@ def measure(llm: Any, ours: Any, args: argparse.Namespace) -> list[dict[str, Any
     found = []
     for order in track(range(args.orders)):
         for setting in (ALL, *args.beside):
-            forget(ours)
+            ours.forget()
             for i, (task, prompt) in enumerate(prompts_in_order(order, args.prompts)):
                 with changed(controller, setting), recorded(controller) as rounds:
                     took = seconds(engine, [prompt], 1, params)

@@ -30,6 +30,7 @@ WAVE = {1: 2, 8: 2, 16: 1}  # levels of the load 1-8-16-8-1, and how often each
 PARTS = ("n-grams", "length", "sharing", "exit", "speculation", "layers")
 EVERY = 3  # settings between two measurements without speculation
 OFF, ALL = "off", "controller"
+MIXED = "mixed"  # all tasks in turn
 
 
 @contextmanager
@@ -89,8 +90,14 @@ def seconds(engine: Any, prompts: Sequence[str], at_once: int, params: Any) -> f
     return time.perf_counter() - started
 
 
+def prompts_of(task: str, count: int) -> list[str]:
+    """So many of a task, from the start again if there are too few."""
+    few = mixed_prompts(count) if task == MIXED else task_prompts(task)[:HELD_OUT]
+    return list(itertools.islice(itertools.cycle(few), count))
+
+
 def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All settings at all loads."""
+    """All settings on all tasks at all loads."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, ignore_eos=True)
@@ -99,29 +106,31 @@ def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[st
     for at_once in args.concurrency:
         seconds(engine, warm_up[: 2 * at_once], at_once, params)
     found = []
-    for repeat, at_once in track([*itertools.product(range(args.repeats), args.concurrency)]):
-        prompts = mixed_prompts(number_of_prompts(args.prompts, at_once))
+    every = itertools.product(range(args.repeats), args.tasks, args.concurrency)
+    for repeat, task, at_once in track([*every]):
+        prompts = prompts_of(task, number_of_prompts(args.prompts, at_once))
         order = names[:: (-1) ** repeat]
         groups = [order[i : i + EVERY] for i in range(0, len(order), EVERY)]
 
-        def one(
-            name: str, prompts: Sequence[str] = prompts, at_once: int = at_once, repeat: int = repeat
-        ) -> dict[str, Any]:
+        def speed(name: str, prompts: Sequence[str] = prompts, at_once: int = at_once) -> float:
             with changed(controller, name):
-                took = seconds(engine, prompts, at_once, params)
-            return {
-                "setting": name,
-                "concurrency": at_once,
-                "repeat": repeat,
-                "tokens_per_second": len(prompts) * args.max_tokens / took,
-            }
+                return len(prompts) * args.max_tokens / seconds(engine, prompts, at_once, params)
 
-        off = one(OFF)
+        off = speed(OFF)
         for group in groups:
-            measured = [one(name) for name in group]
-            before, off = off, one(OFF)
-            plain = (before["tokens_per_second"] + off["tokens_per_second"]) / 2
-            found += [result | {"ratio": result["tokens_per_second"] / plain} for result in measured]
+            measured = [(name, speed(name)) for name in group]
+            before, off = off, speed(OFF)
+            found += [
+                {
+                    "setting": name,
+                    "task": task,
+                    "concurrency": at_once,
+                    "repeat": repeat,
+                    "tokens_per_second": tokens_per_second,
+                    "ratio": tokens_per_second / ((before + off) / 2),
+                }
+                for name, tokens_per_second in measured
+            ]
     return found
 
 
@@ -156,29 +165,34 @@ def settings(layers: Sequence[int], lengths: Sequence[int], parts: Sequence[str]
     return [ALL, *fixed, ALL, *without]
 
 
-def table(found: list[dict[str, Any]], concurrency: Sequence[int]) -> str:
-    """Median ratios, by setting and load, in Markdown."""
+def table(found: list[dict[str, Any]]) -> str:
+    """Median ratios, by setting, task and load, in Markdown."""
     names = list(dict.fromkeys(one["setting"] for one in found))
-    wave = set(WAVE) <= set(concurrency)
-    heads = [*map(str, concurrency), *(["1-8-16-8-1"] if wave else [])]
+    loads = list(dict.fromkeys((one["task"], one["concurrency"]) for one in found))
+    wave = {(MIXED, load) for load in WAVE} <= set(loads)
+    heads = [f"{load}" if task == MIXED else f"{task}, {load}" for task, load in loads]
+    heads += ["1-8-16-8-1"] if wave else []
     lines = [f"| setting | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name in names:
-        ratios = {
-            load: [one["ratio"] for one in found if one["setting"] == name and one["concurrency"] == load]
-            for load in concurrency
-        }
-        cells = [f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})" for of in ratios.values()]
+        cells = []
+        for load in loads:
+            of = [one["ratio"] for one in _of(found, name, *load)]
+            cells.append(f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})")
         if wave:
             cells.append(f"{_wave(found, name):.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _of(found: list[dict[str, Any]], name: str, task: str, load: int) -> list[dict[str, Any]]:
+    return [one for one in found if (one["setting"], one["task"], one["concurrency"]) == (name, task, load)]
+
+
 def _wave(found: list[dict[str, Any]], name: str) -> float:
     """Ratio on the load that rises and falls: as many answers at each level as ``bench`` asks for there."""
     plain = ours = 0.0
     for load, times in WAVE.items():
-        of = [one for one in found if one["setting"] == name and one["concurrency"] == load]
+        of = _of(found, name, MIXED, load)
         speed = statistics.median(one["tokens_per_second"] for one in of)
         answers = times * number_of_prompts(HELD_OUT, load)
         ours += answers / speed
@@ -189,8 +203,16 @@ def _wave(found: list[dict[str, Any]], name: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument(
+        "--tasks", type=lambda text: text.split(","), default=[MIXED], help=f"of {','.join((MIXED, *TASKS))}"
+    )
     parser.add_argument("--concurrency", type=numbers(1), default=[1, 2, 4, 8, 16])
-    parser.add_argument("--layers", type=numbers(1), default=[8, 12, 16], help="to skip, of fixed settings")
+    parser.add_argument(
+        "--layers",
+        type=lambda text: numbers(1)(text) if text else [],
+        default=[8, 12, 16],
+        help="to skip, of fixed settings; '' for none of these",
+    )
     parser.add_argument("--lengths", type=numbers(1), default=[1, 3, 6], help="draft tokens of these")
     parser.add_argument(
         "--parts",
@@ -206,12 +228,16 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=number(1), default=32, help="tokens per answer")
     parser.add_argument("--output", type=Path, help="JSON file for all measurements")
     args = parser.parse_args()
-    unknown = set(args.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"--parts {','.join(sorted(unknown))}: allowed are {', '.join(PARTS)}")
+    for option, chosen, allowed in (
+        ("--parts", args.parts, PARTS),
+        ("--tasks", args.tasks, (MIXED, *TASKS)),
+    ):
+        unknown = set(chosen) - set(allowed)
+        if unknown:
+            parser.error(f"{option} {','.join(sorted(unknown))}: allowed are {', '.join(allowed)}")
     llm = start(args.model, {"method": "clasp"}, max(args.concurrency))
     found = measure(llm, ours.drafter(llm).adaptive, args)
-    report(found, table(found, args.concurrency), args.output)
+    report(found, table(found), args.output)
 
 
 if __name__ == "__main__":

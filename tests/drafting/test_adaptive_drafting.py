@@ -120,3 +120,16 @@ def test_while_off_new_sequences_are_thought_of_at_once():
     assert chosen(found, 4, 1) == [0]  # one of four
     found.evidence.start(1)
     assert chosen(found, 4, 1) != [0]
+
+
+def test_without_its_requests_it_still_knows_what_passes_cost():
+    found = controller(("length", "speculation"), draft_cost=9.0)
+    fresh = found.evidence.acceptance(np.arange(2))
+    off = chosen(found, 2, 3)
+    found.learn(np.zeros(20 * len(BUDGETS)))
+    assert (found.evidence.acceptance(np.arange(2)) < fresh).all()
+    assert found.last is not None
+    found.reset()
+    assert (found.evidence.acceptance(np.arange(2)) == fresh).all()
+    assert found.last is None
+    assert chosen(found, 2, 3) == off == [0, 0, 0]
