@@ -13,6 +13,7 @@ from clasp_vllm.drafting.acceptance import AcceptanceEvidence
 from clasp_vllm.drafting.batch import index
 from clasp_vllm.drafting.early_exit import Confidence, SurvivalExit
 from clasp_vllm.drafting.host import HostCopy
+from clasp_vllm.drafting.offers import Offers
 from clasp_vllm.drafting.outcomes import Drafts, Outcomes
 from clasp_vllm.drafting.plans import MAX_PLANS
 from clasp_vllm.drafting.timing import CostCorrections, Mark
@@ -118,6 +119,7 @@ class AdaptiveDrafting:
         self.evidence = AcceptanceEvidence(self._capacity, self._skipped, self._num_layers, self.longest)
         self.confidence = Confidence()
         self.outcomes = Outcomes(self.evidence, self.confidence, self.longest)
+        self.offers = Offers(self._capacity, late=self.padded)
         self.last: Choice | None = None
         self._probes = Probes()
         self._probing = 0  # steps since a probe was decided on and room for it was asked for
@@ -181,7 +183,7 @@ class AdaptiveDrafting:
         masks: Tensor,
         shared_mask: Tensor,
         allowed: int,
-        ngrams: Sequence[Sequence[int]] | None = None,
+        offered: np.ndarray | None = None,
         version: int | None = None,
     ) -> Choice:
         """What to do in this round; of no length where plain decoding is better.
@@ -191,13 +193,13 @@ class AdaptiveDrafting:
             masks: [capacity, budgets, num_layers, 2] bool, each sequence's own.
             shared_mask: [budgets, num_layers, 2] bool.
             allowed: draft tokens that there is room for in this round.
-            ngrams: [rows] what the context offers, if it has been looked up.
+            offered: [rows] int64 tokens that the context offers, if it has been looked up.
             version: another one whenever a mask has changed.
         """
         assert self.costs is not None
         rows = len(slots)
         costs = self.costs.scaled(self._scales)
-        offered = np.array([len(found) for found in ngrams or ()], dtype=np.int64)
+        offered = np.zeros(rows, dtype=np.int64) if offered is None else offered
         choice = self.last
         if choice is None or self._is_due(rows) or self._tempts(costs, slots, offered):
             if version is None or version != self._layers_version or len(self._layers) >= MAX_PLANS:
@@ -258,7 +260,7 @@ class AdaptiveDrafting:
             return False
         ngrams = Ngrams(self.evidence.ngram_acceptance(slots[looked_up]), offered[looked_up])
         others = len(slots) - looked_up.size
-        return ngrams.ratio(costs, self._num_layers, others, self.longest) >= WORTH_IT
+        return ngrams.ratio(costs, self._num_layers, others, self.longest, self.padded) >= WORTH_IT
 
     def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray, worth_it: bool) -> None:
         plan = choice.budget, choice.length, choice.shared, choice.ngram, choice.checked

@@ -73,6 +73,29 @@ def prompt_tokens(
 
 
 @dataclass(frozen=True)
+class NgramMatches:
+    """What followed the last time that each sequence's last tokens occurred in it.
+
+    Attributes:
+        tokens: [rows, width] int64; past a row's length they are anything.
+        lengths: [rows] int64, how many followed; 0 where these tokens have never occurred before.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, found: Sequence[Sequence[int]], width: int) -> NgramMatches:
+        """From lists of ``width`` tokens at most."""
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in found], dtype=torch.int64)
+        return cls(tokens, torch.tensor([len(row) for row in found], dtype=torch.int64))
+
+    def select(self, rows: Tensor) -> NgramMatches:
+        """The given rows."""
+        return NgramMatches(self.tokens[rows], self.lengths[rows])
+
+
+@dataclass(frozen=True)
 class DraftBatch:
     """The sequences to draft for: those that have just sampled a token.
 
@@ -83,8 +106,7 @@ class DraftBatch:
         block_table: [rows, width] int32.
         max_lengths: [rows] int32 on the host, at least positions + 1.
         sampling: [rows] bool on the host, whether the request samples; None: not known.
-        ngrams: [rows] what followed the last time that the sequence's last tokens occurred in it,
-            empty where they never did; None: not looked up.
+        ngrams: what the context of each row offers; None: not looked up.
         generated: [rows] int64 arrays on the host, the last tokens that each generated, as many as
             ``Policy.reads_generated`` if there are; None: not asked for.
     """
@@ -95,7 +117,7 @@ class DraftBatch:
     block_table: Tensor
     max_lengths: Tensor
     sampling: np.ndarray | None = None
-    ngrams: Sequence[Sequence[int]] | None = None
+    ngrams: NgramMatches | None = None
     generated: Sequence[np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -113,7 +135,7 @@ class DraftBatch:
             self.block_table[on_device],
             self.max_lengths[torch.from_numpy(rows)],
             None if self.sampling is None else self.sampling[rows],
-            None if self.ngrams is None else [self.ngrams[row] for row in rows],
+            None if self.ngrams is None else self.ngrams.select(on_device),
             None if self.generated is None else [self.generated[row] for row in rows],
         )
 

@@ -115,22 +115,24 @@ class Drafter:
     def _draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> Draft:
         rows, device = len(batch), batch.tokens.device
         sampling = np.zeros(rows, dtype=bool) if batch.sampling is None else batch.sampling
-        slots = self._slots(batch.request_ids, sampling)
+        slots, started = self._slots(batch.request_ids, sampling)
         self.policy.apply()
-        choice = Choice(len(self.options.budgets) - 1, num_tokens, False)
+        choice, offered = Choice(len(self.options.budgets) - 1, num_tokens, False), None
         if self._controlled is not None:
             masks = self.sequences.masks, self.sequences.shared_mask
             self._controlled.share_scales(self._share, device)
-            choice = self._controlled.choose(slots, *masks, num_tokens, batch.ngrams, self.sequences.version)
+            if batch.ngrams is not None:
+                offered = self._controlled.offers.expect(slots, started, batch.ngrams.lengths)
+            choice = self._controlled.choose(slots, *masks, num_tokens, offered, self.sequences.version)
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         drawn, looked_up = np.full((rows, num_tokens), -1), np.zeros(rows, dtype=bool)
-        if choice.ngram and batch.ngrams is not None:
-            looked_up[:] = [bool(found) and not choice.checked for found in batch.ngrams]
+        if choice.ngram and not choice.checked and batch.ngrams is not None and offered is not None:
+            looked_up = offered > 0
             self.statistics.total.ngrams += int(looked_up.sum())
-            for row in np.flatnonzero(looked_up):
-                tokens = torch.tensor(batch.ngrams[row][: choice.ngram], dtype=torch.int64)
-                drafted[row, : len(tokens)], lengths[row] = tokens, len(tokens)
+            at = index(np.flatnonzero(looked_up), device)
+            drafted[at, : choice.ngram] = batch.ngrams.tokens[at, : choice.ngram]
+            lengths[at] = batch.ngrams.lengths[at].clamp(max=choice.ngram)
         skipping = np.flatnonzero(~looked_up) if choice.length else np.empty(0, dtype=np.int64)
         found = None
         if skipping.size:
@@ -284,8 +286,9 @@ class Drafter:
             return [()] * len(batch)
         spare = self.passes.attention.max_rows - len(batch)
         hints: list[Sequence[int]] = []
-        for row, found in enumerate(batch.ngrams):
-            hints.append(() if row in due else found[: min(choice.ngram, room - 1, spare)])
+        found = zip(batch.ngrams.tokens.tolist(), batch.ngrams.lengths.tolist(), strict=True)
+        for row, (tokens, length) in enumerate(found):
+            hints.append(() if row in due else tokens[: min(length, choice.ngram, room - 1, spare)])
             spare -= len(hints[-1])
         return hints
 
@@ -302,13 +305,14 @@ class Drafter:
         threshold = self.options.draft_exit_threshold
         return self.adaptive is not None if threshold is None else threshold > 0
 
-    def _slots(self, request_ids: Sequence[str], sampling: np.ndarray) -> np.ndarray:
+    def _slots(self, request_ids: Sequence[str], sampling: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """[rows] int64, and those of them that are new."""
         slots = self.sequences.slots(request_ids)
         started = self.sequences.take_started()
         if self.adaptive is not None:
             for row in np.flatnonzero(np.isin(slots, started)):
                 self.adaptive.evidence.start(slots[row], bool(sampling[row]))
-        return slots
+        return slots, started
 
     def _interval(self, choice: Choice, running: int) -> int:
         """Rounds between two choices of a sequence's layers."""

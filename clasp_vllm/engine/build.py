@@ -129,15 +129,6 @@ def _max_optimized(vllm_config: VllmConfig) -> int:
     return min(config.optimized_requests, vllm_config.scheduler_config.max_num_seqs)
 
 
-def refuse_ngram_cascade(config: LayerSkipConfig, why: str) -> None:
-    """Raises ConfigError where the cascade is asked for and the engine cannot have it."""
-    if config.ngram_cascade:
-        raise ConfigError(
-            f"ngram_cascade=True: {why}; it needs a CPU, Model Runner V1 (VLLM_USE_V2_MODEL_RUNNER=0) and "
-            "--no-async-scheduling"
-        )
-
-
 def build_decoder(model: nn.Module) -> Decoder:
     """The target as single layers.
 

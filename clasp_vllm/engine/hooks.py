@@ -265,7 +265,7 @@ def _speculator_v2(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(vllm_config, device, req_states)
         from clasp_vllm.engine.speculator_v2 import LayerSkipSpeculator
 
-        return LayerSkipSpeculator(vllm_config, device)
+        return LayerSkipSpeculator(vllm_config, device, req_states)
 
     return init_speculator
 

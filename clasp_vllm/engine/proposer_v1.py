@@ -16,13 +16,12 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from clasp_vllm.config import ConfigError
-from clasp_vllm.drafting.batch import DraftBatch, index, prompt_tokens
+from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, index, prompt_tokens
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import (
     build_decoder,
     build_drafter,
     log_statistics,
-    refuse_ngram_cascade,
     top_probability,
 )
 from clasp_vllm.engine.speculative_config import layer_skip_config
@@ -41,7 +40,11 @@ class LayerSkipProposer(DraftModelProposer):
         # The context has to be on the host when drafting begins.
         self._lookup: Any = None
         if runner.use_async_scheduling or device.type != "cpu":
-            refuse_ngram_cascade(config, "async scheduling is on, or the tokens are on a GPU")
+            if config.ngram_cascade:
+                raise ConfigError(
+                    "ngram_cascade=True: Model Runner V1 can do it on a CPU with --no-async-scheduling only; "
+                    "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1) can with all"
+                )
         elif config.cascades:
             # Not before it is needed: once numba is loaded, vLLM starts no further engine on a CPU in the
             # same process.
@@ -175,8 +178,8 @@ class LayerSkipProposer(DraftModelProposer):
             short[row] = ids[:length]
         return short
 
-    def _looked_up(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> list[list[int]] | None:
-        """What the context offers for each request of the batch; nothing but for ``rows``."""
+    def _looked_up(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> NgramMatches | None:
+        """What the context offers each request of the batch; nothing but for ``rows``."""
         if self._lookup is None:
             return None
         batch = self.runner.input_batch
@@ -188,7 +191,8 @@ class LayerSkipProposer(DraftModelProposer):
                 # the runner will put in the same place when drafting is done.
                 tokens[row, lengths[row] - 1] = sampled_id = int(next_tokens[row])
                 sampled[row] = [sampled_id]
-        return self._lookup.propose(self._lookup.k, sampled, lengths, tokens)
+        found = self._lookup.propose(self._lookup.k, sampled, lengths, tokens)
+        return NgramMatches.of(found, self._lookup.k)
 
     def _generated(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> list[np.ndarray] | None:
         """See ``DraftBatch.generated``; nothing but for ``rows``."""

@@ -12,18 +12,31 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm.v1.worker.gpu.states import RequestState
 
-from clasp_vllm.drafting.batch import DraftBatch, prompt_tokens
+from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, index, prompt_tokens
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import (
     build_decoder,
     build_drafter,
     log_statistics,
-    refuse_ngram_cascade,
     top_probability,
 )
 from clasp_vllm.engine.speculative_config import layer_skip_config
+
+# Arguments of every speculator that the lookup in the context does not read.
+UNREAD = (
+    "attn_metadata",
+    "slot_mappings",
+    "last_hidden_states",
+    "aux_hidden_states",
+    "num_rejected",
+    "next_prefill_tokens",
+    "temperature",
+    "seeds",
+)
 
 
 class LayerSkipSpeculator(DraftModelSpeculator):
@@ -31,9 +44,12 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
     drafter: Drafter
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState) -> None:
         super().__init__(vllm_config, device)
-        refuse_ngram_cascade(layer_skip_config(vllm_config), "this is Model Runner V2")
+        config = layer_skip_config(vllm_config)
+        assert config is not None
+        # Not by default, for what it gains here has not been measured.
+        self._lookup = NgramGPUSpeculator(vllm_config, device, req_states) if config.ngram_cascade else None
         self._confidence: Tensor | None = None
         self._step = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -115,21 +131,18 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             (input_batch.seq_lens[:num_reqs] - num_rejected).long(),
             self.block_tables.input_block_tables[0][:num_reqs],
             input_batch.seq_lens_cpu_upper_bound[:num_reqs] + 1,
+            ngrams=self.drafter.guarded(lambda: self._looked_up(input_batch, num_sampled, last_sampled)),
         ).select(rows)
-        on_device = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        on_device = index(rows, self.device)
         idx_mapping = input_batch.idx_mapping[on_device]
-
-        steps = 0
 
         def sample(
             hidden: Tensor, positions: Tensor, step: int, of: np.ndarray
         ) -> tuple[Tensor, Tensor | None]:
-            nonlocal steps
-            steps = step + 1
             tokens = self.sample_draft(
                 hidden,
                 positions,
-                idx_mapping,
+                idx_mapping if len(of) == len(rows) else idx_mapping[index(of, self.device)],
                 self.temperature,
                 self.seeds,
                 self._step.fill_(step),
@@ -142,22 +155,43 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         drafts.zero_()
         if drafted is None:
             # All that the verification under way needs is tokens of a known law.
-            tokens, steps = drafts[on_device, :num_tokens], 0
+            drawn = np.full((rows.size, num_tokens), -1)
         else:
-            tokens = drafted.tokens
-            drafts[on_device, :num_tokens] = tokens
-        if self.draft_logits is not None and steps < num_tokens:
-            self._mark_certain(idx_mapping, steps, tokens[:, steps:])
+            drawn = drafted.drawn
+            drafts[on_device, :num_tokens] = drafted.tokens
+        if self.draft_logits is not None:
+            self._mark_certain(idx_mapping, drawn < 0, drafts[on_device])
         log_statistics(self.drafter)
         return drafts
 
-    def _mark_certain(self, idx_mapping: Tensor, first_step: int, tokens: Tensor) -> None:
-        """Store the law of tokens that filled up a draft stopped early: all on that token.
+    def _looked_up(
+        self, input_batch: InputBatch, num_sampled: Tensor, last_sampled: Tensor
+    ) -> NgramMatches | None:
+        """What the context offers each request of the batch."""
+        if self._lookup is None:
+            return None
+        unread = dict.fromkeys(UNREAD)
+        tokens = self._lookup.propose(
+            input_batch, num_sampled=num_sampled, last_sampled=last_sampled, **unread
+        )
+        # Where it finds less than a whole draft it fills up with the last sampled token.
+        found = tokens != last_sampled.view(-1)[input_batch.idx_mapping].unsqueeze(1)
+        steps = torch.arange(1, tokens.shape[1] + 1, device=self.device)
+        return NgramMatches(tokens, (found * steps).amax(1))
+
+    def _mark_certain(self, idx_mapping: Tensor, certain: np.ndarray, tokens: Tensor) -> None:
+        """Store the law of tokens that were not drawn but looked up, or fill up a draft: all on that token.
 
         The rejection sampler weighs each token by the law it was drawn from; what is stored for
         these steps is another round's.
+
+        Args:
+            idx_mapping: [rows].
+            certain: [rows, steps] bool.
+            tokens: [rows, steps] int64.
         """
         assert self.draft_logits is not None
-        for step, certain in enumerate(tokens.unbind(1), start=first_step):
-            self.draft_logits[idx_mapping, step] = -torch.inf
-            self.draft_logits[idx_mapping, step, certain] = 0.0
+        for step in np.flatnonzero(certain.any(0)):
+            some = index(np.flatnonzero(certain[:, step]), self.device)
+            self.draft_logits[idx_mapping[some], step] = -torch.inf
+            self.draft_logits[idx_mapping[some], step, tokens[some, step]] = 0.0

@@ -144,11 +144,12 @@ class Ngrams:
         tokens = rows + _from_zero(np.cumsum(self.right(longest).sum(0)))
         return tokens, rows + _from_zero(np.cumsum(there.sum(0)))
 
-    def ratio(self, costs: PassCosts, num_layers: int, others: int, longest: int) -> float:
+    def ratio(self, costs: PassCosts, num_layers: int, others: int, longest: int, padded: bool) -> float:
         """Tokens per second over plain decoding's, verifying these beside ``others`` rows without drafts."""
         tokens, verified = self.take(longest)
-        rate = (others + tokens[1:]) / costs.verify(others + verified[1:], num_layers)
         rows = others + len(self.lengths)
+        every = rows * np.arange(1, longest + 2) if padded else others + verified
+        rate = (others + tokens[1:]) / costs.verify(every[1:], num_layers)
         return float(rate.max() / rows * costs.plain(rows, num_layers))
 
 
@@ -258,7 +259,6 @@ def choose(batch: Batch, ngrams: Ngrams | None = None) -> Choice:
     # [kinds, budgets, longest + 1, taken + 1]
     tokens = tokens[..., None] + extra_tokens
     verified = rows * (1 + batch.drafted()[..., None]) + extra_verified
-    seconds = batch.drafting()[..., None] + batch.verify(verified)
     allowed = np.zeros(tokens.shape, dtype=bool)
     allowed[:, :, list(batch.lengths) if rows else []] = True
     if ngrams is None:
@@ -266,6 +266,11 @@ def choose(batch: Batch, ngrams: Ngrams | None = None) -> Choice:
     else:
         allowed[:, :, 0] = True
         allowed[..., 0] = False
+        if batch.padded:
+            widest = np.maximum(*np.indices(tokens.shape[2:]))  # [longest + 1, taken + 1]
+            verified = (rows + some) * (1 + widest)
+            allowed &= np.isin(widest, batch.lengths)
+    seconds = batch.drafting()[..., None] + batch.verify(verified)
     return _best(batch, rows + some, tokens, seconds, allowed)
 
 

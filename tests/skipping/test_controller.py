@@ -155,6 +155,26 @@ def test_what_the_context_offers_is_taken_when_it_is_good():
     assert bad.ratio < WORTH_IT
 
 
+@given(probability, st.integers(0, 3), st.integers(1, 3), st.integers(1, 6))
+def test_where_all_are_verified_in_full_the_context_costs_all_rows(alpha, others, some, length):
+    """Every row gets as many tokens to verify as any, and of those a number that may be chosen."""
+    lengths = [length_ for length_ in draft_lengths(6) if length_]
+    everyone = batch(
+        np.full((1, others, 1), 0.7), np.full((1, 1), 8.0), longest=6, lengths=lengths, padded=True
+    )
+    ngrams = Ngrams(np.full(some, alpha), np.full(some, length))
+    found = choose(everyone, ngrams)
+    widest = max(found.length, found.ngram)
+    assert widest in lengths
+    assert found.ngram
+    assert bool(found.length) <= bool(others)
+    drafting = sum(float(COSTS.draft(others, 8.0)) for _ in range(found.length))
+    verified = float(COSTS.verify((others + some) * (1 + widest), NUM_LAYERS))
+    assert found.seconds == pytest.approx(drafting + verified)
+    ratio = ngrams.ratio(COSTS, NUM_LAYERS, others, 6, padded=True)
+    assert ratio <= ngrams.ratio(COSTS, NUM_LAYERS, others, 6, padded=False)
+
+
 def test_checking_what_the_context_offers_is_a_draft_step_that_gets_further():
     acceptance, layers = np.full((1, 2, 1), 0.9), np.full((1, 1), 8.0)
     everyone, rows = batch(acceptance, layers, longest=6), np.array([1])
