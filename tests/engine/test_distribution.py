@@ -163,8 +163,9 @@ CASES = [
     pytest.param("v1", "greedy", 0.7, 0.8, 6, marks=pytest.mark.slow),
     ("v1", "probabilistic", 1.0, 1.0, 0),
     ("v1", "probabilistic", 0.7, 0.8, 6),
-    # V2 under the interpreter is slow, and it can run neither top-p, top-k nor probabilistic drafts there.
+    # V2 under the interpreter is slow, and it can run neither top-p nor top-k there.
     pytest.param("v2", "greedy", 1.0, 1.0, 0, marks=pytest.mark.slow),
+    pytest.param("v2", "probabilistic", 1.0, 1.0, 0, marks=pytest.mark.slow),
 ]
 
 
@@ -190,17 +191,20 @@ def test_rows_that_stop_early_leave_and_the_law_holds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("draft", "how"),
+    ("runner", "draft", "how"),
     [
-        ("greedy", "as they are"),
-        ("probabilistic", "check"),
-        pytest.param("greedy", "check", marks=pytest.mark.slow),
-        pytest.param("probabilistic", "as they are", marks=pytest.mark.slow),
+        ("v1", "greedy", "as they are"),
+        ("v1", "probabilistic", "check"),
+        pytest.param("v1", "greedy", "check", marks=pytest.mark.slow),
+        pytest.param("v1", "probabilistic", "as they are", marks=pytest.mark.slow),
+        pytest.param("v2", "greedy", "as they are", marks=pytest.mark.slow),
+        pytest.param("v2", "probabilistic", "as they are", marks=pytest.mark.slow),
     ],
 )
-def test_drafts_looked_up_keep_the_law(draft, how, tmp_path):
+def test_drafts_looked_up_keep_the_law(runner, draft, how, tmp_path):
     """Beside drafts that were drawn: what followed a token before, verified or checked first."""
-    with engine_process("v1") as call:
+    samples, horizon = (5000, 3) if runner == "v1" else (800, 2)
+    with engine_process(runner) as call:
         folder = call(save_model, str(tmp_path))
         spec = CLASP | {
             "draft_sample_method": draft,
@@ -209,9 +213,9 @@ def test_drafts_looked_up_keep_the_law(draft, how, tmp_path):
             "prompt_lookup_min": 1,
             "prompt_lookup_max": 2,
         }
-        got, accepted = call(sample, folder, 5000, 3, spec, 1.0, 1.0, 0, how)
-    assert accepted > 500
-    assert p_value(got, exact_law(folder, 3, 1.0, 1.0, 0)) > 1e-3
+        got, accepted = call(sample, folder, samples, horizon, spec, 1.0, 1.0, 0, how)
+    assert accepted > samples / 10
+    assert p_value(got, exact_law(folder, horizon, 1.0, 1.0, 0)) > 1e-3
 
 
 def structured(samples: int, speculative_config: object) -> tuple[Counter, int, int]:

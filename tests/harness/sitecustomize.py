@@ -4,7 +4,8 @@ A test harness, never product code. Python imports this module at start-up in ev
 PYTHONPATH holds this folder (the engine core and the workers too).
 
 V2: Triton's kernels are interpreted. vLLM takes Triton to be there only if a backend with an active driver
-is, so it is given one; TRITON_INTERPRET=1 does the rest.
+is, so it is given one; TRITON_INTERPRET=1 does the rest. Masks that a kernel makes of integers are taken for
+what they are on a GPU, which the interpreter would refuse, and log1p, of which it has none, is made of log.
 
 Ray: vLLM's executors refuse the CPU only because the platform names no resource of Ray's to ask for. With
 VLLM_CLASP_TEST_RAY=1 it asks for "GPU", of which the test's nodes are said to have some.
@@ -15,9 +16,26 @@ import os
 if os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
     from types import SimpleNamespace
 
+    from triton import language
     from triton.backends import backends
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import InterpreterBuilder
 
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    libdevice.log1p = lambda x: language.log(1.0 + x)
+
+    def flags(mask):
+        mask.data = mask.data.astype(bool)
+        return mask
+
+    InterpreterBuilder.create_masked_load = lambda self, pointers, mask, *args, **kwargs: load(
+        self, pointers, flags(mask), *args, **kwargs
+    )
+    InterpreterBuilder.create_masked_store = lambda self, pointers, value, mask, *args: store(
+        self, pointers, value, flags(mask), *args
+    )
 
 if os.environ.get("VLLM_CLASP_TEST_RAY") == "1":
     import importlib.util
