@@ -269,7 +269,7 @@ class LayerSkipConfig(BaseModel):
 
     @property
     def cascades(self) -> bool:
-        """Whether the context is looked up, where the engine allows it."""
+        """Whether the context is looked up where tokens are on the host; elsewhere if ``ngram_cascade``."""
         return self.is_adaptive if self.ngram_cascade is None else self.ngram_cascade
 
     def budgets(self, num_layers: int) -> tuple[int, ...]:

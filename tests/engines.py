@@ -214,18 +214,37 @@ def change_costs(llm: Any, every: int = 6) -> list[tuple[bool, Any]]:
     return chosen
 
 
-def look_up(llm: Any, checked: bool) -> None:
-    """Make drafts from the context seem best, verified as they are or checked by a draft step first."""
+def look_up(llm: Any, how: str) -> list[bool]:
+    """Make drafts from the context seem best: verified "as they are", or "beside" drafts by skipping for the
+    requests without any, or "check": by a draft step first.
+
+    Returns a list that will hold of each round of drafts whether both kinds were in it.
+    """
     import clasp_vllm.drafting.adaptive as module
 
-    controller = drafter(llm).adaptive
+    ours, both = drafter(llm), []
+    controller, draft = ours.adaptive, ours.draft
+
+    def counted(*args: Any) -> Any:
+        before = ours.statistics.total
+        before = before.ngrams, before.rounds
+        drafted = draft(*args)
+        after = ours.statistics.total
+        both.append(after.ngrams > before[0] and after.rounds > before[1])
+        return drafted
+
+    ours.draft = counted
     controller.evidence.ngrams.mean[:] = 4.0
-    if not checked:
-        controller._scales["draft_scale"][:] = 1e9
+    if how != "check":
+        controller._scales["draft_scale"][:] = 1e9 if how == "as they are" else 1e-6
         controller.corrections.settle = lambda: None
-        return
+        if how == "beside":  # and so it stays
+            controller.evidence.drafts.mean[:] = -2.0
+            controller.evidence.add_verified = controller.evidence.add_ngrams = lambda *args: None
+        return both
     original = module.choose
     module.choose = lambda *args: replace(original(*args), ratio=0.0)
+    return both
 
 
 def drafter(llm: Any) -> Any:

@@ -78,7 +78,7 @@ class NgramMatches:
 
     Attributes:
         tokens: [rows, width] int64; past a row's length they are anything.
-        lengths: [rows] int64, how many followed; 0 where these tokens have never occurred before.
+        lengths: [rows] int64, how many followed; 0 where the last tokens have never occurred before.
     """
 
     tokens: Tensor

@@ -132,7 +132,7 @@ class Drafter:
             self.statistics.total.ngrams += int(looked_up.sum())
             at = index(np.flatnonzero(looked_up), device)
             drafted[at, : choice.ngram] = batch.ngrams.tokens[at, : choice.ngram]
-            lengths[at] = batch.ngrams.lengths[at].clamp(max=choice.ngram)
+            lengths[at] = index(np.minimum(offered[looked_up], choice.ngram), device)
         skipping = np.flatnonzero(~looked_up) if choice.length else np.empty(0, dtype=np.int64)
         found = None
         if skipping.size:

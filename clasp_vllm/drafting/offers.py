@@ -14,8 +14,8 @@ class Offers:
     """Known at once where tokens are on the host.
 
     Where they are on the device it waits for nothing: it expects of each sequence what was found for it one
-    round ago, for text that repeats itself mostly goes on to. How much there really is to verify is
-    the device's own (``NgramMatches.lengths``), so a wrong guess costs a draft and spoils no evidence.
+    round ago, for text that repeats itself mostly goes on to. What is expected and not there is refused by
+    verification, and so counts against n-grams.
     """
 
     def __init__(self, capacity: int, late: bool) -> None:

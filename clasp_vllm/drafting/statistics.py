@@ -49,7 +49,7 @@ class DraftCounts:
         sublayers: attention and MLP sub-layers that these ran.
         plain_steps: engine steps after which nothing was drafted: it would not have paid, or what a step
             without drafts costs was to be known.
-        ngrams: drafts looked up in the context, one per sequence and round.
+        ngrams: drafts looked up in the context, one per sequence and round, or expected to be there.
         checked: of these, those that a draft step checked before they were verified.
         spared: draft tokens left undrafted because drafting for a sequence stopped early.
         passes: optimisation passes of the batch.

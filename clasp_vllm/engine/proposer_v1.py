@@ -43,7 +43,7 @@ class LayerSkipProposer(DraftModelProposer):
             if config.ngram_cascade:
                 raise ConfigError(
                     "ngram_cascade=True: Model Runner V1 can do it on a CPU with --no-async-scheduling only; "
-                    "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1) can with all"
+                    "on a GPU Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1) can"
                 )
         elif config.cascades:
             # Not before it is needed: once numba is loaded, vLLM starts no further engine on a CPU in the

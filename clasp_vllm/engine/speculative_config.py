@@ -36,6 +36,10 @@ class LayerSkipSpeculativeConfig(SpeculativeConfig):
         assert self.draft_model_config is self.target_model_config
         return self
 
+    def use_ngram(self) -> bool:
+        """Whether Model Runner V2 keeps the tokens of all requests on the device, to look them up."""
+        return bool(self.layer_skip.ngram_cascade)
+
     @property
     def max_num_new_slots_for_drafting(self) -> int:
         """Our draft passes are batches of their own: the target's batch needs no room for them."""

@@ -50,6 +50,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         assert config is not None
         # Not by default, for what it gains here has not been measured.
         self._lookup = NgramGPUSpeculator(vllm_config, device, req_states) if config.ngram_cascade else None
+        self._nothing = torch.full((self.max_num_reqs, 1), -1, dtype=torch.int64, device=device)
         self._confidence: Tensor | None = None
         self._step = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -131,7 +132,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             (input_batch.seq_lens[:num_reqs] - num_rejected).long(),
             self.block_tables.input_block_tables[0][:num_reqs],
             input_batch.seq_lens_cpu_upper_bound[:num_reqs] + 1,
-            ngrams=self.drafter.guarded(lambda: self._looked_up(input_batch, num_sampled, last_sampled)),
+            ngrams=self.drafter.guarded(lambda: self._looked_up(input_batch, num_sampled)),
         ).select(rows)
         on_device = index(rows, self.device)
         idx_mapping = input_batch.idx_mapping[on_device]
@@ -164,20 +165,15 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         log_statistics(self.drafter)
         return drafts
 
-    def _looked_up(
-        self, input_batch: InputBatch, num_sampled: Tensor, last_sampled: Tensor
-    ) -> NgramMatches | None:
+    def _looked_up(self, input_batch: InputBatch, num_sampled: Tensor) -> NgramMatches | None:
         """What the context offers each request of the batch."""
         if self._lookup is None:
             return None
-        unread = dict.fromkeys(UNREAD)
+        # It fills up with what it takes for the last sampled tokens where it finds less than a whole draft.
         tokens = self._lookup.propose(
-            input_batch, num_sampled=num_sampled, last_sampled=last_sampled, **unread
+            input_batch, num_sampled=num_sampled, last_sampled=self._nothing, **dict.fromkeys(UNREAD)
         )
-        # Where it finds less than a whole draft it fills up with the last sampled token.
-        found = tokens != last_sampled.view(-1)[input_batch.idx_mapping].unsqueeze(1)
-        steps = torch.arange(1, tokens.shape[1] + 1, device=self.device)
-        return NgramMatches(tokens, (found * steps).amax(1))
+        return NgramMatches(tokens.clamp(min=0), (tokens >= 0).sum(1))
 
     def _mark_certain(self, idx_mapping: Tensor, certain: np.ndarray, tokens: Tensor) -> None:
         """Store the law of tokens that were not drawn but looked up, or fill up a draft: all on that token.

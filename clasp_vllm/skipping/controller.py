@@ -271,7 +271,10 @@ def choose(batch: Batch, ngrams: Ngrams | None = None) -> Choice:
             verified = (rows + some) * (1 + widest)
             allowed &= np.isin(widest, batch.lengths)
     seconds = batch.drafting()[..., None] + batch.verify(verified)
-    return _best(batch, rows + some, tokens, seconds, allowed)
+    found = _best(batch, rows + some, tokens, seconds, allowed)
+    if batch.padded and ngrams is not None:  # what is verified anyway may be tokens of the context
+        found = replace(found, ngram=max(found.length, found.ngram))
+    return found
 
 
 def choose_checked(batch: Batch, ngrams: Ngrams, rows: np.ndarray) -> Choice:

@@ -100,7 +100,7 @@ def sample(
         if sabotage == "drafter":
             _fail_now_and_then(drafter(llm))
         if isinstance(speculative_config, dict) and speculative_config.get("ngram_cascade"):
-            look_up(llm, checked=sabotage == "check")
+            both = look_up(llm, sabotage)
         params = SamplingParams(
             temperature=temperature,
             top_p=top_p,
@@ -111,6 +111,7 @@ def sample(
         )
         prompts = [{"prompt_token_ids": PROMPT}] * samples
         outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert sabotage != "beside" or sum(both) > 10
         metrics = {m.name: m for m in llm.get_metrics()}
         accepted = metrics["vllm:spec_decode_num_accepted_tokens"].value
         return [tuple(o.outputs[0].token_ids[:horizon]) for o in outputs], int(accepted)
@@ -198,12 +199,12 @@ def test_rows_that_stop_early_leave_and_the_law_holds(tmp_path):
         pytest.param("v1", "greedy", "check", marks=pytest.mark.slow),
         pytest.param("v1", "probabilistic", "as they are", marks=pytest.mark.slow),
         pytest.param("v2", "greedy", "as they are", marks=pytest.mark.slow),
-        pytest.param("v2", "probabilistic", "as they are", marks=pytest.mark.slow),
+        pytest.param("v2", "probabilistic", "beside", marks=pytest.mark.slow),
     ],
 )
 def test_drafts_looked_up_keep_the_law(runner, draft, how, tmp_path):
-    """Beside drafts that were drawn: what followed a token before, verified or checked first."""
-    samples, horizon = (5000, 3) if runner == "v1" else (800, 2)
+    """What followed a token before, in the place of drafts that are drawn, beside them or checked first."""
+    samples = 5000 if runner == "v1" else 800
     with engine_process(runner) as call:
         folder = call(save_model, str(tmp_path))
         spec = CLASP | {
@@ -213,9 +214,19 @@ def test_drafts_looked_up_keep_the_law(runner, draft, how, tmp_path):
             "prompt_lookup_min": 1,
             "prompt_lookup_max": 2,
         }
-        got, accepted = call(sample, folder, samples, horizon, spec, 1.0, 1.0, 0, how)
+        got, accepted = call(sample, folder, samples, 3, spec, 1.0, 1.0, 0, how)
+    law = exact_law(folder, 3, 1.0, 1.0, 0)
+    if runner == "v2":  # whose first drafts are not looked up: the last two tokens, for there are few samples
+        got, law = [found[1:] for found in got], _without_first(law)
     assert accepted > samples / 10
-    assert p_value(got, exact_law(folder, horizon, 1.0, 1.0, 0)) > 1e-3
+    assert p_value(got, law) > 1e-3
+
+
+def _without_first(law: dict[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
+    found: dict[tuple[int, ...], float] = {}
+    for tokens, probability in law.items():
+        found[tokens[1:]] = found.get(tokens[1:], 0.0) + probability
+    return found
 
 
 def structured(samples: int, speculative_config: object) -> tuple[Counter, int, int]:

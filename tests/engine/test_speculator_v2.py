@@ -1,4 +1,4 @@
-"""What Model Runner V2's rejection sampler is told of drafts, where its kernels cannot be interpreted."""
+"""What Model Runner V2's rejection sampler is told of drafts."""
 
 from types import SimpleNamespace
 

@@ -77,16 +77,20 @@ def test_ranks_agree_on_sublayers(config, monkeypatch):
 
 
 def watch(worker) -> None:
-    """Keep what this rank chooses. Rank 0 sees drafts that cost little, rank 1 drafts that never pay."""
+    """Keep what this rank chooses. Rank 0 sees drafts that cost little, rank 1 drafts that never pay.
+
+    N-grams seem good to both.
+    """
     controller = drafter_of(worker).adaptive
     original = controller.choose
     controller.chosen = []
+    controller.evidence.ngrams.mean[:] = 4.0
     controller._scales["draft_scale"][:] = 0.01  # as rank 0 shares it from its first pass on
 
     def choose(*args):
         controller.corrections.scales["draft_scale"][:] = 50.0 if worker.rank else 0.01
         choice = original(*args)
-        controller.chosen.append((choice.length, choice.budget, choice.shared))
+        controller.chosen.append((choice.length, choice.ngram, choice.budget, choice.shared))
         return choice
 
     controller.choose = choose
@@ -101,7 +105,8 @@ def adaptive(speculative_config: object) -> tuple:
     with running(speculative_config=speculative_config, **settings) as llm:
         if speculative_config:
             llm.collective_rpc(watch)
-        outcome = generate(llm, PROMPTS[:6], max_tokens=24)
+        repeating = "a = 1, b = 2, c = 3, d = 4; " * 4
+        outcome = generate(llm, [*PROMPTS[:5], repeating], max_tokens=24)
         return outcome, llm.collective_rpc(chosen_by) if speculative_config else None
 
 
@@ -109,7 +114,8 @@ def adaptive(speculative_config: object) -> tuple:
 def test_ranks_choose_alike(runner, monkeypatch):
     with two_ranks(runner, monkeypatch) as call:
         plain, _ = call(adaptive, None)
-        clasp, chosen = call(adaptive, CLASP | {"adaptive": True})
+        clasp, chosen = call(adaptive, CLASP | {"adaptive": True, "ngram_cascade": True})
     assert clasp.token_ids == plain.token_ids
     assert chosen[0] == chosen[1]
     assert any(length for length, *_ in chosen[0])
+    assert any(ngram for _, ngram, *_ in chosen[0])

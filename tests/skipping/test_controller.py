@@ -171,8 +171,16 @@ def test_where_all_are_verified_in_full_the_context_costs_all_rows(alpha, others
     drafting = sum(float(COSTS.draft(others, 8.0)) for _ in range(found.length))
     verified = float(COSTS.verify((others + some) * (1 + widest), NUM_LAYERS))
     assert found.seconds == pytest.approx(drafting + verified)
-    ratio = ngrams.ratio(COSTS, NUM_LAYERS, others, 6, padded=True)
-    assert ratio <= ngrams.ratio(COSTS, NUM_LAYERS, others, 6, padded=False)
+    padded, rows = ngrams.ratio(COSTS, NUM_LAYERS, others, 6, padded=True), others + some
+    plain = float(COSTS.plain(rows, NUM_LAYERS)) / rows
+    assert padded == pytest.approx(
+        max(
+            (rows + some * sum(alpha**k for k in range(1, min(taken, length) + 1)))
+            / float(COSTS.verify(rows * (1 + taken), NUM_LAYERS))
+            * plain
+            for taken in range(1, 7)
+        )
+    )
 
 
 def test_checking_what_the_context_offers_is_a_draft_step_that_gets_further():
