@@ -196,6 +196,8 @@ def compare(
         measure(servers[plain], Workload(WARM_UP, 2, 0.0), sets[WARM_UP], args.prompts)
     for repeat, workload in itertools.product(range(args.repeats), workloads(args)):
         for plain in (True, False) if repeat % 2 == 0 else (False, True):
+            # It was idle, and what of it has left the memory meanwhile would count against either by chance.
+            _ask(servers[plain], 0.0, 1, sets[WARM_UP], 1)
             before = speculation(servers[plain])
             result = measure(servers[plain], workload, sets[workload.task], args.prompts)
             counters = {k: v - before.get(k, 0) for k, v in speculation(servers[plain]).items()}
