@@ -51,6 +51,7 @@ PROMPTS = [
     "Text: Leo is a 31 year old pilot who lives in Oslo.\nJSON:",
     "a",
 ]
+REPEATING = "a = 1, b = 2, c = 3, d = 4; " * 4
 
 
 def tiny_llama(folder: Path) -> Path:
@@ -226,11 +227,10 @@ def look_up(llm: Any, how: str) -> list[bool]:
     controller, draft = ours.adaptive, ours.draft
 
     def counted(*args: Any) -> Any:
-        before = ours.statistics.total
-        before = before.ngrams, before.rounds
+        total = ours.statistics.total
+        ngrams, rounds = total.ngrams, total.rounds
         drafted = draft(*args)
-        after = ours.statistics.total
-        both.append(after.ngrams > before[0] and after.rounds > before[1])
+        both.append(total.ngrams > ngrams and total.rounds > rounds)
         return drafted
 
     ours.draft = counted

@@ -187,7 +187,6 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             tokens: [rows, steps] int64.
         """
         assert self.draft_logits is not None
-        for step in np.flatnonzero(certain.any(0)):
-            some = index(np.flatnonzero(certain[:, step]), self.device)
-            self.draft_logits[idx_mapping[some], step] = -torch.inf
-            self.draft_logits[idx_mapping[some], step, tokens[some, step]] = 0.0
+        rows, steps = (index(found, self.device) for found in np.nonzero(certain))
+        self.draft_logits[idx_mapping[rows], steps] = -torch.inf
+        self.draft_logits[idx_mapping[rows], steps, tokens[rows, steps]] = 0.0

@@ -1,7 +1,17 @@
 """The controller in the engine: lossless whatever it chooses, off when it says so, nothing left behind."""
 
 import pytest
-from engines import PROMPTS, Outcome, change_costs, drafter, engine_process, generate, look_up, running
+from engines import (
+    PROMPTS,
+    REPEATING,
+    Outcome,
+    change_costs,
+    drafter,
+    engine_process,
+    generate,
+    look_up,
+    running,
+)
 
 CLASP = {
     "method": "clasp",
@@ -87,14 +97,13 @@ def looked_up(
     """
     from vllm import SamplingParams
 
-    repeating = "a = 1, b = 2, c = 3, d = 4; " * 4
     with running(speculative_config=config, **SETTINGS) as llm:
         both = look_up(llm, how) if config else []
         outcome = generate(
-            llm, [repeating, PROMPTS[3], repeating + PROMPTS[6], PROMPTS[10]], max_tokens=tokens
+            llm, [REPEATING, PROMPTS[3], REPEATING + PROMPTS[6], PROMPTS[10]], max_tokens=tokens
         )
         params = SamplingParams(temperature=1.0, max_tokens=tokens // 2, ignore_eos=True)
-        sampled = llm.generate([repeating] * 4, params, use_tqdm=False)
+        sampled = llm.generate([REPEATING] * 4, params, use_tqdm=False)
         assert all(len(output.outputs[0].token_ids) == tokens // 2 for output in sampled)
         found = drafter(llm).statistics.total if config else None
         return outcome, found.ngrams if found else 0, found.checked if found else 0, both

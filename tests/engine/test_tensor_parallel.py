@@ -1,7 +1,7 @@
 """Two tensor-parallel ranks, each a process of its own: same output, same masks, no hang if they disagree."""
 
 import pytest
-from engines import PROMPTS, drafter_of, generate, masks_of, running, two_ranks
+from engines import PROMPTS, REPEATING, drafter_of, generate, masks_of, running, two_ranks
 
 CLASP = {
     "method": "clasp",
@@ -105,8 +105,7 @@ def adaptive(speculative_config: object) -> tuple:
     with running(speculative_config=speculative_config, **settings) as llm:
         if speculative_config:
             llm.collective_rpc(watch)
-        repeating = "a = 1, b = 2, c = 3, d = 4; " * 4
-        outcome = generate(llm, [*PROMPTS[:5], repeating], max_tokens=24)
+        outcome = generate(llm, [*PROMPTS[:5], REPEATING], max_tokens=24)
         return outcome, llm.collective_rpc(chosen_by) if speculative_config else None
 
 
