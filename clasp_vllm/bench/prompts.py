@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import cycle, islice
 from pathlib import Path
 
 from clasp_vllm.bench.options import levels
@@ -70,6 +71,14 @@ def mix_ratio(task: str) -> float | None:
     return found
 
 
+def prompts_of(task: str, count: int) -> list[str]:
+    """So many prompts of a task or of a stream of all, from the start again if there are too few."""
+    ratio = mix_ratio(task)
+    if ratio is not None:
+        return mixed_prompts(count, ratio)
+    return list(islice(cycle(task_prompts(task)[:HELD_OUT]), count))
+
+
 def number_of_prompts(prompts: int, concurrency: int, task: str = "mixed") -> int:
     """Enough to keep as many requests running for most of the time.
 
@@ -104,10 +113,9 @@ def datasets(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
         longest = number_of_prompts(args.prompts, at_once, task)
         if task == WARM_UP:
             few = [prompt for known in TASKS for prompt in task_prompts(known)[HELD_OUT:]]
+            prompts = list(islice(cycle(few), longest))
         else:
-            ratio = mix_ratio(task)
-            few = task_prompts(task)[:HELD_OUT] if ratio is None else mixed_prompts(longest, ratio)
-        prompts = [few[i % len(few)] for i in range(longest)]
+            prompts = prompts_of(task, longest)
         path = folder / f"{task.replace('/', '_')}.jsonl"
         lines = [
             {"prompt": prompt, "output_tokens": answer_length(i, args.max_tokens, args.equal_lengths)}

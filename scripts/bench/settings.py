@@ -24,7 +24,7 @@ from rich.progress import track
 from clasp_vllm.bench import engine as ours
 from clasp_vllm.bench.about import about
 from clasp_vllm.bench.options import number, numbers
-from clasp_vllm.bench.prompts import HELD_OUT, TASKS, mixed_prompts, number_of_prompts, task_prompts
+from clasp_vllm.bench.prompts import HELD_OUT, TASKS, number_of_prompts, prompts_of, task_prompts
 
 WAVE = {1: 2, 8: 2, 16: 1}  # levels of the load 1-8-16-8-1, and how often each
 PARTS = ("n-grams", "length", "sharing", "exit", "speculation", "layers")
@@ -88,12 +88,6 @@ def seconds(engine: Any, prompts: Sequence[str], at_once: int, params: Any) -> f
             running += 1
         running -= sum(output.finished for output in engine.step())
     return time.perf_counter() - started
-
-
-def prompts_of(task: str, count: int) -> list[str]:
-    """So many of a task, from the start again if there are too few."""
-    few = mixed_prompts(count) if task == MIXED else task_prompts(task)[:HELD_OUT]
-    return list(itertools.islice(itertools.cycle(few), count))
 
 
 def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
