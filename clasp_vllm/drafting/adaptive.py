@@ -135,7 +135,7 @@ class AdaptiveDrafting:
         ended, self._ended, self._step = self._ended, None, None
         if ended is not None and self._running.issuperset(request_ids):
             tokens = int(lengths.sum())
-            predicted = self.forward_seconds(tokens, self._num_layers)
+            predicted = float(self.costs.engine_step(tokens, self._num_layers))
             if tokens == len(lengths):
                 self.corrections.add("plain_scale", tokens, predicted, ended, Mark(ended.device))
             else:

@@ -22,8 +22,8 @@ class PagedAttention(Protocol):
 
     def decode(
         self, positions: Tensor, block_table: Tensor, max_lengths: Tensor
-    ) -> AbstractContextManager[None]:
-        """A forward context for one query token per row.
+    ) -> AbstractContextManager[object]:
+        """A forward context for one query token per row; yields what it was made of.
 
         Each row attends to, and writes the key and value of, its position in the blocks of its row
         of ``block_table`` ([rows, width] int32); ``max_lengths`` ([rows] int32, on the host) bounds

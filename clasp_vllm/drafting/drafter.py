@@ -8,7 +8,7 @@ certainty. All other tokens are drafted by the target with each row's skipped la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ from clasp_vllm.drafting.passes import Passes
 from clasp_vllm.drafting.plans import Plan, Plans
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.drafting.statistics import DraftStatistics
-from clasp_vllm.drafting.timing import Mark
+from clasp_vllm.drafting.timing import Mark, measure_steps
 from clasp_vllm.drafting.tokens import DraftTokens
 from clasp_vllm.policies.base import Policy
 from clasp_vllm.skipping.controller import Choice
@@ -337,9 +337,9 @@ class Drafter:
 
     def _draft_step(self, batch: DraftBatch, plan: Plan) -> Tensor:
         """One forward pass of the draft: [rows, hidden_size]."""
-        self.statistics.total.sublayers += len(plan)
+        self.statistics.total.sublayers += len(plan.steps)
         if self._controlled is not None:
-            self._predicted += self._controlled.draft_seconds(len(batch), [part for _, part, _ in plan])
+            self._predicted += self._controlled.draft_seconds(len(batch), [part for _, part, _ in plan.steps])
         return self.passes.draft(batch, plan)
 
     def forget(self) -> None:
@@ -350,8 +350,11 @@ class Drafter:
             self.adaptive.reset()
 
     @torch.inference_mode()
-    def start(self, device: torch.device) -> None:
-        """Before anything is served: forget the engine's warm-up, and find out what passes cost."""
+    def start(self, device: torch.device, steps: Mapping[int, Callable[[], None]] | None = None) -> None:
+        """Before anything is served: forget the engine's warm-up, and find out what passes cost.
+
+        ``steps``: the engine's own steps by their tokens, where they are not passes like those of drafts.
+        """
         self.forget()
         self.statistics = DraftStatistics(self.decoder.num_layers)
         if (
@@ -360,7 +363,12 @@ class Drafter:
             return
         costs = self.passes.measure(device)
         shared = self._share(torch.tensor([costs.layer, costs.besides], device=device)).tolist()
-        self.adaptive.costs = replace(costs, layer=tuple(shared[0]), besides=tuple(shared[1]))
+        costs = replace(costs, layer=tuple(shared[0]), besides=tuple(shared[1]))
+        if steps:
+            seconds = torch.tensor(measure_steps(steps, device), device=device)
+            step = tuple(self._share(seconds).tolist())
+            costs = replace(costs, step_rows=tuple(map(float, steps)), step=step)
+        self.adaptive.costs = costs
 
 
 def _rows(left: np.ndarray, rows: int) -> slice | Tensor:

@@ -65,17 +65,15 @@ class HostMasks:
 class HostFlag:
     """A condition of a loop that is computed on the device.
 
-    On a GPU ``update`` answers with the flag of the step before, which has finished or soon will,
-    while the step just launched is running.
+    On a GPU ``update`` answers with the flag of two steps before, which has finished, while the step
+    before and the one just launched keep the device busy.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._lags = device.type != "cpu"
-        self._previous: HostCopy | None = None
+        self._lag = 0 if device.type == "cpu" else 2
+        self._flags: list[HostCopy] = []
 
     def update(self, flag: Tensor) -> bool:
         """Take the flag of this step ([] bool); say whether to go on."""
-        current = HostCopy(flag)
-        answer = self._previous if self._lags else current
-        self._previous = current
-        return True if answer is None else bool(answer.get())
+        self._flags.append(HostCopy(flag))
+        return len(self._flags) <= self._lag or bool(self._flags.pop(0).get())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,13 +13,32 @@ from clasp_vllm.drafting.batch import DraftBatch, PagedAttention
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.plans import Plan
 from clasp_vllm.drafting.scratch import ScratchBlocks
-from clasp_vllm.drafting.timing import measure_pass_costs
+from clasp_vllm.drafting.timing import measure_pass_costs, synchronize
 from clasp_vllm.skipping.controller import PassCosts
 from clasp_vllm.skipping.dynamic_program import Programme, State, run_programme
 from clasp_vllm.skipping.items import Items
 from clasp_vllm.skipping.mask import ATTENTION, evenly_spaced_layers
 
+CHUNK = 128  # rows
 LARGEST_MEASURED = {"cpu": 64, "cuda": 512}  # rows of a pass; costs of larger ones lie on a line
+
+
+class DraftRunner(Protocol):
+    """Something that runs draft steps faster than eager calls, where it can."""
+
+    num_graphs: int
+
+    def takes(self, rows: int) -> bool:
+        """Whether it runs steps of so many rows."""
+        ...
+
+    def draft(self, batch: DraftBatch, plan: Plan) -> Tensor:
+        """See ``Passes.draft``. The result is overwritten by the next step."""
+        ...
+
+    def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Passes.head``. The results are overwritten by the next call."""
+        ...
 
 
 class Passes:
@@ -29,29 +49,55 @@ class Passes:
         decoder: Decoder,
         attention: PagedAttention,
         scratch: ScratchBlocks | None,
-        predict: Callable[[Tensor], Tensor],
+        logits: Callable[[Tensor], Tensor],
+        graphs: Callable[[], DraftRunner | None] = lambda: None,
     ) -> None:
-        """``predict``: the model's head: [rows, hidden_size] to the [rows] int64 most likely tokens."""
+        """
+        Args:
+            logits: the model's head: [rows, hidden_size] to [rows, vocab_size].
+            graphs: what runs draft steps of some sizes, if there is something now.
+        """
         self._decoder = decoder
         self.attention = attention
         self.scratch = scratch
-        self._predict = predict
+        self._logits = logits
+        self._graphs = graphs
+
+    def _runner(self, rows: int) -> DraftRunner | None:
+        graphs = self._graphs()
+        return graphs if graphs is not None and graphs.takes(rows) else None
 
     def draft(self, batch: DraftBatch, plan: Plan) -> Tensor:
         """One forward pass of the target without the skipped sub-layers: [rows, hidden_size]."""
+        runner = self._runner(len(batch.tokens))
+        return self.draft_eagerly(batch, plan) if runner is None else runner.draft(batch, plan)
+
+    def draft_eagerly(self, batch: DraftBatch, plan: Plan) -> Tensor:
+        """The same by calling one module after the other."""
         state = self._decoder.embed(batch.tokens)
         positions = self._rotary(batch.positions)
         with self.attention.decode(batch.positions, batch.block_table, batch.max_lengths):
-            for layer, part, skip in plan:
-                if skip is None:
+            for layer, part, mixed in plan.steps:
+                if not mixed:
                     state = self._decoder.run_sublayer(layer, part, positions, state)
-                else:  # some rows skip it: run it for all, keep their states
-                    delta, residual = state
-                    ran = self._decoder.run_sublayer(
-                        layer, part, positions, (delta.clone(), residual.clone())
-                    )
-                    state = torch.where(skip, delta, ran[0]), torch.where(skip, residual, ran[1])
+                    continue
+                assert plan.masks is not None
+                skip = plan.masks[:, layer, part, None]
+                state = run_for_some(self._decoder, layer, part, positions, state, skip)
             return self._decoder.finish(state)
+
+    def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [rows, vocab_size] of final states, and the likeliest token's probability [rows] float32."""
+        runner = self._runner(len(hidden))
+        return self.head_eagerly(hidden) if runner is None else runner.head(hidden)
+
+    def head_eagerly(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The same by calling the head."""
+        logits = self._logits(hidden)
+        return logits, top_probability(logits)
+
+    def _predict(self, hidden: Tensor) -> Tensor:
+        return self._logits(hidden).argmax(-1)
 
     def programme(
         self, batch: DraftBatch, items: Items, budget: int, prior: Tensor | None, memory: float
@@ -133,16 +179,33 @@ class Passes:
 
         def forward(rows: int, layers: int) -> None:
             skipped = evenly_spaced_layers(num_layers, num_layers - layers)
-            plan: Plan = [(i, part, None) for i in range(num_layers) if i not in skipped for part in range(2)]
+            kept = (i for i in range(num_layers) if i not in skipped)
+            plan = Plan([(i, part, False) for i in kept for part in range(2)])
             tokens = torch.zeros(rows, dtype=torch.int64, device=device)
             table = torch.full((rows, 1), self.attention.scratch_block, dtype=torch.int32, device=device)
             lengths = torch.full((rows,), position + 1, dtype=torch.int32)
-            self._predict(self.draft(DraftBatch([], tokens, tokens + position, table, lengths), plan))
+            hidden = self.draft(DraftBatch([], tokens, tokens + position, table, lengths), plan)
+            self.head(hidden)[0].argmax(-1)
 
         longest = min(self.attention.max_rows, LARGEST_MEASURED.get(device.type, 64))
-        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        return measure_pass_costs(forward, num_layers, longest, synchronize)
+        return measure_pass_costs(forward, num_layers, longest, lambda: synchronize(device))
 
     def _rotary(self, positions: Tensor) -> Tensor:
         # Past the end there is nothing to draft, but the rotary table must still hold the position.
         return positions.clamp(max=self.attention.max_model_len - 1)
+
+
+def run_for_some(
+    decoder: Decoder, layer: int, part: int, positions: Tensor, state: State, skip: Tensor
+) -> State:
+    """Run a sub-layer for all rows and keep the state of those that ``skip`` it ([rows, 1] bool)."""
+    delta, residual = state
+    ran = decoder.run_sublayer(layer, part, positions, (delta.clone(), residual.clone()))
+    return torch.where(skip, delta, ran[0]), torch.where(skip, residual, ran[1])
+
+
+def top_probability(logits: Tensor) -> Tensor:
+    """[rows, vocab_size] logits to the [rows] float32 probability of the likeliest token."""
+    # In parts: for a large batch a float32 copy of all logits takes over a gigabyte.
+    parts = (logits[start : start + CHUNK].float() for start in range(0, max(len(logits), 1), CHUNK))
+    return torch.cat([(part.amax(-1) - part.logsumexp(-1)).exp() for part in parts])

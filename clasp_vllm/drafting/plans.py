@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,8 +13,18 @@ from clasp_vllm.skipping.controller import Choice
 
 MAX_PLANS = 256  # kept; there is one for every set of sequences drafted for
 
-# The sub-layers to run: layer, part, and the rows that skip it ([rows, 1] bool) or None.
-Plan = list[tuple[int, int, Tensor | None]]
+
+@dataclass(frozen=True)
+class Plan:
+    """The sub-layers of a draft step.
+
+    Attributes:
+        steps: layer, part, and whether some rows skip it.
+        masks: [rows, num_layers, 2] bool on the device, True = skipped; None where all rows run alike.
+    """
+
+    steps: list[tuple[int, int, bool]]
+    masks: Tensor | None = None
 
 
 class Plans:
@@ -40,11 +52,13 @@ class Plans:
         if plan is None:
             masks = self.masks(slots, choice)
             some, every = masks.any(0).tolist(), masks.all(0).tolist()
-            on_device = masks.to(self._device, non_blocking=True)
-            plan = self._plans[key] = [
-                (layer, part, on_device[:, layer, part, None] if some[layer][part] else None)
+            steps = [
+                (layer, part, some[layer][part])
                 for layer in range(masks.shape[1])
                 for part in range(2)
                 if not every[layer][part]
             ]
+            mixed = any(step[2] for step in steps)
+            plan = Plan(steps, masks.to(self._device, non_blocking=True) if mixed else None)
+            self._plans[key] = plan
         return plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,29 @@ def measure_pass_costs(
         layer.append(one)
         besides.append(max(every - num_layers * layer[-1], 0.0))
     return PassCosts(tuple(map(float, sizes)), tuple(layer), tuple(besides))
+
+
+def measure_steps(
+    steps: Mapping[int, Callable[[], None]], device: torch.device, repeats: int = 4
+) -> list[float]:
+    """Seconds of each step, the fastest of some repeats."""
+    seconds = []
+    for step in steps.values():
+        times = []
+        for _ in range(repeats):
+            synchronize(device)
+            before = time.perf_counter()
+            step()
+            synchronize(device)
+            times.append(time.perf_counter() - before)
+        seconds.append(min(times))
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, where there is something to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 class Mark:

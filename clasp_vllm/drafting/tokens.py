@@ -12,6 +12,8 @@ from clasp_vllm.drafting.batch import DraftBatch, index
 from clasp_vllm.drafting.early_exit import Exit
 from clasp_vllm.drafting.host import HostFlag
 
+SHORT = 4  # draft tokens, for which asking the device whether to go on costs more than going on
+
 
 class DraftTokens:
     """Tokens drafted so far, of every row of a batch.
@@ -37,7 +39,7 @@ class DraftTokens:
         self.left = np.arange(rows)
         self.count = np.zeros(rows, dtype=np.int64)
         self._width, self._exit, self._drop = width, exit, drop
-        self._going_on = HostFlag(device)
+        self._going_on = HostFlag(device) if drop or width > SHORT or device.type == "cpu" else None
 
     def take(self, rows: np.ndarray, tokens: Tensor, confidence: Tensor | None, drawn: np.ndarray) -> None:
         """A further token of some rows that are left.
@@ -64,7 +66,7 @@ class DraftTokens:
         elif stops is not None:
             count = int(self.count[0])  # all alike
             self.lengths = torch.where(stops, self.lengths.clamp(max=count), self.lengths)
-            if not self._going_on.update((self.lengths > count).any()):
+            if self._going_on is not None and not self._going_on.update((self.lengths > count).any()):
                 self.tokens[:, count:] = tokens.unsqueeze(1)
                 self.left = self.left[:0]
 

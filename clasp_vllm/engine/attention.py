@@ -52,7 +52,7 @@ class TargetAttention:
         self._not_prefilling = torch.zeros(max_rows, dtype=torch.bool)
 
     @contextmanager
-    def decode(self, positions: Tensor, block_table: Tensor, max_lengths: Tensor) -> Iterator[None]:
+    def decode(self, positions: Tensor, block_table: Tensor, max_lengths: Tensor) -> Iterator[object]:
         """See ``PagedAttention.decode``."""
         rows, width = block_table.shape
         last = (positions // self.block_size).clamp(max=width - 1).unsqueeze(1)
@@ -84,7 +84,7 @@ class TargetAttention:
                 slot_mapping=dict.fromkeys(self._layer_names, slots),
             ),
         ):
-            yield
+            yield metadata, slots
 
     def copy_blocks(self, layer: int, source: Tensor, target: Tensor) -> None:
         """See ``PagedAttention.copy_blocks``."""

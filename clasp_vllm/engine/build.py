@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.draft import DrafterOptions
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.evidence import SkipEvidence
-from clasp_vllm.drafting.passes import Passes
+from clasp_vllm.drafting.passes import DraftRunner, Passes
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.engine.attention import TargetAttention
@@ -146,12 +147,14 @@ def build_drafter(
     device: torch.device,
     padded: bool,
     narrows: bool = False,
+    graphs: Callable[[], DraftRunner | None] = lambda: None,
 ) -> tuple[Drafter, TargetAttention]:
     """A drafter over the target's layers and KV cache, and the attention it uses.
 
     Args:
         padded: whether the runner verifies drafts in full length, however short they are.
         narrows: whether rows that stop early may leave the batch of the draft (``Drafter.drop_stopped``).
+        graphs: see ``Passes``.
     """
     config = layer_skip_config(vllm_config)
     assert config is not None
@@ -177,7 +180,7 @@ def build_drafter(
         scratch = ScratchBlocks(first_scratch, optimized, budget, attention.block_size, device)
     logger.info_once("Layer skipping: %s", "; ".join(config.explain(decoder.num_layers)))
     sequences = SequenceTable(max_num_seqs, masks)
-    passes = Passes(decoder, attention, scratch, lambda hidden: model.compute_logits(hidden).argmax(-1))
+    passes = Passes(decoder, attention, scratch, model.compute_logits, graphs)
     share = _share_rank_zero if get_tp_group().world_size > 1 else _own
     adaptive = None
     if config.is_adaptive:
@@ -256,9 +259,3 @@ def log_statistics(drafter: Drafter) -> None:
     report = drafter.statistics.report()
     if report is not None:
         logger.info(report)
-
-
-def top_probability(logits: Tensor) -> Tensor:
-    """[rows, vocab] logits to the [rows] float32 probability of the most likely token."""
-    logits = logits.float()
-    return (logits.amax(-1) - logits.logsumexp(-1)).exp()

@@ -183,7 +183,9 @@ def _warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
     def compile_or_warm_up_model(self: Any) -> Any:
         times = original(self)
         if _uses_us(self.vllm_config):
-            _ours(self.model_runner).start(self.device)
+            from clasp_vllm.engine.steps import engine_steps
+
+            _ours(self.model_runner).start(self.device, engine_steps(self.model_runner))
         return times
 
     return compile_or_warm_up_model

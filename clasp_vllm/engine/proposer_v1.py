@@ -18,11 +18,11 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from clasp_vllm.config import ConfigError
 from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, index, prompt_tokens
 from clasp_vllm.drafting.drafter import Drafter
+from clasp_vllm.drafting.passes import top_probability
 from clasp_vllm.engine.build import (
     build_decoder,
     build_drafter,
     log_statistics,
-    top_probability,
 )
 from clasp_vllm.engine.speculative_config import layer_skip_config
 

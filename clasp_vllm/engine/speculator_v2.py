@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -22,9 +24,11 @@ from clasp_vllm.engine.build import (
     build_decoder,
     build_drafter,
     log_statistics,
-    top_probability,
 )
+from clasp_vllm.engine.graphs import DraftGraphs
 from clasp_vllm.engine.speculative_config import layer_skip_config
+
+logger = init_logger(f"vllm.{__name__}")
 
 # Arguments of every speculator that the lookup in the context does not read.
 UNREAD = (
@@ -52,6 +56,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         self._lookup = NgramGPUSpeculator(vllm_config, device, req_states) if config.ngram_cascade else None
         self._nothing = torch.full((self.max_num_reqs, 1), -1, dtype=torch.int64, device=device)
         self._confidence: Tensor | None = None
+        self.graphs: DraftGraphs | None = None  # here, for vLLM's memory profile to find and drop them
         self._step = torch.zeros((), dtype=torch.int64, device=device)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
@@ -69,20 +74,51 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         # The base class would build metadata for draft layers, of which there are none.
         self.block_tables = block_tables
         self.drafter, attention = build_drafter(
-            self.vllm_config, kv_cache_config, self.model, self.decoder, self.device, padded=True
+            self.vllm_config,
+            kv_cache_config,
+            self.model,
+            self.decoder,
+            self.device,
+            padded=True,
+            graphs=lambda: self.graphs,
         )
         self.attn_groups = attention.attn_groups
+        self._attention, self._num_blocks = attention, kv_cache_config.num_blocks
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """No graphs of our own."""
+        self.graphs = None
+        if self.device.type == "cuda" and cudagraph_mode.has_full_cudagraphs():
+            self.graphs = DraftGraphs(
+                self.vllm_config,
+                self.device,
+                cudagraph_mode,
+                self.decoder,
+                self.drafter.passes,
+                self._attention,
+                self._num_blocks,
+            )
 
     def capture(self) -> None:
-        """No graphs of our own."""
+        """Capture draft steps; where that does not give what eager calls give, go on with those."""
+        graphs = self.graphs
+        if graphs is None:
+            return
+        try:
+            graphs.capture_drafts()
+            mismatch = graphs.mismatch()
+        except Exception as error:
+            # Other ranks would wait for this one for ever; and after an error of the device nothing works.
+            if get_tp_group().world_size > 1 or isinstance(error, torch.AcceleratorError):
+                raise
+            logger.warning("Layer skipping drafts without CUDA graphs: capturing them failed", exc_info=error)
+            self.graphs = None
+            return
+        if mismatch is not None:
+            logger.warning("Layer skipping drafts without CUDA graphs: %s", mismatch)
+            self.graphs = None
 
     def compute_draft_logits(self, hidden_states: Tensor, spec_step_idx: int) -> Tensor:
-        logits = self.model.compute_logits(hidden_states)
-        if self.drafter.asks_confidence:
-            self._confidence = top_probability(logits)  # sampling may overwrite the logits
+        logits, self._confidence = self.drafter.passes.head(hidden_states)  # sampling may overwrite them
         return logits
 
     @torch.inference_mode()
@@ -150,7 +186,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
                 self.draft_logits,
                 step,
             )
-            return tokens, self._confidence
+            return tokens, self._confidence if self.drafter.asks_confidence else None
 
         drafted = self.drafter.draft(batch, num_tokens, sample)
         drafts.zero_()

@@ -40,6 +40,8 @@ class PassCosts:
         rows: [sizes] ascending, those measured.
         layer: [sizes] of one layer.
         besides: [sizes] of all else: embedding, head, metadata, choosing a token.
+        step_rows, step: [sizes] tokens, ascending, and seconds of the engine's own step of so many, where
+            that is not a pass like a draft's; empty: it is.
         plain_scale, verify_scale: corrections, learnt while serving, of engine steps without and with
             drafts to verify: one, or one for each of ``SIZES``.
         draft_scale, pass_scale: of draft steps and optimisation passes.
@@ -48,6 +50,8 @@ class PassCosts:
     rows: tuple[float, ...]
     layer: tuple[float, ...]
     besides: tuple[float, ...]
+    step_rows: tuple[float, ...] = ()
+    step: tuple[float, ...] = ()
     plain_scale: Any = 1.0
     verify_scale: Any = 1.0
     draft_scale: Any = 1.0
@@ -55,16 +59,10 @@ class PassCosts:
 
     def scaled(self, scales: Mapping[str, Any]) -> PassCosts:
         """With other corrections, by name."""
-        return PassCosts(self.rows, self.layer, self.besides, **scales)
+        return replace(self, **scales)
 
     def _at(self, values: tuple[float, ...], rows: Any) -> Array:
-        """Between the sizes measured a line, beyond the last through it and half its rows."""
-        found: Array = np.interp(rows, self.rows, values)
-        if len(self.rows) > 1:
-            half = self.rows[-1] / 2
-            slope = max(0.0, (values[-1] - float(np.interp(half, self.rows, values))) / half)
-            found = found + slope * np.maximum(np.asarray(rows) - self.rows[-1], 0.0)
-        return found
+        return _interpolate(rows, self.rows, values)
 
     def forward(self, rows: Any, layers: Any) -> Array:
         """Seconds of a pass of ``rows`` rows through ``layers`` layers; both may be arrays."""
@@ -72,11 +70,17 @@ class PassCosts:
 
     def plain(self, rows: Any, num_layers: int) -> Array:
         """Seconds of an engine step that decodes ``rows`` sequences and verifies nothing."""
-        return _between(self.plain_scale, rows) * self.forward(rows, num_layers)
+        return _between(self.plain_scale, rows) * self.engine_step(rows, num_layers)
 
     def verify(self, tokens: Any, num_layers: int) -> Array:
         """Seconds of an engine step that decodes and verifies ``tokens`` tokens in all."""
-        return _between(self.verify_scale, tokens) * self.forward(tokens, num_layers)
+        return _between(self.verify_scale, tokens) * self.engine_step(tokens, num_layers)
+
+    def engine_step(self, tokens: Any, num_layers: int) -> Array:
+        """Seconds of a step of the engine of ``tokens`` tokens, without correction."""
+        if self.step:
+            return _interpolate(tokens, self.step_rows, self.step)
+        return self.forward(tokens, num_layers)
 
     def draft(self, rows: Any, layers: Any) -> Array:
         """Seconds of a draft step."""
@@ -88,6 +92,16 @@ class PassCosts:
         besides = float(self._at(self.besides, columns[-1]))
         layers = float((self._at(self.layer, columns) * items.costs).sum()) / items.units
         return float(_between(self.pass_scale, 1)) * (besides + layers)
+
+
+def _interpolate(rows: Any, sizes: tuple[float, ...], values: tuple[float, ...]) -> Array:
+    """Between the sizes measured a line, beyond the last through it and half its rows."""
+    found: Array = np.interp(rows, sizes, values)
+    if len(sizes) > 1:
+        half = sizes[-1] / 2
+        slope = max(0.0, (values[-1] - float(np.interp(half, sizes, values))) / half)
+        found = found + slope * np.maximum(np.asarray(rows) - sizes[-1], 0.0)
+    return found
 
 
 @dataclass(frozen=True)
