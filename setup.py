@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-BENCH = ["matplotlib>=3.9", "pandas>=2", "rich>=13", "scikit-learn>=1.6"]
+BENCH = ["accelerate>=1.1", "gguf>=0.10", "matplotlib>=3.9", "pandas>=2", "rich>=13", "scikit-learn>=1.6"]
 
 RAY = "ray[serve]>=2.60"
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from clasp_vllm import __version__
-from clasp_vllm.bench import costs, inspection, profile, serving
+from clasp_vllm.bench import assistant, costs, inspection, profile, serving
 from clasp_vllm.bench.options import split_arguments
 from clasp_vllm.calibration import calibrate, fixed_mask
 from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
@@ -47,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspection.add_arguments(
         commands.add_parser("inspect", help="a picture of the layers that requests skip over time")
     )
+    assistant.add_arguments(
+        commands.add_parser(
+            "model", help="fetch SmolLM2-135M-Instruct, a small real model, and print its folder"
+        )
+    )
     wide = commands.add_parser("widen", help="a checkpoint made as costly as a larger one, same function")
     wide.add_argument("model", type=Path, help="folder of a checkpoint of the Llama family")
     wide.add_argument("output", type=Path, help="folder to write")
@@ -71,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return calibrate.main(args)
     if args.command == "inspect":
         return inspection.main(args)
+    if args.command == "model":
+        return assistant.main(args)
     if args.command == "widen":
         return _widen(args)
     try:

@@ -11,10 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from clasp_vllm.bench.assistant import source_of
 
-def about() -> dict[str, str]:
-    """Facts that belong beside every result."""
+
+def about(model: str | None = None) -> dict[str, str]:
+    """Facts that belong beside every result, measured on a model."""
+    source = None if model is None else source_of(model)
     return {
+        **({} if source is None else {"weights": source}),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "commit": _commit(),

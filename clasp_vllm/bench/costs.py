@@ -234,7 +234,7 @@ def main(args: argparse.Namespace) -> int:
             found.append(costs)
             samples.append({str(name): seconds for name, seconds in timings.seconds.items()})
     bandwidth = read_bandwidth(min(weights, 1 << 30))
-    facts = {"model": args.model, **about()}
+    facts = {"model": args.model, **about(args.model)}
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     print(
         f"- memory: {weights / 1e9:.2f} GB of weights a step, read at "

@@ -344,7 +344,7 @@ def main(args: argparse.Namespace) -> int:
     logs = args.output / "logs"
     logs.mkdir(exist_ok=True)
     results: dict[str, Any] = {
-        "about": about(),
+        "about": about(args.model),
         "methods": methods,
         "measurements": [],
         "profiles": [],

@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
         start = frozenset(evenly_spaced_layers(acceptance.num_layers, args.num_skipped_layers))
         best = SEARCHES[args.search](trials, acceptance.num_layers, start, args.seed, False)
     found: dict[str, Any] = {
-        "about": about(),
+        "about": about(args.model),
         "search": args.search,
         "seconds": time.monotonic() - started,
         "evenly_spaced": trials.scores[start],
