@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 
+from clasp_vllm.bench import spec_bench
 from clasp_vllm.bench.options import levels
 
 TASKS = ("maths", "code", "prose", "sql", "json")
@@ -97,34 +98,39 @@ def answer_length(i: int, mean: int, equal: bool) -> int:
     return mean if equal else max(1, round(mean * (0.5 + i * GOLDEN % 1.0)))
 
 
-def datasets(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    """Options of `vllm bench serve` for each task, apart from the number of prompts."""
+def datasets(
+    args: argparse.Namespace, folder: Path, chat: spec_bench.Chat | None = None
+) -> dict[str, list[str]]:
+    """Options of `vllm bench serve` for each task, apart from the number of prompts.
+
+    ``chat``: the model as Spec-Bench asks it; None where it does not.
+    """
     found = {}
     for task in (WARM_UP, *args.tasks):
-        if task.startswith("spec_bench/"):
-            found[task] = [
-                "--dataset-name=spec_bench",
-                f"--dataset-path={args.spec_bench}",
-                f"--spec-bench-category={task.removeprefix('spec_bench/')}",
-                f"--spec-bench-output-len={args.max_tokens}",
-            ]
-            continue
         at_once = max(level for load in args.concurrency for level in levels(load))
         longest = number_of_prompts(args.prompts, at_once, task)
         if task == WARM_UP:
             few = [prompt for known in TASKS for prompt in task_prompts(known)[HELD_OUT:]]
             prompts = list(islice(cycle(few), longest))
+        elif spec_bench.is_spec_bench(task):
+            assert chat is not None
+            questions = spec_bench.select(spec_bench.read_questions(args.spec_bench), task, args.skip)
+            prompts = spec_bench.prompts(questions, longest, chat)
         else:
             prompts = prompts_of(task, longest)
         path = folder / f"{task.replace('/', '_')}.jsonl"
+        # The model ends its answers itself where it is asked as an assistant.
+        ends = spec_bench.is_spec_bench(task)
+        lengths = (answer_length(i, args.max_tokens, args.equal_lengths or ends) for i in count())
         lines = [
-            {"prompt": prompt, "output_tokens": answer_length(i, args.max_tokens, args.equal_lengths)}
-            for i, prompt in enumerate(prompts)
+            {"prompt": prompt, "output_tokens": length}
+            for prompt, length in zip(prompts, lengths, strict=False)
         ]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         found[task] = [
             "--dataset-name=custom",
             f"--dataset-path={path}",
             "--custom-output-len=-1",  # what each line says
+            *(['--extra-body={"add_special_tokens": false}'] if ends else ["--ignore-eos"]),
         ]
     return found

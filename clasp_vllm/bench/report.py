@@ -9,6 +9,7 @@ from typing import Any
 
 from clasp_vllm.bench.cost_model import Costs, costs_by_batch
 from clasp_vllm.bench.prompts import mix_ratio
+from clasp_vllm.bench.spec_bench import GROUPS, TASK
 
 Row = dict[str, Any]
 # (plain, method) measurements by method, task, load and temperature. A load that rises and falls is text.
@@ -58,6 +59,9 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
         "Ratio: tokens per second over plain vLLM's, of neighbouring measurements; median (range).",
         "",
     ]
+    groups = _groups(found)
+    if groups:
+        lines += ["Spec-Bench by its groups:", "", *groups, ""]
     lines += _table(found)
     if results.get("costs"):
         lines += ["", "## Predicted from the costs of the parts", "", *_predictions(found, results["costs"])]
@@ -95,6 +99,26 @@ def _table(found: Pairs) -> list[str]:
             f"| {middle(plain, 'ttft_p50'):.0f} ms | {middle(rows, 'ttft_p50'):.0f} ms "
             f"| {f'{sum(same)} of {len(same)}' if temperature == 0 else ''} |"
         )
+    return lines
+
+
+def _groups(found: Pairs) -> list[str]:
+    """Ratios by Spec-Bench's groups, and the geometric mean of the medians of those there are."""
+    names = [f"{TASK}/{group}" for group in GROUPS]
+    here = {key: both for key, both in found.items() if key[1] in names}
+    names = [name for name in names if any(key[1] == name for key in here)]
+    if len(names) < 2:
+        return []
+    lines = [
+        f"| method | at once | temperature | {' | '.join(name.partition('/')[2] for name in names)} | mean |",
+        "|" + "---|" * (len(names) + 4),
+    ]
+    for method, load, temperature in dict.fromkeys((key[0], *key[2:]) for key in here):
+        ratios = [[ratio(p) for p in here.get((method, name, load, temperature), [])] for name in names]
+        medians = [statistics.median(some) for some in ratios if some]
+        cells = [spread(some) if some else "" for some in ratios]
+        mean = f"{statistics.geometric_mean(medians):.2f}" if len(medians) == len(names) else ""
+        lines.append(f"| {method} | {load} | {temperature:g} | {' | '.join(cells)} | {mean} |")
     return lines
 
 

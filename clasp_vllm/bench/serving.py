@@ -25,6 +25,7 @@ from clasp_vllm.bench.options import levels, loads, number, numbers
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, WARM_UP, datasets, mix_ratio, number_of_prompts
 from clasp_vllm.bench.report import write_report
 from clasp_vllm.bench.servers import Server, ServerError, serve
+from clasp_vllm.bench.spec_bench import ServedChat, is_spec_bench, read_questions, select
 
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {
@@ -125,7 +126,6 @@ def _ask(
         f"--max-concurrency={concurrency}",
         f"--temperature={temperature}",
         "--endpoint=/v1/completions",
-        "--ignore-eos",
         "--save-detailed",
         "--disable-tqdm",
         "--disable-shuffle",
@@ -233,9 +233,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         type=lambda text: text.split(","),
         help=f"of {', '.join(TASKS)}, mixed (all in turn), mixed/RATIO (of prompts of another task than the "
-        "one before: 0 = one task after the other), spec_bench/CATEGORY (default: the package's)",
+        "one before: 0 = one task after the other), spec_bench (chat requests of Spec-Bench's groups in "
+        "turn), spec_bench/GROUP (default: the package's)",
     )
     parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's question.jsonl")
+    parser.add_argument(
+        "--skip", type=number(0), default=0, help="leave out the first so many questions of each group"
+    )
     parser.add_argument(
         "--concurrency",
         type=loads,
@@ -284,15 +288,16 @@ def fill_in(args: argparse.Namespace) -> dict[str, str]:
     args.repeats = args.repeats or (1 if quick else 3)
     args.prompts = args.prompts or HELD_OUT
     for task in args.tasks:
-        if task.startswith("spec_bench/"):
-            if args.spec_bench is None or not args.spec_bench.is_file():
+        if is_spec_bench(task):
+            if args.spec_bench is None:
                 raise ValueError(f"--tasks {task}: needs --spec-bench with the path of question.jsonl")
+            select(read_questions(args.spec_bench), task, args.skip)
         elif task in TASKS and args.prompts > HELD_OUT:
             raise ValueError(f"--prompts {args.prompts}: --tasks {task} has {HELD_OUT}")
         elif task not in TASKS and not _is_mixed(task):
             raise ValueError(
                 f"--tasks {task}: allowed are {', '.join(TASKS)}, mixed, mixed/RATIO with RATIO from 0 to 1, "
-                "and spec_bench/CATEGORY"
+                "spec_bench and spec_bench/GROUP"
             )
     if args.costs is not None:
         args.costs = read_costs(args.costs, args.model)
@@ -361,10 +366,11 @@ def main(args: argparse.Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     each = 2 * args.repeats * len(workloads(args))
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
-        sets = datasets(args, Path(folder))
         bar = progress.add_task("starting plain vLLM", total=each * len(methods))
         try:
             with serve(args.model, *args.server_arguments, log=logs / "plain.log", port=args.port) as plain:
+                chat = ServedChat(plain, args.max_tokens) if any(map(is_spec_bench, args.tasks)) else None
+                sets = datasets(args, Path(folder), chat)
                 for name, config in methods.items():
                     progress.update(bar, description=f"{name}: starting its server")
                     log = logs / f"{''.join(c if c.isalnum() else '_' for c in name)}.log"

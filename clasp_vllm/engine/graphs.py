@@ -201,7 +201,7 @@ class DraftGraphs(CudaGraphManager):
             if rows > 1:
                 size.keep = {one: self._record(lambda one=one: keep(*one)) for one in parts}
             size.end = self._record(end)
-            size.head = self._record(head)
+        size.head = self._record(head)
         return size
 
     def _make_buffers(self, rows: int) -> _Buffers:
