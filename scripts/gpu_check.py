@@ -21,15 +21,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from clasp_vllm.bench.processes import Engine, generate
 
 PARTS = ("equality", "speed", "segments", "kernels", "profile")
 LLAMA_3_8B = {
@@ -53,71 +53,6 @@ BATCHES = (1, 8, 32)
 
 
 # What runs in the process of an engine.
-
-
-def serve_commands(
-    connection: Connection, model: str, config: Any, settings: dict[str, Any], log: str
-) -> None:
-    """Start an engine, then answer (function name, arguments) until the other side closes."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # greedy alone is asked for
-    try:
-        from vllm import LLM
-
-        started = time.perf_counter()
-        llm = LLM(model, speculative_config=config, **settings)
-        connection.send({"start_seconds": time.perf_counter() - started, **memory()})
-    except BaseException:
-        connection.send({"error": traceback.format_exc()})
-        return
-    while True:
-        try:
-            name, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send(COMMANDS[name](llm, **arguments))
-        except BaseException:
-            connection.send({"error": traceback.format_exc()})
-
-
-def memory() -> dict[str, float]:
-    """Of this process, GB."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    free, total = torch.cuda.mem_get_info()
-    return {"reserved_gb": torch.cuda.memory_reserved() / 1e9, "device_used_gb": (total - free) / 1e9}
-
-
-def generate(llm: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-    """Greedy tokens for the prompts, all at once, and the seconds it took."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    before = counters(llm)
-    started = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "counters": {k: v - before.get(k, 0) for k, v in counters(llm).items()},
-    }
-
-
-def counters(llm: Any) -> dict[str, float]:
-    """vLLM's and our own, of speculation."""
-    return {
-        metric.name.removeprefix("vllm:"): metric.value
-        for metric in llm.get_metrics()
-        if metric.name.startswith(("vllm:spec_decode_num", "vllm:layer_skip_"))
-        and isinstance(getattr(metric, "value", None), int | float)
-    }
 
 
 def segments(llm: Any, rows: int) -> dict[str, Any]:
@@ -302,53 +237,10 @@ def in_graph(works: list[Callable[[], Any]]) -> float:
     return 1000 * milliseconds(graph.replay, 10) / len(works)
 
 
-COMMANDS = {"generate": generate, "segments": segments, "profile": profile, "kernels": kernels}
+COMMANDS = {"segments": segments, "profile": profile, "kernels": kernels}
 
 
 # What asks them.
-
-
-class Engine:
-    """An engine in a process of its own."""
-
-    def __init__(self, name: str, model: str, config: Any, settings: dict[str, Any], out: Path) -> None:
-        self.name = name
-        self.alive = True
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        arguments = (other, model, config, settings, str(out / f"{name}.log"))
-        self._process = context.Process(target=serve_commands, args=arguments, daemon=True)
-        self._process.start()
-        other.close()
-
-    def answer(self, until: float) -> dict[str, Any]:
-        """What it says next; an error if it does not in time."""
-        if not self.alive:
-            return {"error": "not running"}
-        try:
-            if self._connection.poll(max(until - time.monotonic(), 0)):
-                answer: dict[str, Any] = self._connection.recv()
-                return answer
-            error = "no answer in time"
-        except (EOFError, OSError):
-            error = "its process has died"
-        self.stop()
-        return {"error": error}
-
-    def ask(self, until: float, command: str, **arguments: Any) -> dict[str, Any]:
-        """Run a command in it."""
-        if self.alive:
-            try:
-                self._connection.send((command, arguments))
-            except OSError:
-                self.stop()
-        return self.answer(until)
-
-    def stop(self) -> None:
-        """Give back what it holds."""
-        self.alive = False
-        self._process.kill()
-        self._process.join()
 
 
 def main() -> int:
@@ -368,6 +260,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # greedy alone is asked for
     until = time.monotonic() + args.seconds
     import torch
     import vllm
@@ -415,7 +308,7 @@ def main() -> int:
                 arguments: dict[str, Any] = {"rows": rows} if part == "segments" else {}
                 if part == "profile":
                     arguments = {"prompts": prompts(1), "tokens": 48, "folder": str(args.out)}
-                found = keep(part, str(rows), drafting.ask(until, part, **arguments))
+                found = keep(part, str(rows), drafting.ask(COMMANDS[part], until, **arguments))
                 if cuda and part == "segments" and not found.get("graphs"):
                     keep(part, str(rows), {**found, "error": "drafts run without CUDA graphs"})
                 say(f"{part} {rows}: {json.dumps(found, indent=1)}")
@@ -425,9 +318,9 @@ def main() -> int:
     return int(bool(failed))
 
 
-def prompts(number: int) -> list[list[int]]:
+def prompts(number: int) -> list[dict[str, list[int]]]:
     """Token ids that mean nothing, 128 each."""
-    return [[(7 * i + 13 * j) % 4000 + 5 for j in range(128)] for i in range(number)]
+    return [{"prompt_token_ids": [(7 * i + 13 * j) % 4000 + 5 for j in range(128)]} for i in range(number)]
 
 
 def start_equality(args: argparse.Namespace, cuda: bool) -> dict[str, Engine]:
@@ -442,13 +335,12 @@ def start_equality(args: argparse.Namespace, cuda: bool) -> dict[str, Engine]:
             "kv_cache_memory_bytes": 500_000_000,
             "gpu_memory_utilization": 0.02,
             "max_num_seqs": 16,
-            "disable_log_stats": False,
         }
         if cuda:
             settings["attention_backend"] = "TRITON_ATTN"
         for name, config in (("plain", None), ("half", half), ("default", {"method": "clasp"})):
             engines[f"{dtype}_{name}"] = Engine(
-                f"{dtype}_{name}", "scripts/demo/model", config, settings, args.out
+                f"{dtype}_{name}", "scripts/demo/model", config, settings, args.out / f"{dtype}_{name}.log"
             )
     return engines
 
@@ -458,12 +350,13 @@ def check_equality(engines: dict[str, Engine], keep: Any, say: Any, until: float
     import random
 
     random.seed(3)
-    some = [[random.randrange(5, 4000) for _ in range(random.randrange(4, 60))] for _ in range(16)]
+    lengths = [random.randrange(4, 60) for _ in range(16)]
+    some = [{"prompt_token_ids": [random.randrange(5, 4000) for _ in range(n)]} for n in lengths]
     plain: dict[str, Any] = {}
     for name, engine in engines.items():
         started = keep("start", name, engine.answer(until))
-        found = engine.ask(until, "generate", prompts=some, tokens=96)
-        again = engine.ask(until, "generate", prompts=some[:1], tokens=96)
+        found = engine.ask(generate, until, prompts=some, tokens=96)
+        again = engine.ask(generate, until, prompts=some[:1], tokens=96)
         engine.stop()
         if "error" in found or "error" in started:
             keep("equality", name, found)
@@ -510,7 +403,6 @@ def start_shape(args: argparse.Namespace, cuda: bool) -> dict[str, Engine]:
         "max_num_seqs": 32,
         "kv_cache_memory_bytes": 1_500_000_000 if cuda else 300_000_000,
         "gpu_memory_utilization": 0.1,
-        "disable_log_stats": False,
     }
 
     def accepting(rate: float, tokens: int) -> dict[str, Any]:
@@ -531,7 +423,7 @@ def start_shape(args: argparse.Namespace, cuda: bool) -> dict[str, Engine]:
         "default_a50": {"method": "clasp", **accepting(0.5, 8)},
     }
     return {
-        name: Engine(name, str(folder), one, settings, args.out)
+        name: Engine(name, folder, one, settings, args.out / f"{name}.log")
         for name, one in configs.items()
         if args.engines is None or name in args.engines
     }
@@ -546,8 +438,8 @@ def check_speed(engines: dict[str, Engine], repeats: int, keep: Any, say: Any, u
             for name, engine in engines.items():
                 if not engine.alive:
                     continue
-                short = engine.ask(until, "generate", prompts=prompts(batch), tokens=16)
-                long = engine.ask(until, "generate", prompts=prompts(batch), tokens=144)
+                short = engine.ask(generate, until, prompts=prompts(batch), tokens=16)
+                long = engine.ask(generate, until, prompts=prompts(batch), tokens=144)
                 if "error" in short or "error" in long:
                     keep("speed", f"{name}_{batch}", short if "error" in short else long)
                 elif repeat:  # the first warms up

@@ -13,6 +13,7 @@ from typing import Any
 
 from clasp_vllm.bench import engine
 from clasp_vllm.bench.options import engine_settings, number
+from clasp_vllm.bench.processes import counters
 from clasp_vllm.bench.prompts import mixed_prompts
 from clasp_vllm.config import read_settings
 
@@ -125,26 +126,15 @@ def profile(
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     llm.generate(prompts[:batch], params, use_tqdm=False)
     stopwatch = watch_engine(llm)
-    before = _counters(llm)
+    before = counters(llm)
     stopwatch.reset()
     started = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     stopwatch.stop()
     seconds = time.perf_counter() - started
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    counters = {name: value - before.get(name, 0) for name, value in _counters(llm).items()}
-    return Profile(seconds, dict(stopwatch.parts), dict(stopwatch.calls), tokens, counters)
-
-
-def _counters(llm: Any) -> dict[str, float]:
-    from vllm.v1.metrics.reader import Counter
-
-    prefixes = ("vllm:spec_decode_", "vllm:layer_skip_")
-    return {
-        metric.name.removeprefix("vllm:"): metric.value
-        for metric in llm.get_metrics()
-        if metric.name.startswith(prefixes) and isinstance(metric, Counter)
-    }
+    counted = {name: value - before.get(name, 0) for name, value in counters(llm).items()}
+    return Profile(seconds, dict(stopwatch.parts), dict(stopwatch.calls), tokens, counted)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,166 @@
+"""Answer by answer beside plain vLLM, from the start on: is a method ever slower?
+
+    .venv/bin/python scripts/bench/answers.py MODEL --spec-bench question.jsonl \
+        --method 'clasp={"method":"clasp"}' --output answers.json
+
+Every engine is in a process of its own; all are alive, one works at a time. Each prompt (or each group of
+prompts at once) goes to plain vLLM and to every method in turn, in an order that turns with the prompts. What
+an engine has learnt it keeps. The table has the ratio of the sums of seconds over the first answers and over
+those after them, and by Spec-Bench's groups. With temperature 0 it also counts the answers that are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from clasp_vllm.bench import spec_bench
+from clasp_vllm.bench.about import about
+from clasp_vllm.bench.options import engine_settings, number, split_arguments
+from clasp_vllm.bench.processes import Engine, generate
+from clasp_vllm.config import read_settings
+
+PLAIN = "plain"
+FIRST = 20  # answers
+
+
+class OfflineChat:
+    """The model's chat template, and plain vLLM's answers."""
+
+    def __init__(self, model: str, plain: Engine, max_tokens: int) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._plain, self._max_tokens = plain, max_tokens
+
+    def render(self, messages: list[spec_bench.Message]) -> str:
+        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def answer(self, messages: list[spec_bench.Message]) -> str:
+        prompts = [self.tokens(self.render(messages))]
+        found = self._plain.ask(generate, prompts=prompts, tokens=self._max_tokens, ignore_eos=False)
+        return self._tokenizer.decode(found["tokens"][0], skip_special_tokens=True)
+
+    def tokens(self, prompt: str) -> dict[str, list[int]]:
+        return {"prompt_token_ids": self._tokenizer(prompt, add_special_tokens=False).input_ids}
+
+
+def measure(engines: dict[str, Engine], groups: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Fill in seconds, tokens and counts of every engine for every group of prompts."""
+    names = list(engines)
+    for i, group in enumerate(track(groups)):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            found = engines[name].ask(
+                generate,
+                prompts=group["prompts"],
+                tokens=args.max_tokens,
+                temperature=args.temperature,
+                ignore_eos=args.ignore_eos,
+            )
+            if "error" in found:
+                raise SystemExit(f"{name}: {found['error']}")
+            group[name] = found
+
+
+def ratio(groups: list[dict[str, Any]], name: str) -> float:
+    """Tokens per second over plain vLLM's."""
+
+    def rate(of: str) -> float:
+        tokens = sum(len(tokens) for group in groups for tokens in group[of]["tokens"])
+        return tokens / sum(group[of]["seconds"] for group in groups)
+
+    return rate(name) / rate(PLAIN)
+
+
+def table(groups: list[dict[str, Any]], names: list[str]) -> str:
+    """All methods, in Markdown."""
+    kinds = list(dict.fromkeys(group["group"] for group in groups))
+    lines = [
+        f"| method | first {FIRST} | after them | {' | '.join(kinds)} | accepted length | equal answers |",
+        "|" + "---|" * (len(kinds) + 5),
+    ]
+    for name in names:
+        cells, done = [], 0
+        early = []
+        for group in groups:
+            early.append(done < FIRST)
+            done += len(group["prompts"])
+        for part in (True, False):
+            some = [group for group, first in zip(groups, early, strict=True) if first == part]
+            cells.append(f"{ratio(some, name):.3f}" if some else "")
+        cells += [f"{ratio([g for g in groups if g['group'] == kind], name):.2f}" for kind in kinds]
+        counts = [group[name]["counters"] for group in groups]
+        drafts = sum(c.get("spec_decode_num_drafts", 0) for c in counts)
+        accepted = sum(c.get("spec_decode_num_accepted_tokens", 0) for c in counts)
+        pairs = [p for g in groups for p in zip(g[name]["tokens"], g[PLAIN]["tokens"], strict=True)]
+        cells += [
+            f"{1 + accepted / drafts:.2f}" if drafts else "",
+            f"{sum(a == b for a, b in pairs)}/{len(pairs)}",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--spec-bench", type=Path, required=True, help="Spec-Bench's question.jsonl")
+    parser.add_argument("--task", default=spec_bench.TASK, help="spec_bench or spec_bench/GROUP")
+    parser.add_argument("--skip", type=number(0), default=0, help="questions of each group to leave out")
+    parser.add_argument("--prompts", type=number(1), default=36)
+    parser.add_argument("--concurrency", type=number(1), default=1, help="prompts at once")
+    parser.add_argument("--max-tokens", type=number(1), default=96)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--ignore-eos", action="store_true", help="all answers as long as allowed")
+    parser.add_argument("--method", action="append", required=True, metavar="NAME=CONFIG")
+    parser.add_argument("--output", type=Path, help="JSON file for everything")
+    parser.epilog = "Arguments after -- are those of vllm serve."
+    words, server_arguments = split_arguments(sys.argv[1:])
+    args = parser.parse_args(words)
+    methods = dict(text.partition("=")[::2] for text in args.method)
+    settings = engine_settings(args.model, server_arguments)
+    logs = Path(tempfile.mkdtemp(prefix="answers-"))
+    print(f"logs: {logs}", flush=True)
+    engines = {}
+    for name, config in {PLAIN: None, **methods}.items():  # one after the other: their start is heavy
+        path = logs / f"{''.join(c if c.isalnum() else '_' for c in name)}.log"
+        engines[name] = Engine(name, args.model, config and read_settings(config), settings, path)
+        started = engines[name].answer()
+        if "error" in started:
+            raise SystemExit(f"{name}: {started['error']}")
+    chat = OfflineChat(args.model, engines[PLAIN], args.max_tokens)
+    questions = spec_bench.select(spec_bench.read_questions(args.spec_bench), args.task, args.skip)
+    rendered = spec_bench.prompts(questions, args.prompts, chat)
+    group_of = {category: group for group, some in spec_bench.GROUPS.items() for category in some}
+    groups: list[dict[str, Any]] = []
+    for i in range(0, len(rendered), args.concurrency):
+        some = rendered[i : i + args.concurrency]
+        kind = group_of[questions[i % len(questions)].category] if args.concurrency == 1 else "mixed"
+        groups.append({"group": kind, "prompts": [chat.tokens(prompt) for prompt in some]})
+    warm = [chat.tokens(chat.render([{"role": "user", "content": f"Count to {n}."}])) for n in (7, 9)]
+    for engine in engines.values():
+        engine.ask(generate, prompts=warm[:1], tokens=8)
+        engine.ask(generate, prompts=warm * (-(-args.concurrency // 2)), tokens=8)
+    measure(engines, groups, args)
+    text = table(groups, [name for name in engines if name != PLAIN])
+    print(text)
+    if args.output:
+        result = {
+            "about": about(args.model),
+            "methods": methods,
+            "table": text.splitlines(),
+            "answers": groups,
+        }
+        args.output.write_text(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    main()
