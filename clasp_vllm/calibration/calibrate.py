@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:
         console.print(f"clasp-vllm: error: {error}", markup=False)
         return 2
-    (args.output / "about.json").write_text(json.dumps(about(), indent=1) + "\n")
+    (args.output / "about.json").write_text(json.dumps(about(args.model), indent=1) + "\n")
     apart = "one task" if found["silhouette"] is None else f"silhouette {found['silhouette']:.2f}"
     console.print(f"{args.output}: {apart}; anchors.png shows whether the tasks lie apart", markup=False)
     for task in found["tasks"]:

@@ -46,7 +46,7 @@ def main() -> None:
     words, server_arguments = split_arguments(sys.argv[1:])
     args = parser.parse_args(words, argparse.Namespace(server_arguments=server_arguments))
     stay_in_process()
-    print("\n".join(f"- {name}: {value}" for name, value in about().items()))
+    print("\n".join(f"- {name}: {value}" for name, value in about(args.model).items()))
     print("\n| method | mean accepted length | at each position, of those accepted before |\n|---|---|---|")
     for method in args.method:
         name, _, config = method.partition("=")

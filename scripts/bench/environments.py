@@ -66,7 +66,7 @@ def main() -> None:
                 result = measure(servers[name], workload, sets["mixed"], args.prompts)
                 if repeat:  # the first warms up
                     speeds[name, concurrency].append(result["total_output_tokens"] / result["duration"])
-    print("\n".join(f"- {name}: {value}" for name, value in about().items()))
+    print("\n".join(f"- {name}: {value}" for name, value in about(args.model).items()))
     print("\n| environment | at once | tokens/s | ratio to the first |\n|---|---|---|---|")
     for (name, concurrency), values in speeds.items():
         first = speeds[names[0], concurrency]

@@ -28,7 +28,8 @@ def merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
         measurements += [row | {"repeat": row["repeat"] + repeats} for row in run["measurements"]]
         repeats = max(row["repeat"] for row in measurements) + 1
     facts = {
-        name: "; ".join(dict.fromkeys(str(run["about"][name]) for run in runs)) for name in runs[0]["about"]
+        name: "; ".join(dict.fromkeys(str(run["about"].get(name)) for run in runs))
+        for name in runs[0]["about"]
     }
     return {
         "about": facts,

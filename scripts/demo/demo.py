@@ -1,8 +1,8 @@
 """Serve a model with plain vLLM and with CLaSp, ask both the same over HTTP in turn, and compare.
 
-Both servers run at the same time; never more than one is asked. Greedy outputs must be equal; on a GPU or in
-bfloat16 two runs of plain vLLM may differ too, so the demo's own models are run in float32 unless --dtype says
-otherwise.
+Both servers run at the same time; never more than one is asked. Greedy outputs must be equal; on a GPU or
+in bfloat16 two runs of plain vLLM may differ too, so the demo's own models are run in float32 unless --dtype
+says otherwise.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,16 +131,16 @@ def main() -> int:
         console.print(f"model: {model.name}\nsource: {model.source}", markup=False, highlight=False)
         arguments = _server_arguments(args, model)
         prompts, chat = BEGINNINGS if model.tiny else QUESTIONS, not model.tiny
-        with ExitStack() as servers:
-            clients = []
-            for name, extra in ((PLAIN, []), (CLASP, ["--speculative-config", args.config])):
-                log = logs / f"{name.split()[0].lower()}.log"
-                server = _start(console, servers, name, model, [*arguments, *extra], log, args.port)
-                if not clients and chat and not _can_chat(server):
-                    console.print("It has no chat template: it gets the questions as text to go on with.")
-                    prompts = {name: f"Question: {text}\nAnswer:" for name, text in QUESTIONS.items()}
-                    chat = False
-                clients.append(Client(name, server, args.max_tokens, chat))
+        with ExitStack() as stack:
+            plain, clasp = _start(console, stack, model, arguments, args, logs)
+            if chat and not _can_chat(plain):
+                console.print("It has no chat template: it gets the questions as text to go on with.")
+                prompts = {name: f"Question: {text}\nAnswer:" for name, text in QUESTIONS.items()}
+                chat = False
+            clients = [
+                Client(PLAIN, plain, args.max_tokens, chat),
+                Client(CLASP, clasp, args.max_tokens, chat),
+            ]
             _show(console, clients, prompts)
             _measure(console, clients, prompts, args.repeats)
             _wait_for_report(clients[1], prompts)
@@ -154,8 +156,8 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="All further arguments go to both servers, after `--`. On a GPU each gets 0.45 of its memory unless "
-        "--gpu-memory-utilization is among them.",
+        epilog="All further arguments go to both servers, after `--`. On a GPU each gets 0.45 of its memory "
+        "unless --gpu-memory-utilization is among them.",
     )
     parser.add_argument(
         "model", nargs="?", help="name or path (default: SmolLM2-135M-Instruct, fetched once: 93 MB)"
@@ -199,32 +201,54 @@ def _model(console: Console, args: argparse.Namespace) -> Model:
 def _server_arguments(args: argparse.Namespace, model: Model) -> list[str]:
     import torch
 
-    arguments = list(args.server_arguments)
-    if torch.cuda.is_available():  # both servers share it
-        arguments = ["--gpu-memory-utilization", "0.45", *arguments]
-    if args.dtype or model.ours:
-        arguments += ["--dtype", args.dtype or "float32"]
+    gpu, arguments = torch.cuda.is_available(), []
     if model.ours:
         arguments += ["--max-model-len", "1024", "--max-num-seqs", "8"]
         arguments += ["--kv-cache-memory-bytes", str(1 << 30)]
-    return arguments
+        if not gpu:  # compiling takes minutes, and longer than all answers together
+            arguments.append("--enforce-eager")
+    if gpu:  # both servers share it
+        arguments += ["--gpu-memory-utilization", "0.45"]
+    if args.dtype or model.ours:
+        arguments += ["--dtype", args.dtype or "float32"]
+    return [*arguments, *args.server_arguments]  # the last of two counts
 
 
 def _start(
     console: Console,
-    servers: ExitStack,
-    name: str,
+    stack: ExitStack,
     model: Model,
     arguments: list[str],
-    log: Path,
-    port: int,
-) -> Server:
+    args: argparse.Namespace,
+    logs: Path,
+) -> list[Server]:
+    """Both servers, which start at the same time; leaving ``stack`` stops them."""
+    stop = threading.Event()
+
+    def wait(seconds: float) -> None:
+        if stop.is_set():
+            raise ServerError("the other server did not start")
+
+    def start(name: str, words: list[str], port: int) -> Server:
+        log = logs / f"{name.split()[0].lower()}.log"
+        task = progress.add_task(f"{name}: starting the server (log: {log})", total=1)
+        server = stack.enter_context(serve(model.name, *words, log=log, port=port, on_wait=wait))
+        progress.update(task, description=f"{name}: serving on port {server.port}", completed=1)
+        return server
+
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"{name}: starting the server (log: {log})")
-        server = servers.enter_context(serve(model.name, *arguments, log=log, port=port))
-        progress.update(task, description=f"{name}: serving on port {server.port}")
-    return server
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(2) as pool:
+        futures = [
+            pool.submit(start, PLAIN, arguments, args.port),
+            pool.submit(start, CLASP, [*arguments, "--speculative-config", args.config], args.port + 1),
+        ]
+        try:
+            for future in as_completed(futures):  # the first failure is the cause
+                future.result()
+        except BaseException:
+            stop.set()
+            raise
+        return [future.result() for future in futures]
 
 
 def _can_chat(server: Server) -> bool:
