@@ -29,7 +29,7 @@ def test_check_refuses(arguments, part, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["keys", "check", "bench", "profile", "costs", "search", "calibrate", "widen"]
+    "command", ["keys", "check", "bench", "profile", "costs", "search", "calibrate", "model", "widen"]
 )
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as ended:
