@@ -13,6 +13,7 @@ from clasp_vllm.drafting.acceptance import AcceptanceEvidence
 from clasp_vllm.drafting.batch import index
 from clasp_vllm.drafting.early_exit import Confidence, SurvivalExit
 from clasp_vllm.drafting.host import HostCopy
+from clasp_vllm.drafting.loss_budget import START, LossBudget
 from clasp_vllm.drafting.offers import Offers
 from clasp_vllm.drafting.outcomes import Drafts, Outcomes
 from clasp_vllm.drafting.plans import MAX_PLANS
@@ -125,11 +126,18 @@ class AdaptiveDrafting:
         self._probing = 0  # steps since a probe was decided on and room for it was asked for
         self._off_rows, self._off_started, self._off_steps = 0, 0, 0
         self._hoped = False  # that the last choice is better than thought
+        self.budget = LossBudget()
+        self._shared_balance: float | None = START if self._shares else None  # of rank 0
+        # Rows, of a verification the tokens it ran and how many were rejected, its start and end.
+        self._gains: list[tuple[int, tuple[int, HostCopy] | None, Mark, Mark]] = []
+        self._made = 0, 0, HostCopy(torch.zeros(1))
 
     def observe(self, request_ids: Sequence[str], lengths: np.ndarray, rejected: Tensor | None) -> None:
         """Take in the engine's step: see ``Drafter.observe``."""
         self.outcomes.verified(request_ids, lengths - 1, rejected)
         self.corrections.settle()
+        self._settle()
+        self.budget.step()
         assert self.costs is not None
         # Steps with prefill are of another kind, and between batches the engine may have waited.
         ended, self._ended, self._step = self._ended, None, None
@@ -140,6 +148,8 @@ class AdaptiveDrafting:
                 self.corrections.add("plain_scale", tokens, predicted, ended, Mark(ended.device))
             else:
                 self._step = tokens, predicted, ended
+                assert rejected is not None
+                self._made = len(lengths), tokens, HostCopy(rejected.sum())
 
     def weigh(self, items: Items) -> None:
         """Sub-layers cost something else from now on."""
@@ -162,14 +172,29 @@ class AdaptiveDrafting:
         self.evidence.forget()
         self._running, self._ended = frozenset(request_ids), ended
 
-    def timed(self, marks: tuple[Mark, Mark, Mark], predicted: float, optimized: int) -> None:
+    def _settle(self) -> None:
+        """Keep account of what the device has finished."""
+        assert self.costs is not None
+        costs = self.costs.scaled(self._scales)
+        while self._gains and self._gains[0][-1].reached():
+            rows, made, started, ended = self._gains.pop(0)
+            seconds, plain = ended.seconds_since(started), float(costs.plain(rows, self._num_layers))
+            if made is None:
+                self.budget.drafted(seconds, plain)
+            else:
+                tokens, rejected = made
+                self.budget.verified(rows, tokens - int(rejected.get()), seconds, plain)
+
+    def timed(self, rows: int, marks: tuple[Mark, Mark, Mark], predicted: float, optimized: int) -> None:
         """Compare what drafting by skipping took with the costs.
 
         Args:
+            rows: of the batch.
             marks: its start, the end of its optimisation pass, and its end.
             predicted: seconds of the draft steps.
             optimized: rows of the pass; 0 = there was none.
         """
+        self._gains.append((rows, None, marks[0], marks[2]))
         if predicted:
             self.corrections.add("draft_scale", 1, predicted, *marks[1:])
         if optimized:
@@ -210,13 +235,15 @@ class AdaptiveDrafting:
             if self._hoped:
                 hopeful = self._best(costs, slots, masks, shared_mask, offered, HOPE / rows**0.5)
                 self._hoped = hopeful.ratio >= WORTH_IT
-        worth_it = choice.ratio >= WORTH_IT or self._hoped or "speculation" not in self._open
+        plain = float(costs.plain(rows, self._num_layers))
+        worth_it = choice.ratio >= WORTH_IT or self._hoped
+        worth_it = (worth_it and self._affords(choice, plain)) or "speculation" not in self._open
         ask = worth_it
         if worth_it:
             self._probing = 0
         elif self._probing:
             self._probing = (self._probing + 1) % PATIENCE
-        elif self._probes.due(choice, float(costs.plain(rows, self._num_layers))):
+        elif self._probes.due(choice, plain):
             self._probing, ask = 1, True
         self.wanted = (self.longest if choice.checked else max(choice.length, choice.ngram)) if ask else 0
         self._explain(choice, costs, slots, worth_it)
@@ -224,7 +251,9 @@ class AdaptiveDrafting:
         if self._step is not None:  # what precedes drafting is part of what drafts cost
             tokens, predicted, started = self._step
             self._step = None
-            self.corrections.add("verify_scale", tokens, predicted, started, Mark(started.device))
+            ended = Mark(started.device)
+            self.corrections.add("verify_scale", tokens, predicted, started, ended)
+            self._gains.append((self._made[0], self._made[1:], started, ended))
         if goes_plain:
             self.wanted = 0
             if not self.padded:
@@ -234,6 +263,10 @@ class AdaptiveDrafting:
             return replace(choice, length=min(choice.length, allowed), ngram=min(choice.ngram, allowed))
         self._off_steps += 1
         return replace(choice, length=0, ngram=0, checked=False)
+
+    def _affords(self, choice: Choice, plain_seconds: float) -> bool:
+        balance = self.budget.balance if self._shared_balance is None else self._shared_balance
+        return balance >= choice.seconds / plain_seconds - 1
 
     def _goes_plain(self, rows: int, speculating: bool) -> bool:
         """Whether to do without drafts once, though they pay, to learn what that costs."""
@@ -375,14 +408,17 @@ class AdaptiveDrafting:
         self.evidence.add_pass(findings.reshape(-1, len(self._budgets)) > 0.5)
 
     def share_scales(self, share: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        """Now and then take rank 0's corrections of costs. Called by all ranks in every round."""
+        """Now and then take rank 0's corrections of costs and its account. All ranks call it each round."""
         if not self._shares:
             return
         shared, self._sharing = self._sharing, None
         if shared is not None:
-            ends = np.cumsum([len(scale) for scale in self._scales.values()])[:-1]
-            self._scales = dict(zip(self._scales, np.split(shared.get().numpy(), ends), strict=True))
+            ends = np.cumsum([len(scale) for scale in self._scales.values()])
+            *scales, balance = np.split(shared.get().numpy(), ends)
+            self._scales = dict(zip(self._scales, scales, strict=True))
+            self._shared_balance = float(balance[0])
         if self._rounds % SHARE_EVERY == 0:
-            scales = np.concatenate([*self.corrections.scales.values()]).astype(np.float32)
-            self._sharing = HostCopy(share(index(scales, device)))
+            own = *self.corrections.scales.values(), np.array([self.budget.balance])
+            values = np.concatenate(own).astype(np.float32)
+            self._sharing = HostCopy(share(index(values, device)))
         self._rounds += 1

@@ -180,7 +180,7 @@ class Drafter:
             if found.draft.confidence is not None:
                 sure = found.draft.confidence.new_zeros(rows, found.draft.confidence.shape[1])
                 sure[_rows(skipping, rows)] = found.draft.confidence
-            self._controlled.timed(found.marks, self._predicted, found.due.size)
+            self._controlled.timed(rows, found.marks, self._predicted, found.due.size)
             ended = found.marks[-1]
         drafts = Drafts(request_ids, slots, looked_up, certain, lengths, drafted, limits, sure, choice)
         self._controlled.drafted(request_ids, drafts, ended)

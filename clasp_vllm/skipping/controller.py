@@ -26,7 +26,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 WORTH_IT = 1.05  # the ratio from which on to speculate: less is not worth the risk of being wrong
 PASS_SHARE = 0.02  # of the time, what optimisation passes may cost beyond the draft steps they replace
-PROBE_SHARE = 0.005  # of the time, what probes may lose while speculation is off
+PROBE_SHARE = 0.002  # of the time, what probes may lose while speculation is off
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows, to know costs of
 INTERVALS = (8, 1024)  # rounds between two passes for a sequence
 HIGHEST_FLOOR = 0.9

@@ -1,0 +1,39 @@
+"""What speculation may lose against plain decoding, so that a wrong estimate cannot cost much.
+
+Estimates say whether drafting pays, and they can be wrong: of requests not met before, of a model whose
+drafts never quite pay, of a machine that has become slower. So what speculation really gained or lost is kept
+like an account, in plain steps: every engine step adds a little, every round adds what it gained, and the
+controller begins no round that could lose more than is there.
+"""
+
+from __future__ import annotations
+
+START = 12.0  # plain steps that may be lost before anything is known
+SHARE = 0.002  # of all steps, what may be lost in the long run
+MOST = 24.0  # plain steps of gains that are remembered: what was earned on one text is not lost on another
+
+
+class LossBudget:
+    """The account of one engine.
+
+    Attributes:
+        balance: plain steps that speculation may still lose.
+    """
+
+    def __init__(self) -> None:
+        self.balance = START
+
+    def step(self) -> None:
+        """Count an engine step."""
+        self._add(SHARE)
+
+    def drafted(self, seconds: float, plain_seconds: float) -> None:
+        """Drafting took so long. ``plain_seconds``: of a plain step of the same rows."""
+        self._add(-seconds / plain_seconds)
+
+    def verified(self, rows: int, tokens: int, seconds: float, plain_seconds: float) -> None:
+        """A step that verified drafts of ``rows`` sequences made ``tokens`` tokens in ``seconds``."""
+        self._add(tokens / rows - seconds / plain_seconds)
+
+    def _add(self, steps: float) -> None:
+        self.balance = min(self.balance + steps, MOST)
