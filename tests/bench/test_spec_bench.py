@@ -1,0 +1,123 @@
+"""Spec-Bench's questions as chat requests."""
+
+import argparse
+import json
+
+import pytest
+
+from clasp_vllm.bench.prompts import datasets
+from clasp_vllm.bench.report import write_report
+from clasp_vllm.bench.serving import add_arguments, fill_in
+from clasp_vllm.bench.spec_bench import GROUPS, Question, prompts, read_questions, select
+
+LINES = [
+    {"question_id": 1, "category": "writing", "turns": ["Write.", "Rewrite."]},
+    {"question_id": 2, "category": "math", "turns": ["Add.", "Add more."]},
+    *({"question_id": 3, "category": name, "turns": [f"{name} {i}"]} for i in (1, 2) for name in (
+        "translation", "summarization", "qa", "math_reasoning", "rag")),
+]  # fmt: skip
+
+
+class Parrot:
+    """A model that repeats; its answers are counted."""
+
+    asked = 0
+
+    def render(self, messages):
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+    def answer(self, messages):
+        self.asked += 1
+        return messages[-1]["content"].lower()
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "question.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return path
+
+
+def test_both_turns_are_asked_and_the_second_follows_the_models_answer(path):
+    questions = select(read_questions(path), "spec_bench/multi_turn")
+    chat = Parrot()
+    assert prompts(questions, 4, chat) == [
+        "<user>Write.",
+        "<user>Write.<assistant>write.<user>Rewrite.",
+        "<user>Add.",
+        "<user>Add.<assistant>add.<user>Add more.",
+    ]
+    assert chat.asked == 2
+
+
+def test_groups_take_turns(path):
+    questions = select(read_questions(path), "spec_bench")
+    assert [question.category for question in questions][: len(GROUPS)] == [
+        "writing", "translation", "summarization", "qa", "math_reasoning", "rag"
+    ]  # fmt: skip
+    assert len(questions) == 14
+    assert questions[6] == Question("writing", ("Write.", "Rewrite."))
+
+
+def test_one_group_one_category_and_the_first_left_out(path):
+    questions = read_questions(path)
+    assert [q.turns for q in select(questions, "spec_bench/qa")] == [("qa 1",), ("qa 2",)]
+    assert [q.turns for q in select(questions, "spec_bench/math")] == [("Add.",), ("Add.", "Add more.")]
+    assert [q.turns for q in select(questions, "spec_bench/qa", skip=1)] == [("qa 2",)]
+
+
+def options(path, *arguments):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(["model", f"--spec-bench={path}", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--tasks=spec_bench/chemistry"], "--tasks spec_bench/chemistry: allowed are spec_bench .*rag"),
+        (["--tasks=spec_bench/qa", "--skip=2"], "has no more than 2 of qa"),
+    ],
+)
+def test_bad_options(path, arguments, part):
+    with pytest.raises(ValueError, match=part):
+        fill_in(options(path, *arguments))
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"category": "qa"}', "[]"])
+def test_a_file_of_something_else(path, content):
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"--spec-bench {path}"):
+        fill_in(options(path, "--tasks=spec_bench"))
+
+
+def test_answers_end_where_the_model_ends_them(path, tmp_path):
+    args = options(path, "--tasks=spec_bench/qa,maths", "--prompts=3", "--max-tokens=50", "--concurrency=1")
+    fill_in(args)
+    sets = datasets(args, tmp_path, Parrot())
+    lines = (tmp_path / "spec_bench_qa.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"prompt": f"<user>qa {i}", "output_tokens": 50} for i in (1, 2, 1)
+    ]
+    assert "--ignore-eos" not in sets["spec_bench/qa"]
+    assert "--ignore-eos" in sets["maths"]
+    assert '--extra-body={"add_special_tokens": false}' in sets["spec_bench/qa"]
+
+
+def measurement(group, plain, repeat, speed):
+    return {
+        "method": "x", "plain": plain, "repeat": repeat, "tokens_per_second": speed, "failed": 0,
+        "workload": {"task": f"spec_bench/{group}", "concurrency": 1, "temperature": 0.0},
+        "accepted_length": None, "acceptance_by_position": [], "texts": ["a"], "counters": {},
+        "ttft_p50": 1.0, "tpot_p50": 1.0, "tpot_p95": 1.0,
+    }  # fmt: skip
+
+
+def test_the_report_has_groups_and_their_mean(tmp_path):
+    speeds = {"qa": (2.0, 2.0), "rag": (1.0, 4.0)}
+    rows = [measurement(g, True, r, 1.0) for g in speeds for r in (0, 1)]
+    rows += [measurement(g, False, r, s) for g, both in speeds.items() for r, s in enumerate(both)]
+    write_report({"about": {}, "methods": {}, "measurements": rows}, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "| method | at once | temperature | qa | rag | mean |" in text
+    assert "| x | 1 | 0 | 2.00 (2.00 to 2.00) | 2.50 (1.00 to 4.00) | 2.24 |" in text
