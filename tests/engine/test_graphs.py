@@ -179,7 +179,10 @@ def outputs(config: dict | None, graphs: bool) -> tuple[list[list[int]], int, in
     return tokens, len(replayed), failures
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+RUNNERS = pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
+
+
+@RUNNERS
 def test_the_comparison_at_start_up_finds_what_is_wrong(runner):
     with engine_process(runner) as call:
         mismatch, graphs, expected = call(no_mismatch, False)
@@ -189,7 +192,7 @@ def test_the_comparison_at_start_up_finds_what_is_wrong(runner):
     assert "4 rows are off" in mismatch
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@RUNNERS
 def test_drafts_are_those_of_eager_calls(runner):
     with engine_process(runner) as call:
         eager = call(forced_drafts, False)
@@ -199,7 +202,7 @@ def test_drafts_are_those_of_eager_calls(runner):
     assert {mixed for _, mixed in graphs[2]} == {False, True}
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@RUNNERS
 def test_output_is_plain_vllms(runner):
     with engine_process(runner) as call:
         plain, _, _ = call(outputs, None, False)
