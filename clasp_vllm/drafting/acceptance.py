@@ -169,11 +169,12 @@ class AcceptanceEvidence:
         seen = (self._steps < (accepted + refused)[:, None]) & (self._steps >= first[:, None])
         return seen, won
 
-    def forget(self) -> None:
-        """Count a round: what is not in use is not tried either, so verdicts on it do not last for ever."""
-        self.sharing *= 1 - FORGET_ROUND
-        self.ngrams.forget(self.kind, FORGET_ROUND)
-        self._position_tokens *= 1 - FORGET_ROUND
+    def forget(self, rounds: int = 1) -> None:
+        """Count rounds: what is not in use is not tried either, so verdicts on it do not last for ever."""
+        kept = (1 - FORGET_ROUND) ** rounds
+        self.sharing *= kept
+        self.ngrams.forget(self.kind, 1 - kept)
+        self._position_tokens *= kept
 
     def ngram_acceptance(self, slots: np.ndarray) -> Array:
         """[rows], of a token of an n-gram of the context."""

@@ -36,7 +36,7 @@ from clasp_vllm.skipping.items import Items
 
 PLAIN_EVERY = 128  # rounds of a batch's size, one goes without drafts, to know what it costs;
 PLAIN_FIRST = 8  # the first of them comes sooner
-OFF_CHECK = 8  # steps without speculation until it is thought over again,
+OFF_CHECK = 32  # steps without speculation until it is thought over again,
 OFF_CHANGE = 0.25  # unless the number of rows has changed by this share, or as many are new
 PATIENCE = 6  # steps that a probe waits for room in
 # Drafts that pay only if the batch's mean acceptance is so many standard deviations better than thought are
@@ -110,6 +110,7 @@ class AdaptiveDrafting:
         self._layers: dict[bytes, Array] = {}
         self._layers_version: int | None = None
         self._ended: Mark | None = None  # the last round
+        self._device: torch.device | None = None
         # The engine's step if it verified drafts: tokens, seconds expected, start.
         self._step: tuple[int, float, Mark] | None = None
         self._capacity = capacity
@@ -125,6 +126,8 @@ class AdaptiveDrafting:
         self._probes = Probes()
         self._probing = 0  # steps since a probe was decided on and room for it was asked for
         self._off_rows, self._off_started, self._off_steps = 0, 0, 0
+        self._idle, self._idled = 0, 0  # steps that may be left out yet, and those that were
+        self._idle_ids: list[str] = []
         self._hoped = False  # that the last choice is better than thought
         self.budget = LossBudget()
         self._shared_balance: float | None = START if self._shares else None  # of rank 0
@@ -151,6 +154,21 @@ class AdaptiveDrafting:
                 assert rejected is not None
                 self._made = len(lengths), tokens, HostCopy(rejected.sum())
 
+    def idles(self, request_ids: Sequence[str]) -> bool:
+        """Whether nothing is to be done after a plain step, for speculation is off and the batch the same.
+
+        Such a step is counted, and costs next to nothing. The last of them is timed by the one that follows.
+        """
+        if not self._idle or self._idle_ids != request_ids:
+            return False
+        self._idle -= 1
+        self._idled += 1
+        self._off_steps += 1
+        self.budget.step()
+        assert self._device is not None
+        self._ended = None if self._idle else Mark(self._device)
+        return True
+
     def weigh(self, items: Items) -> None:
         """Sub-layers cost something else from now on."""
         self._items = items
@@ -169,8 +187,10 @@ class AdaptiveDrafting:
         """A round has ended: remember its drafts, if there are any, until they are verified."""
         if drafts is not None:
             self.outcomes.drafted(drafts)
-        self.evidence.forget()
-        self._running, self._ended = frozenset(request_ids), ended
+        self.evidence.forget(1 + self._idled)
+        self._idled = 0
+        self._running, self._ended, self._device = frozenset(request_ids), ended, ended.device
+        self._idle_ids = list(request_ids)
 
     def _settle(self) -> None:
         """Keep account of what the device has finished."""
@@ -222,6 +242,7 @@ class AdaptiveDrafting:
             version: another one whenever a mask has changed.
         """
         assert self.costs is not None
+        self._idle = 0
         rows = len(slots)
         costs = self.costs.scaled(self._scales)
         offered = np.zeros(rows, dtype=np.int64) if offered is None else offered
@@ -243,7 +264,7 @@ class AdaptiveDrafting:
             self._probing = 0
         elif self._probing:
             self._probing = (self._probing + 1) % PATIENCE
-        elif self._probes.due(choice, plain):
+        elif self._probes.due(choice, plain, 1 + self._idled):
             self._probing, ask = 1, True
         self.wanted = (self.longest if choice.checked else max(choice.length, choice.ngram)) if ask else 0
         self._explain(choice, costs, slots, worth_it)
@@ -262,6 +283,8 @@ class AdaptiveDrafting:
             self._off_rows = self._off_steps = self._probing = 0
             return replace(choice, length=min(choice.length, allowed), ngram=min(choice.ngram, allowed))
         self._off_steps += 1
+        if not self.wanted:
+            self._idle = -self._off_steps % OFF_CHECK
         return replace(choice, length=0, ngram=0, checked=False)
 
     def _affords(self, choice: Choice, plain_seconds: float) -> bool:

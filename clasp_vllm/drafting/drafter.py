@@ -102,6 +102,15 @@ class Drafter:
         if controller is not None:
             self.guarded(lambda: controller.observe(request_ids, lengths, rejected))
 
+    def idles(self, request_ids: Sequence[str]) -> bool:
+        """Whether nothing is to be drafted or learnt after a plain step of these requests, all decoding.
+
+        Then neither ``observe`` nor ``draft`` is called.
+        """
+        idles = self._controlled is not None and self._controlled.idles(request_ids)
+        self.statistics.total.plain_steps += idles
+        return idles
+
     def read(self, prompts: PromptTokens) -> None:
         """Tell who chooses the layers of prompts, where ``policy.reads_prompts``."""
         if prompts:

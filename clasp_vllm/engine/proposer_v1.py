@@ -107,20 +107,25 @@ class LayerSkipProposer(DraftModelProposer):
         num_reqs = common_attn_metadata.batch_size()
         drafts = next_token_ids.new_zeros(num_reqs, num_speculative_tokens, dtype=torch.int64)
         request_ids = self.runner.input_batch.req_ids[:num_reqs]
+        # Rows that have not sampled yet (chunked prefill) neither draft nor write.
+        rows = np.flatnonzero(~self.runner.discard_request_mask.np[:num_reqs])
+        positions = common_attn_metadata.seq_lens[:num_reqs].long()
+        if num_rejected_tokens_gpu is not None:
+            positions = positions - num_rejected_tokens_gpu
+        matches = self.drafter.guarded(lambda: self._looked_up(next_token_ids, positions, rows))
+        plain = rows.size == num_reqs == common_attn_metadata.num_actual_tokens
+        nothing_matches = matches is None or not matches.lengths.any()
+        if plain and nothing_matches and self.drafter.idles(request_ids):
+            return drafts if self.runner.use_async_scheduling else [[] for _ in range(num_reqs)]
         ends = common_attn_metadata.query_start_loc_cpu[: num_reqs + 1].numpy()
         self.drafter.observe(request_ids, ends[1:] - ends[:-1], num_rejected_tokens_gpu)
         if self.drafter.policy.reads_prompts:
             inputs = self.runner.input_batch
             spans = ends, inputs.num_computed_tokens_cpu[:num_reqs], inputs.num_prompt_tokens[:num_reqs]
             self.drafter.read(prompt_tokens(request_ids, target_hidden_states, *spans))
-        # Rows that have not sampled yet (chunked prefill) neither draft nor write.
-        rows = np.flatnonzero(~self.runner.discard_request_mask.np[:num_reqs])
         if rows.size == 0:
             return drafts
 
-        positions = common_attn_metadata.seq_lens[:num_reqs].long()
-        if num_rejected_tokens_gpu is not None:
-            positions = positions - num_rejected_tokens_gpu
         max_lengths = common_attn_metadata.seq_lens_cpu_upper_bound
         if max_lengths is None:
             max_lengths = torch.full((num_reqs,), self.max_model_len, dtype=torch.int32)
@@ -132,7 +137,7 @@ class LayerSkipProposer(DraftModelProposer):
             common_attn_metadata.block_table_tensor[:num_reqs],
             max_lengths[:num_reqs] + 1,
             np.array([request_id not in greedy for request_id in request_ids]),
-            self.drafter.guarded(lambda: self._looked_up(next_token_ids, positions, rows)),
+            matches,
             self.drafter.guarded(lambda: self._generated(next_token_ids, positions, rows)),
         ).select(rows)
 

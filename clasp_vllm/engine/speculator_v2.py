@@ -153,6 +153,9 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         if dummy_run:  # nor is there anything to learn
             return drafts.zero_()
         scheduled = input_batch.num_scheduled_tokens[:num_reqs]
+        plain = not num_tokens and self._lookup is None and rows.size == num_reqs == scheduled.sum()
+        if plain and self.drafter.idles(input_batch.req_ids):
+            return drafts.zero_()
         self.drafter.observe(input_batch.req_ids, scheduled, num_rejected)
         if self.drafter.policy.reads_prompts:
             ends = np.concatenate(([0], np.cumsum(scheduled)))

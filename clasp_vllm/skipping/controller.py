@@ -370,12 +370,12 @@ class Probes:
     def __init__(self) -> None:
         self._saved = 0.0  # seconds that may be lost
 
-    def due(self, choice: Choice, plain_seconds: float) -> bool:
-        """Count a step of ``plain_seconds``; whether to speculate as ``choice`` says all the same.
+    def due(self, choice: Choice, plain_seconds: float, steps: int = 1) -> bool:
+        """Count steps of ``plain_seconds`` each; whether to speculate as ``choice`` says all the same.
 
         Should none of its drafts be accepted, all probes together lose ``PROBE_SHARE`` of the time.
         """
-        self._saved += PROBE_SHARE * plain_seconds
+        self._saved += PROBE_SHARE * plain_seconds * steps
         loss = choice.seconds - plain_seconds
         if self._saved < loss:
             return False

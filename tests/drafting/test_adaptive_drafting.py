@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from clasp_vllm.drafting.adaptive import PLAIN_EVERY, PLAIN_FIRST, AdaptiveDrafting
+from clasp_vllm.drafting.adaptive import OFF_CHECK, PLAIN_EVERY, PLAIN_FIRST, AdaptiveDrafting
+from clasp_vllm.drafting.timing import Mark
 from clasp_vllm.skipping.controller import SIZES, PassCosts
 from clasp_vllm.skipping.items import Items
 
@@ -133,3 +134,37 @@ def test_without_its_requests_it_still_knows_what_passes_cost():
     assert (found.evidence.acceptance(np.arange(2)) == fresh).all()
     assert found.last is None
     assert chosen(found, 2, 3) == off == [0, 0, 0]
+
+
+# While speculation is off, most steps cost nothing.
+
+
+def off_controller() -> tuple[AdaptiveDrafting, list[str]]:
+    """One that has just found that drafts do not pay, and the requests of that round."""
+    found = controller(("length", "speculation"), draft_cost=1e3)
+    found.evidence.drafts.variance[:] = 0.0
+    assert chosen(found, 2, 1) == [0]
+    found.drafted(["a", "b"], None, Mark(torch.device("cpu")))
+    return found, ["a", "b"]
+
+
+def test_most_steps_are_left_out_while_off():
+    found, requests = off_controller()
+    assert [found.idles(requests) for _ in range(OFF_CHECK)] == [True] * (OFF_CHECK - 1) + [False]
+    assert found._is_due(2)
+
+
+def test_no_step_is_left_out_when_the_batch_changes_or_speculation_is_on():
+    found, requests = off_controller()
+    assert not found.idles([*requests, "c"])
+    on = controller(("length", "speculation"))
+    assert chosen(on, 2, 1) != [0]
+    on.drafted(requests, None, Mark(torch.device("cpu")))
+    assert not on.idles(requests)
+
+
+def test_speculation_that_has_lost_what_it_may_is_off():
+    found = controller(("length", "speculation"))
+    found.budget.balance = 0.0
+    assert chosen(found, 1, 1) == [0]
+    assert chosen(controller(("length",)), 1, 1) != [0]
