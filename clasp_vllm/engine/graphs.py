@@ -239,6 +239,8 @@ class DraftGraphs(CudaGraphManager):
         generator = torch.Generator().manual_seed(0)
         for size in self._sizes:
             rows = min(size, self._num_blocks - 1)
+            if not rows:  # the cache of vLLM's memory profile
+                continue
             shape = rows, self._decoder.num_layers, 2
             masks = (torch.rand(shape, generator=generator) < 0.3).to(self.device)
             tokens = torch.randint(

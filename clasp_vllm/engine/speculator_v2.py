@@ -30,6 +30,8 @@ from clasp_vllm.engine.speculative_config import layer_skip_config
 
 logger = init_logger(f"vllm.{__name__}")
 
+# Those whose metadata for decoding is made on the device alone.
+CAPTURED_BACKENDS = {"FLASH_ATTN", "TRITON_ATTN"}
 # Arguments of every speculator that the lookup in the context does not read.
 UNREAD = (
     "attn_metadata",
@@ -87,7 +89,10 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         self.graphs = None
-        if self.device.type == "cuda" and cudagraph_mode.has_full_cudagraphs():
+        if self.device.type != "cuda" or not cudagraph_mode.has_full_cudagraphs():
+            return
+        backends = {group.backend.get_name() for groups in self.attn_groups for group in groups}
+        if backends <= CAPTURED_BACKENDS:
             self.graphs = DraftGraphs(
                 self.vllm_config,
                 self.device,
@@ -97,6 +102,9 @@ class LayerSkipSpeculator(DraftModelSpeculator):
                 self._attention,
                 self._num_blocks,
             )
+        else:
+            others = ", ".join(sorted(backends - CAPTURED_BACKENDS))
+            logger.info_once("Layer skipping drafts without CUDA graphs with attention backend %s", others)
 
     def capture(self) -> None:
         """Capture draft steps; where that does not give what eager calls give, go on with those."""
@@ -107,9 +115,9 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             graphs.capture_drafts()
             mismatch = graphs.mismatch()
         except Exception as error:
-            # Other ranks would wait for this one for ever; and after an error of the device nothing works.
-            if get_tp_group().world_size > 1 or isinstance(error, torch.AcceleratorError):
-                raise
+            if get_tp_group().world_size > 1:
+                raise  # other ranks would wait for this one for ever
+            torch.cuda.synchronize()  # raises if the device does not work any more
             logger.warning("Layer skipping drafts without CUDA graphs: capturing them failed", exc_info=error)
             self.graphs = None
             return
