@@ -1,6 +1,7 @@
 """The Llama family is recognised by its form; everything else is refused with what works."""
 
 import pytest
+import torch
 from engines import engine_process, generate, running
 
 PROMPTS = [{"prompt_token_ids": [1, *range(i, i + 3 * i)]} for i in range(3, 11)]
@@ -155,6 +156,9 @@ def test_quantised_weights(call, tmp_path):
     assert nothing_skipped.num_accepted_tokens > 0.9 * nothing_skipped.num_draft_tokens > 0
 
 
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM has no FP8 cache on a CPU without AVX-512"
+)
 def test_quantised_kv_cache(call, tmp_path):
     check(call(outcomes, "llama", str(tmp_path), kv_cache_dtype="fp8"))
 
