@@ -197,11 +197,17 @@ def change_costs(llm: Any, every: int = 6) -> list[tuple[bool, Any]]:
     that grows with what the controller chooses: (whether drafts were dear, the choice).
     """
     import clasp_vllm.drafting.adaptive as module
+    from clasp_vllm.skipping.controller import PassCosts
 
     module.OFF_CHECK = 1  # it thinks in every round, though speculation is off
     chosen: list[tuple[bool, Any]] = []
     controller = drafter(llm).adaptive
-    controller._affords = lambda *_: True  # what drafts really cost here is another question
+    # What passes and drafts really cost on this machine is another question.
+    controller._affords = lambda *_: True
+    controller.costs = PassCosts((1.0, 512.0), (1e-3, 1e-3), (0.0, 0.0))
+    controller.corrections.settle = lambda: None
+    for name in ("plain_scale", "verify_scale"):
+        controller.corrections.scales[name][:] = 1.0
     original = controller.choose
 
     def choose(*args: Any) -> Any:
