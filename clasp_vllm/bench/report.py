@@ -61,8 +61,11 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     ]
     groups = _groups(found)
     if groups:
-        lines += ["Spec-Bench by its groups:", "", *groups, ""]
+        lines += ["Spec-Bench by its groups; the mean is the geometric one of the medians:", "", *groups, ""]
     lines += _table(found)
+    first = _first_repeats(found)
+    if first:
+        lines += ["", "## The first repeat after a start, and later ones", "", *first]
     if results.get("costs"):
         lines += ["", "## Predicted from the costs of the parts", "", *_predictions(found, results["costs"])]
     if results.get("profiles"):
@@ -120,6 +123,29 @@ def _groups(found: Pairs) -> list[str]:
         mean = f"{statistics.geometric_mean(medians):.2f}" if len(medians) == len(names) else ""
         lines.append(f"| {method} | {load} | {temperature:g} | {' | '.join(cells)} | {mean} |")
     return lines
+
+
+def _first_repeats(found: Pairs) -> list[str]:
+    """Ratios of the first repeats apart from those of the later ones, if there are any of these."""
+    if all(is_first(pair[1]) for both in found.values() for pair in both):
+        return []
+    lines = [
+        "Answers before: what the method's server had answered since its start, warming up included.",
+        "",
+        "| method | task | at once | temperature | answers before | first repeat | later repeats |",
+        "|" + "---|" * 7,
+    ]
+    for (method, task, load, temperature), both in sorted(found.items(), key=_place):
+        first, later = ([pair for pair in both if is_first(pair[1]) == wanted] for wanted in (True, False))
+        before = ", ".join(str(pair[1].get("answers_before", "")) for pair in first)
+        cells = [spread([ratio(pair) for pair in some]) if some else "" for some in (first, later)]
+        lines.append(f"| {method} | {task} | {load} | {temperature:g} | {before} | {' | '.join(cells)} |")
+    return lines
+
+
+def is_first(row: Row) -> bool:
+    """Whether it is of the first repeat of a run, also where several runs were made one."""
+    return bool(row.get("first_repeat", row["repeat"] == 0))
 
 
 def _predictions(found: Pairs, costs: Any) -> list[str]:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clasp_vllm.bench.report import write_report
+from clasp_vllm.bench.report import is_first, write_report
 
 
 def merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -25,7 +25,10 @@ def merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
         for name, config in run["methods"].items():
             if methods.setdefault(name, config) != config:
                 raise ValueError(f"{name}: {methods[name]} in one run and {config} in another")
-        measurements += [row | {"repeat": row["repeat"] + repeats} for row in run["measurements"]]
+        measurements += [
+            row | {"repeat": row["repeat"] + repeats, "first_repeat": is_first(row)}
+            for row in run["measurements"]
+        ]
         repeats = max(row["repeat"] for row in measurements) + 1
     facts = {
         name: "; ".join(dict.fromkeys(str(run["about"].get(name)) for run in runs))
