@@ -98,6 +98,30 @@ def answer_length(i: int, mean: int, equal: bool) -> int:
     return mean if equal else max(1, round(mean * (0.5 + i * GOLDEN % 1.0)))
 
 
+def longest_stream(args: argparse.Namespace, task: str) -> int:
+    """Prompts of a task that the largest load asks."""
+    at_once = max(level for load in args.concurrency for level in levels(load))
+    return number_of_prompts(args.prompts, at_once, task)
+
+
+def questions_of(args: argparse.Namespace, task: str) -> list[spec_bench.Question]:
+    """The questions of Spec-Bench that a task asks.
+
+    Raises:
+        ValueError: an option is wrong, or there are too few; the message is for the user.
+    """
+    if args.spec_bench is None:
+        raise ValueError(f"--tasks {task}: needs --spec-bench with the path of question.jsonl")
+    found = spec_bench.select(spec_bench.read_questions(args.spec_bench), task, args.skip)
+    needed = longest_stream(args, task)
+    if len(found) < needed:
+        raise ValueError(
+            f"--tasks {task}: --spec-bench {args.spec_bench} has {len(found)} prompts after --skip "
+            f"{args.skip}, and --prompts or twice the largest --concurrency needs {needed}"
+        )
+    return found[:needed]
+
+
 def datasets(
     args: argparse.Namespace, folder: Path, chat: spec_bench.Chat | None = None
 ) -> dict[str, list[str]]:
@@ -107,15 +131,13 @@ def datasets(
     """
     found = {}
     for task in (WARM_UP, *args.tasks):
-        at_once = max(level for load in args.concurrency for level in levels(load))
-        longest = number_of_prompts(args.prompts, at_once, task)
+        longest = longest_stream(args, task)
         if task == WARM_UP:
             few = [prompt for known in TASKS for prompt in task_prompts(known)[HELD_OUT:]]
             prompts = list(islice(cycle(few), longest))
         elif spec_bench.is_spec_bench(task):
             assert chat is not None
-            questions = spec_bench.select(spec_bench.read_questions(args.spec_bench), task, args.skip)
-            prompts = spec_bench.prompts(questions, longest, chat)
+            prompts = spec_bench.prompts(questions_of(args, task), longest, chat)
         else:
             prompts = prompts_of(task, longest)
         path = folder / f"{task.replace('/', '_')}.jsonl"
@@ -131,6 +153,6 @@ def datasets(
             "--dataset-name=custom",
             f"--dataset-path={path}",
             "--custom-output-len=-1",  # what each line says
-            *(['--extra-body={"add_special_tokens": false}'] if ends else ["--ignore-eos"]),
+            *([] if ends else ["--ignore-eos"]),
         ]
     return found

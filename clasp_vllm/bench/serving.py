@@ -2,6 +2,9 @@
 
 Each method's server in turn runs beside one of plain vLLM; the two are asked alternately, never at the
 same time, by vLLM's own `vllm bench serve`. A ratio is always that of two neighbouring measurements.
+
+No measurement finds its prompts in the servers' prefix caches, or the plain server, which stays while methods
+come and go, would have read them before. Within a measurement the caches work as ever.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +26,18 @@ from typing import Any
 from clasp_vllm.bench.about import about
 from clasp_vllm.bench.cost_model import costs_by_batch
 from clasp_vllm.bench.options import levels, loads, number, numbers
-from clasp_vllm.bench.prompts import HELD_OUT, TASKS, WARM_UP, datasets, mix_ratio, number_of_prompts
+from clasp_vllm.bench.prompts import (
+    HELD_OUT,
+    TASKS,
+    WARM_UP,
+    datasets,
+    mix_ratio,
+    number_of_prompts,
+    questions_of,
+)
 from clasp_vllm.bench.report import write_report
 from clasp_vllm.bench.servers import Server, ServerError, serve
-from clasp_vllm.bench.spec_bench import ServedChat, is_spec_bench, read_questions, select
+from clasp_vllm.bench.spec_bench import GROUPS, ServedChat, asked, chat_tokenizer, is_spec_bench
 
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {
@@ -65,8 +77,9 @@ class Workload:
 class Measurement:
     """One measurement of a method or of the plain server beside it.
 
-    Times are in milliseconds. ``counters`` are those of speculation on /metrics. ``texts`` are the
-    answers, in the order of the prompts.
+    Times are in milliseconds, but ``seconds`` those of the whole. ``counters`` are those of speculation on
+    /metrics. ``texts`` are the answers, in the order of the prompts, and ``tokens`` their lengths.
+    ``answers_before`` counts what the server had answered since its start.
     """
 
     method: str
@@ -82,12 +95,29 @@ class Measurement:
     failed: int
     counters: dict[str, float]
     texts: list[str]
+    tokens: list[int]
+    seconds: float
+    answers_before: int
 
 
-def measure(server: Server, workload: Workload, dataset: list[str], prompts: int) -> dict[str, Any]:
-    """Runs of `vllm bench serve`, one for each level of the load; their result, in one."""
+def measure(
+    server: Server, workload: Workload, dataset: list[str], prompts: int, salt: str = ""
+) -> dict[str, Any]:
+    """Runs of `vllm bench serve`, one for each level of the load; their result, in one.
+
+    Args:
+        prompts: at least so many for each level.
+        salt: prompts are found in the server's prefix cache only if they were asked with the same one.
+
+    Raises:
+        ServerError: a request failed.
+    """
+    body: dict[str, Any] = {"cache_salt": salt} if salt else {}
+    if is_spec_bench(workload.task):
+        body["add_special_tokens"] = False  # the chat template has put them in
+    options = [*dataset, f"--extra-body={json.dumps(body)}"]
     found = [
-        _ask(server, workload.temperature, level, dataset, number_of_prompts(prompts, level, workload.task))
+        _ask(server, workload.temperature, level, options, number_of_prompts(prompts, level, workload.task))
         for level in levels(workload.concurrency)
     ]
     if len(found) == 1:
@@ -97,7 +127,8 @@ def measure(server: Server, workload: Workload, dataset: list[str], prompts: int
     merged: dict[str, Any] = {
         key: sum(one[key] for one in found) for key in ("total_output_tokens", "duration", "failed")
     }
-    merged["generated_texts"] = [text for one in found for text in one["generated_texts"]]
+    for key in ("generated_texts", "output_lens"):
+        merged[key] = [of_answer for one in found for of_answer in one[key]]
     times = {
         "ttft": [seconds for one in found for seconds in one["ttfts"]],
         "tpot": [
@@ -137,7 +168,14 @@ def _ask(
         *dataset,
     ]
     with contextlib.redirect_stdout(io.StringIO()):
-        return main(parser.parse_args(options))
+        result: dict[str, Any] = main(parser.parse_args(options))
+    if result["failed"]:
+        why = next(error for error in result["errors"] if error)
+        raise ServerError(
+            f"{result['failed']} of {prompts} requests failed: {why.strip()}; see {server.log}. Is "
+            "--max-model-len large enough for the prompts and --max-tokens?"
+        )
+    return result
 
 
 def speculation(server: Server) -> dict[str, float]:
@@ -192,14 +230,15 @@ def compare(
     advance: Any,
 ) -> Iterator[Measurement]:
     """All measurements of one method: plain first in even repeats, last in odd ones."""
-    for plain in (True, False):  # what is compiled on the first requests
-        measure(servers[plain], Workload(WARM_UP, 2, 0.0), sets[WARM_UP], args.prompts)
+    for plain in (True, False):  # what is compiled on the first requests; few, for methods learn from them
+        measure(servers[plain], Workload(WARM_UP, 2, 0.0), sets[WARM_UP], min(args.prompts, HELD_OUT))
     for repeat, workload in itertools.product(range(args.repeats), workloads(args)):
         for plain in (True, False) if repeat % 2 == 0 else (False, True):
             # It was idle, and what of it has left the memory meanwhile would count against either by chance.
             _ask(servers[plain], 0.0, 1, sets[WARM_UP], 1)
             before = speculation(servers[plain])
-            result = measure(servers[plain], workload, sets[workload.task], args.prompts)
+            answers_before = int(servers[plain].metrics().get("request_success", 0))
+            result = measure(servers[plain], workload, sets[workload.task], args.prompts, uuid.uuid4().hex)
             counters = {k: v - before.get(k, 0) for k, v in speculation(servers[plain]).items()}
             advance()
             yield Measurement(
@@ -215,6 +254,9 @@ def compare(
                 result["failed"],
                 counters,
                 result["generated_texts"],
+                result["output_lens"],
+                result["duration"],
+                answers_before,
             )
 
 
@@ -234,11 +276,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         help=f"of {', '.join(TASKS)}, mixed (all in turn), mixed/RATIO (of prompts of another task than the "
         "one before: 0 = one task after the other), spec_bench (chat requests of Spec-Bench's groups in "
-        "turn), spec_bench/GROUP (default: the package's)",
+        f"turn), spec_bench/GROUP with GROUP of {', '.join(GROUPS)}, or a category of multi_turn (default: "
+        "the package's)",
     )
-    parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's question.jsonl")
     parser.add_argument(
-        "--skip", type=number(0), default=0, help="leave out the first so many questions of each group"
+        "--spec-bench",
+        type=Path,
+        metavar="FILE",
+        help="Spec-Bench's question.jsonl. The first questions of each group are asked as chat requests: of "
+        "multi_turn its categories in turn and both turns, the second after plain vLLM's greedy answer to "
+        "the first. The model ends the answers",
+    )
+    parser.add_argument(
+        "--skip",
+        type=number(0),
+        default=0,
+        help="leave out the first so many questions of each group of Spec-Bench (default %(default)s)",
     )
     parser.add_argument(
         "--concurrency",
@@ -252,13 +305,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         type=number(1),
-        help=f"prompts per task (default {HELD_OUT}); at least twice as many as run at once",
+        help=f"prompts per task, each turn being one (default {HELD_OUT}); at least twice as many as run at "
+        "once",
     )
     parser.add_argument(
         "--max-tokens",
         type=number(1),
         default=64,
-        help="tokens per answer, in the mean (default %(default)s)",
+        help="tokens per answer, in the mean; of Spec-Bench's at most (default %(default)s)",
     )
     parser.add_argument(
         "--equal-lengths",
@@ -289,9 +343,7 @@ def fill_in(args: argparse.Namespace) -> dict[str, str]:
     args.prompts = args.prompts or HELD_OUT
     for task in args.tasks:
         if is_spec_bench(task):
-            if args.spec_bench is None:
-                raise ValueError(f"--tasks {task}: needs --spec-bench with the path of question.jsonl")
-            select(read_questions(args.spec_bench), task, args.skip)
+            questions_of(args, task)
         elif task in TASKS and args.prompts > HELD_OUT:
             raise ValueError(f"--prompts {args.prompts}: --tasks {task} has {HELD_OUT}")
         elif task not in TASKS and not _is_mixed(task):
@@ -342,6 +394,8 @@ def main(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     try:
         methods = fill_in(args)
+        spec_bench_tasks = [task for task in args.tasks if is_spec_bench(task)]
+        tokenizer = chat_tokenizer(args.model) if spec_bench_tasks else None
     except ValueError as error:
         console.print(f"clasp-vllm: error: {error}", markup=False)
         return 2
@@ -349,7 +403,7 @@ def main(args: argparse.Namespace) -> int:
     logs = args.output / "logs"
     logs.mkdir(exist_ok=True)
     results: dict[str, Any] = {
-        "about": about(args.model),
+        "about": {"model": args.model, **about(args.model)},
         "methods": methods,
         "measurements": [],
         "profiles": [],
@@ -369,8 +423,9 @@ def main(args: argparse.Namespace) -> int:
         bar = progress.add_task("starting plain vLLM", total=each * len(methods))
         try:
             with serve(args.model, *args.server_arguments, log=logs / "plain.log", port=args.port) as plain:
-                chat = ServedChat(plain, args.max_tokens) if any(map(is_spec_bench, args.tasks)) else None
+                chat = ServedChat(plain, tokenizer, args.max_tokens)
                 sets = datasets(args, Path(folder), chat)
+                results["spec_bench"] = {t: asked(questions_of(args, t), chat) for t in spec_bench_tasks}
                 for name, config in methods.items():
                     progress.update(bar, description=f"{name}: starting its server")
                     log = logs / f"{''.join(c if c.isalnum() else '_' for c in name)}.log"

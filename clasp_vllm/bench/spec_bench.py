@@ -7,14 +7,15 @@ by the model's own chat template. A second turn follows the model's own answer t
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-from clasp_vllm.bench.servers import Server
+from clasp_vllm.bench.servers import Server, ServerError
 
 MULTI_TURN = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -27,6 +28,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 TASK = "spec_bench"  # all groups in turn; TASK/GROUP is one, TASK/CATEGORY too
 Message = dict[str, str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,12 @@ class Question:
 
     Attributes:
         turns: what the user says, the last of which is to be answered.
+        number: the file's question_id, the same for all turns of a conversation.
     """
 
     category: str
     turns: tuple[str, ...]
+    number: str = field(default="", compare=False)
 
     def messages(self, answer: Callable[[list[Message]], str]) -> list[Message]:
         """The conversation up to the question. ``answer``: gives the model's answer to messages."""
@@ -62,11 +66,13 @@ def read_questions(path: Path) -> list[Question]:
     """
     questions = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() also splits inside strings
             if line.strip():
                 one = json.loads(line)
-                turns, category = tuple(map(str, one["turns"])), str(one["category"])
-                questions += [Question(category, turns[: i + 1]) for i in range(len(turns))]
+                turns, category, number = one["turns"], str(one["category"]), str(one.get("question_id", ""))
+                if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+                    raise TypeError(f"turns is {turns!r}, not a list of strings")
+                questions += [Question(category, (*turns[: i + 1],), number) for i in range(len(turns))]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--spec-bench {path}: not Spec-Bench's question.jsonl ({error!r})") from None
     if not questions:
@@ -75,7 +81,10 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def select(questions: Sequence[Question], task: str, skip: int = 0) -> list[Question]:
-    """The questions of a task in their order, without the first ``skip`` of each group.
+    """The questions of a task in the file's order, without the first ``skip`` of each group.
+
+    Groups take turns where the task has several, and so do the categories of a group, so that the first few
+    questions are of all of them. A conversation counts once, with both of its turns.
 
     Raises:
         ValueError: the task is not known, or nothing is left of one of its groups.
@@ -83,8 +92,7 @@ def select(questions: Sequence[Question], task: str, skip: int = 0) -> list[Ques
     _, slash, name = task.partition("/")
     if not slash:
         each = [_group(questions, task, categories, skip) for categories in GROUPS.values()]
-        in_turn = chain.from_iterable(zip_longest(*each))
-        return [question for question in in_turn if question is not None]
+        return list(_in_turn(each))
     if name not in GROUPS and name not in MULTI_TURN:
         allowed = ", ".join(f"{TASK}/{group}" for group in (*GROUPS, *MULTI_TURN))
         raise ValueError(f"--tasks {task}: allowed are {TASK} (all groups in turn), {allowed}")
@@ -94,10 +102,24 @@ def select(questions: Sequence[Question], task: str, skip: int = 0) -> list[Ques
 def _group(
     questions: Sequence[Question], task: str, categories: tuple[str, ...], skip: int
 ) -> list[Question]:
-    found = [question for question in questions if question.category in categories][skip:]
+    found = list(_in_turn(_conversations(questions, category) for category in categories))[skip:]
     if not found:
         raise ValueError(f"--tasks {task}: --spec-bench has no more than {skip} of {', '.join(categories)}")
+    return [question for conversation in found for question in conversation]
+
+
+def _conversations(questions: Sequence[Question], category: str) -> list[list[Question]]:
+    found: list[list[Question]] = []
+    for question in questions:
+        if question.category == category:
+            if len(question.turns) == 1:
+                found.append([])
+            found[-1].append(question)
     return found
+
+
+def _in_turn(each: Iterable[Iterable[T]]) -> Iterable[T]:
+    return (one for one in chain.from_iterable(zip_longest(*each)) if one is not None)
 
 
 class Chat(Protocol):
@@ -112,15 +134,31 @@ class Chat(Protocol):
         ...
 
 
+def chat_tokenizer(model: str) -> Any:
+    """The model's tokenizer, which has a chat template.
+
+    Raises:
+        ValueError: there is none; the message is for the user.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model}: no tokenizer can be loaded ({error})") from None
+    if not tokenizer.chat_template:
+        raise ValueError(f"{model}: has no chat template, and --tasks {TASK} asks by chat requests")
+    return tokenizer
+
+
 class ServedChat:
-    """The model behind a server."""
+    """The model behind a server. It is asked everything once, so that all methods get the same prompts."""
 
-    def __init__(self, server: Server, max_tokens: int) -> None:
-        from transformers import AutoTokenizer
-
+    def __init__(self, server: Server, tokenizer: Any, max_tokens: int) -> None:
         self._server = server
         self._max_tokens = max_tokens
-        self._tokenizer = AutoTokenizer.from_pretrained(server.model)
+        self._tokenizer = tokenizer
+        self._answers: dict[str, str] = {}
 
     def render(self, messages: list[Message]) -> str:
         """See ``Chat``."""
@@ -130,7 +168,17 @@ class ServedChat:
         return prompt
 
     def answer(self, messages: list[Message]) -> str:
-        """See ``Chat``. The same for every method, for all are asked the same then."""
+        """See ``Chat``.
+
+        Raises:
+            ServerError: the server refuses.
+        """
+        key = json.dumps(messages)
+        if key not in self._answers:
+            self._answers[key] = self._ask(messages)
+        return self._answers[key]
+
+    def _ask(self, messages: list[Message]) -> str:
         words = {
             "model": self._server.model,
             "messages": messages,
@@ -142,9 +190,21 @@ class ServedChat:
             json.dumps(words).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=600) as response:
-            answer: str = json.load(response)["choices"][0]["message"]["content"]
+        try:
+            with urllib.request.urlopen(request, timeout=600) as response:
+                answer: str = json.load(response)["choices"][0]["message"]["content"]
+        except urllib.error.HTTPError as error:
+            raise ServerError(f"the server refuses a chat request: {error.read().decode()}") from None
         return answer
+
+
+def asked(questions: Sequence[Question], chat: Chat) -> list[dict[str, Any]]:
+    """What results keep of the questions: which they were, and the answers to the turns before them."""
+    found = []
+    for question in questions:
+        answers = [m["content"] for m in question.messages(chat.answer) if m["role"] == "assistant"]
+        found.append({"question": question.number, "turn": len(question.turns), "answers": answers})
+    return found
 
 
 def prompts(questions: Sequence[Question], count: int, chat: Chat) -> list[str]:
