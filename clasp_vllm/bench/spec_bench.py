@@ -162,10 +162,7 @@ class ServedChat:
 
     def render(self, messages: list[Message]) -> str:
         """See ``Chat``."""
-        prompt: str = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
-        return prompt
+        return render(self._tokenizer, messages)
 
     def answer(self, messages: list[Message]) -> str:
         """See ``Chat``.
@@ -196,6 +193,36 @@ class ServedChat:
         except urllib.error.HTTPError as error:
             raise ServerError(f"the server refuses a chat request: {error.read().decode()}") from None
         return answer
+
+
+class OfflineChat:
+    """The model in an engine without a server."""
+
+    def __init__(self, tokenizer: Any, generate: Callable[[list[int]], list[int]]) -> None:
+        """``generate``: gives the tokens that the model answers a prompt with."""
+        self._tokenizer, self._generate = tokenizer, generate
+
+    def render(self, messages: list[Message]) -> str:
+        """See ``Chat``."""
+        return render(self._tokenizer, messages)
+
+    def answer(self, messages: list[Message]) -> str:
+        """See ``Chat``."""
+        answer: str = self._tokenizer.decode(
+            self._generate(self.tokens(self.render(messages))), skip_special_tokens=True
+        )
+        return answer
+
+    def tokens(self, prompt: str) -> list[int]:
+        """A rendered prompt's, which holds its special tokens already."""
+        tokens: list[int] = self._tokenizer(prompt, add_special_tokens=False).input_ids
+        return tokens
+
+
+def render(tokenizer: Any, messages: list[Message]) -> str:
+    """The prompt that a tokenizer's chat template makes."""
+    prompt: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return prompt
 
 
 def asked(questions: Sequence[Question], chat: Chat) -> list[dict[str, Any]]:

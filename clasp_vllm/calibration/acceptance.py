@@ -1,15 +1,15 @@
 """How often a draft with some layers skipped predicts the full model's next token, at every position at once.
 
 In a round of drafting the past is the full model's: a draft's query meets the full model's keys and
-values of the tokens before it, and its own. One pass over a text with an attention of exactly that form
-gives the first draft token at each of its positions. It runs on transformers, because it needs
-whole texts and no cache.
+values of the tokens before it, and its own. One pass over the positions of an answer with an attention of
+exactly that form gives the first draft token at each of them. It runs on transformers, because it needs
+whole texts and no paged cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from clasp_vllm.calibration.store import stack_norms
 
 _NAME = "exact_past"
-MOST_SCORES = 1 << 26  # of attention, of a layer, at a time
 
 
 def _nothing(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -69,54 +68,61 @@ class ModelFacts:
         )
 
 
+@dataclass
+class Text:
+    """A prompt and the answer of a model, with what the full model makes of it.
+
+    Attributes:
+        tokens: [1, length] int64.
+        positions: [1, counted] int64, whose next token is drafted.
+        past: by layer the keys and values of all tokens, each [1, heads, length, head size].
+        logits: [counted, vocabulary], the full model's.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    past: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
 class Acceptance:
     """Greedy acceptance of a model's drafts on texts that the model writes itself."""
 
     def __init__(self, model: str, prompts: Sequence[str], num_tokens: int = 64) -> None:
         """Let ``model`` continue each prompt by ``num_tokens`` tokens, greedily."""
         AttentionInterface.register(_NAME, self._attend)
-        self._keys: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by layer and first row
-        self._recording = True
         tokenizer = AutoTokenizer.from_pretrained(model)
         # On a GPU in the checkpoint's precision; a CPU computes float32 best.
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = "auto" if self._device.type == "cuda" else torch.float32
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self._device)
-        texts = [self._continue(tokenizer.encode(prompt), num_tokens) for prompt in prompts]
-        longest = max(len(text) for text in texts)
-        self._tokens = torch.tensor(
-            [text + [0] * (longest - len(text)) for text in texts], device=self._device
-        )
-        heads = self._model.config.num_attention_heads
-        self._rows = max(MOST_SCORES // (heads * longest**2), 1)  # in one pass
-        self._first_row = 0
-        self._counted = torch.zeros_like(self._tokens, dtype=torch.bool)
-        for row, text in enumerate(texts):
-            self._counted[row, len(text) - num_tokens : len(text) - 1] = True
-        self._layers = list(self._model.model.layers)
-        self._model.set_attn_implementation(_NAME)
-        self._predicted = self._predict()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self._device)
+        tokens = [self._continue(tokenizer.encode(prompt), num_tokens) for prompt in prompts]
+        self.layers = list(self.model.model.layers)
+        self.model.set_attn_implementation(_NAME)
+        self._text, self._positions = Text(torch.empty(0), torch.empty(0)), torch.empty(0)
+        self._recording = True
+        self.texts = [self._read(text, num_tokens) for text in tokens]
         self._recording = False
 
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
-        return len(self._layers)
+        return len(self.layers)
 
     def __call__(self, skipped: frozenset[int]) -> float:
         """The share of positions where the draft that skips these layers predicts what the model does."""
-        kept = [layer for i, layer in enumerate(self._layers) if i not in skipped]
-        self._model.model.layers = nn.ModuleList(kept)
-        self._model.config.num_hidden_layers = len(kept)
-        same = self._predict() == self._predicted
-        return float(same.float().mean())
+        kept = [layer for i, layer in enumerate(self.layers) if i not in skipped]
+        self.model.model.layers = nn.ModuleList(kept)
+        self.model.config.num_hidden_layers = len(kept)
+        same = [self.logits(text).argmax(-1) == text.logits.argmax(-1) for text in self.texts]
+        return float(torch.cat(same).float().mean())
 
     def of_sublayers(self, skipped: frozenset[int]) -> float:
         """The same for sub-layers: ``2 i`` is the attention of layer ``i``, ``2 i + 1`` its MLP."""
         handles = []
         try:
             for item in skipped:
-                layer = self._layers[item // 2]
+                layer = self.layers[item // 2]
                 module = layer.mlp if item % 2 else layer.self_attn
                 handles.append(module.register_forward_hook(_nothing))
             return self(frozenset())
@@ -125,38 +131,46 @@ class Acceptance:
                 handle.remove()
 
     @torch.inference_mode()
+    def logits(self, text: Text) -> Tensor:
+        """[counted, vocabulary], of the draft that the model's layers now are."""
+        self._text, self._positions = text, text.positions
+        tokens = text.tokens.gather(1, text.positions)
+        hidden = self.model.model(tokens, position_ids=text.positions, use_cache=False).last_hidden_state
+        found: Tensor = self.model.lm_head(hidden[0])
+        return found
+
+    @torch.inference_mode()
+    def _read(self, tokens: list[int], num_tokens: int) -> Text:
+        first, last = len(tokens) - num_tokens, len(tokens) - 1
+        positions = torch.arange(len(tokens), device=self._device)[None]
+        text = Text(torch.tensor([tokens], device=self._device), positions[:, first:last])
+        self._text, self._positions = text, positions
+        hidden = self.model.model(text.tokens, use_cache=False).last_hidden_state
+        text.logits = self.model.lm_head(hidden[0, first:last])
+        return text
+
+    @torch.inference_mode()
     def _continue(self, prompt: list[int], num_tokens: int) -> list[int]:
         settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
         given = torch.tensor([prompt], device=self._device)
-        tokens: list[int] = self._model.generate(given, pad_token_id=0, **settings)[0].tolist()
+        tokens: list[int] = self.model.generate(given, pad_token_id=0, **settings)[0].tolist()
         return tokens
-
-    @torch.inference_mode()
-    def _predict(self) -> Tensor:
-        """[counted positions] tokens."""
-        found = []
-        for first in range(0, len(self._tokens), self._rows):
-            self._first_row, rows = first, slice(first, first + self._rows)
-            hidden = self._model.model(self._tokens[rows], use_cache=False).last_hidden_state
-            found.append(self._model.lm_head(hidden[self._counted[rows]]).argmax(-1))
-        return torch.cat(found)
 
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **more: Any
     ) -> tuple[Tensor, None]:
-        """[batch, heads, length, size] attention to the recorded past and the position's own key."""
-        place = module.layer_idx, self._first_row
+        """Attention of [batch, heads, queries, size] to the recorded past and the position's own key."""
         if self._recording:
-            self._keys[place] = key, value
+            self._text.past[module.layer_idx] = key, value
         groups = query.shape[1] // key.shape[1]
         past_key, past_value, key, value = (
-            heads.repeat_interleave(groups, 1) for heads in (*self._keys[place], key, value)
+            heads.repeat_interleave(groups, 1) for heads in (*self._text.past[module.layer_idx], key, value)
         )
         scores = query @ past_key.transpose(2, 3) * scaling
-        length = scores.shape[-1]
-        before = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril(-1)
+        ago = self._positions[0, :, None] - torch.arange(scores.shape[-1], device=scores.device)
+        before = ago > 0
         if more.get("sliding_window") is not None:
-            before = before.triu(1 - more["sliding_window"])
+            before &= ago < more["sliding_window"]
         scores = scores.masked_fill(~before, -torch.inf)
         own = (query * key).sum(-1, keepdim=True) * scaling
         weights = torch.cat((scores, own), -1).softmax(-1)

@@ -31,27 +31,6 @@ PLAIN = "plain"
 FIRST = 20  # answers
 
 
-class OfflineChat:
-    """The model's chat template, and plain vLLM's answers."""
-
-    def __init__(self, model: str, plain: Engine, max_tokens: int) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
-        self._plain, self._max_tokens = plain, max_tokens
-
-    def render(self, messages: list[spec_bench.Message]) -> str:
-        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-    def answer(self, messages: list[spec_bench.Message]) -> str:
-        prompts = [self.tokens(self.render(messages))]
-        found = self._plain.ask(generate, prompts=prompts, tokens=self._max_tokens, ignore_eos=False)
-        return self._tokenizer.decode(found["tokens"][0], skip_special_tokens=True)
-
-    def tokens(self, prompt: str) -> dict[str, list[int]]:
-        return {"prompt_token_ids": self._tokenizer(prompt, add_special_tokens=False).input_ids}
-
-
 def measure(engines: dict[str, Engine], groups: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Fill in seconds, tokens and counts of every engine for every group of prompts."""
     names = list(engines)
@@ -135,7 +114,17 @@ def main() -> None:
         started = engines[name].answer()
         if "error" in started:
             raise SystemExit(f"{name}: {started['error']}")
-    chat = OfflineChat(args.model, engines[PLAIN], args.max_tokens)
+
+    def plain_answer(prompt: list[int]) -> list[int]:
+        asked = {"prompts": [{"prompt_token_ids": prompt}], "tokens": args.max_tokens, "ignore_eos": False}
+        tokens: list[int] = engines[PLAIN].ask(generate, **asked)["tokens"][0]
+        return tokens
+
+    chat = spec_bench.OfflineChat(spec_bench.chat_tokenizer(args.model), plain_answer)
+
+    def prompt_of(text: str) -> dict[str, list[int]]:
+        return {"prompt_token_ids": chat.tokens(text)}
+
     questions = spec_bench.select(spec_bench.read_questions(args.spec_bench), args.task, args.skip)
     rendered = spec_bench.prompts(questions, args.prompts, chat)
     group_of = {category: group for group, some in spec_bench.GROUPS.items() for category in some}
@@ -143,8 +132,8 @@ def main() -> None:
     for i in range(0, len(rendered), args.concurrency):
         some = rendered[i : i + args.concurrency]
         kind = group_of[questions[i % len(questions)].category] if args.concurrency == 1 else "mixed"
-        groups.append({"group": kind, "prompts": [chat.tokens(prompt) for prompt in some]})
-    warm = [chat.tokens(chat.render([{"role": "user", "content": f"Count to {n}."}])) for n in (7, 9)]
+        groups.append({"group": kind, "prompts": [prompt_of(prompt) for prompt in some]})
+    warm = [prompt_of(chat.render([{"role": "user", "content": f"Count to {n}."}])) for n in (7, 9)]
     for engine in engines.values():
         engine.ask(generate, prompts=warm[:1], tokens=8)
         engine.ask(generate, prompts=warm * (-(-args.concurrency // 2)), tokens=8)

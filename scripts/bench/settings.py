@@ -1,16 +1,19 @@
 """The controller against every fixed setting, and without each of its parts, in one engine in turn.
 
-    .venv/bin/python scripts/bench/settings.py MODEL --output settings.json
+    .venv/bin/python scripts/bench/settings.py MODEL --tasks spec_bench --spec-bench question.jsonl \
+        --output settings.json -- --dtype bfloat16
 
 A fixed setting is a number of layers to skip and of tokens to draft, in every round, each request with masks
-of its own. Every third measurement is of the same engine without speculation; ratios are to the mean of the
-two around them. What a load that rises and falls comes to is worked out from its levels.
+of its own unless it says "shared", and drafts as long as that unless it says "exit". Every third measurement
+is of the same engine without speculation; ratios are to the mean of the two around them. What a load that
+rises and falls comes to is worked out from its levels.
 """
 
 import argparse
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +25,14 @@ import numpy as np
 from rich.progress import track
 
 from clasp_vllm.bench import engine as ours
+from clasp_vllm.bench import spec_bench
 from clasp_vllm.bench.about import about
-from clasp_vllm.bench.options import number, numbers
+from clasp_vllm.bench.options import engine_settings, number, numbers, split_arguments
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, number_of_prompts, prompts_of, task_prompts
 
 WAVE = {1: 2, 8: 2, 16: 1}  # levels of the load 1-8-16-8-1, and how often each
-PARTS = ("n-grams", "length", "sharing", "exit", "speculation", "layers")
+PARTS = ("n-grams", "checking", "length", "sharing", "exit", "speculation", "layers")
+VARIANTS = ("shared", "exit")  # of fixed settings
 EVERY = 3  # settings between two measurements without speculation
 OFF, ALL = "off", "controller"
 MIXED = "mixed"  # all tasks in turn
@@ -40,19 +45,28 @@ def changed(controller: Any, name: str) -> Iterator[None]:
     from clasp_vllm.skipping.controller import Choice
 
     real, lengths, opened, best = controller.choose, controller._lengths, controller._open, module.choose
+    check = module.choose_checked
     kind, _, what = name.partition(" ")
     if name == OFF:
         controller.choose = lambda *args: Choice(0, 0, False)
     elif kind == "fixed":
-        skipped, length = map(int, what.split("x"))
-        budget = controller._skipped.index(skipped)
-        controller.choose = lambda *args: replace(
-            real(*args), budget=budget, length=length, shared=False, ngram=0, checked=False, floor=0.0
-        )
+        numbers_of, *variants = what.split()
+        skipped, length = map(int, numbers_of.split("x"))
+        forced = {
+            "budget": controller._skipped.index(skipped),
+            "length": length,
+            "shared": "shared" in variants,
+            "ngram": 0,
+            "checked": False,
+            **({} if "exit" in variants else {"floor": 0.0}),
+        }
+        controller.choose = lambda *args: replace(real(*args), **forced)
     elif what == "n-grams":
         controller.choose = lambda slots, own, shared, room, _, version: real(
             slots, own, shared, room, None, version
         )
+    elif what == "checking":
+        module.choose_checked = lambda batch, *args: Choice(0, 0, False, ratio=0.0)
     elif what == "length":
         controller._lengths = [controller.longest]
     elif what == "exit":
@@ -74,41 +88,82 @@ def changed(controller: Any, name: str) -> Iterator[None]:
         yield
     finally:
         controller.choose, controller._lengths, controller._open = real, lengths, opened
-        module.choose = best
+        module.choose, module.choose_checked = best, check
 
 
-def seconds(engine: Any, prompts: Sequence[str], at_once: int, params: Any) -> float:
-    """Answer all prompts, so many at once."""
-    waiting, running = list(enumerate(prompts)), 0
+def rate(engine: Any, prompts: Sequence[Any], at_once: int, params: Any) -> float:
+    """Tokens per second of answering all prompts, so many at once."""
+    waiting, running, tokens = list(enumerate(prompts)), 0, 0
     started = time.perf_counter()
     while waiting or running:
         while waiting and running < at_once:
             i, prompt = waiting.pop(0)
             engine.add_request(f"{i}/{started}", prompt, params)
             running += 1
-        running -= sum(output.finished for output in engine.step())
-    return time.perf_counter() - started
+        done = [output for output in engine.step() if output.finished]
+        running -= len(done)
+        tokens += sum(len(output.outputs[0].token_ids) for output in done)
+    return tokens / (time.perf_counter() - started)
+
+
+def prompts_for(llm: Any, args: argparse.Namespace) -> dict[tuple[str, int], list[Any]]:
+    """Of every task and load, with Spec-Bench's first answers as the engine gives them."""
+    loads = {at_once: number_of_prompts(args.prompts, at_once) for at_once in args.concurrency}
+    found: dict[tuple[str, int], list[Any]] = {}
+    for task in args.tasks:
+        if spec_bench.is_spec_bench(task):
+            chat = spec_bench.OfflineChat(
+                spec_bench.chat_tokenizer(args.model),
+                lambda prompt: list(
+                    llm.generate({"prompt_token_ids": prompt}, params_of(args), use_tqdm=False)[0]
+                    .outputs[0]
+                    .token_ids
+                ),
+            )
+            questions = spec_bench.select(spec_bench.read_questions(args.spec_bench), task, args.skip)
+            texts = spec_bench.prompts(questions, max(loads.values()), chat)
+            all_of = [{"prompt_token_ids": chat.tokens(text)} for text in texts]
+            found |= {(task, at_once): all_of[:count] for at_once, count in loads.items()}
+        else:
+            found |= {(task, at_once): prompts_of(task, count) for at_once, count in loads.items()}
+    return found
+
+
+def answer(llm: Any, prompt: list[int], args: argparse.Namespace) -> Sequence[int]:
+    """The tokens of the engine's answer."""
+    output = llm.generate({"prompt_token_ids": prompt}, params_of(args), use_tqdm=False)[0]
+    tokens: Sequence[int] = output.outputs[0].token_ids
+    return tokens
+
+
+def params_of(args: argparse.Namespace, ignore_eos: bool = False) -> Any:
+    """How answers are sampled."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, ignore_eos=ignore_eos)
 
 
 def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All settings on all tasks at all loads."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, ignore_eos=True)
-    engine, names = llm.llm_engine, settings(args.layers, args.lengths, args.parts)
+    engine, names = llm.llm_engine, settings(args.layers, args.lengths, args.variants, args.parts)
     warm_up = [prompt for task in TASKS for prompt in task_prompts(task)[HELD_OUT:]]
     for at_once in args.concurrency:
-        seconds(engine, warm_up[: 2 * at_once], at_once, params)
+        rate(engine, warm_up[: 2 * at_once], at_once, params_of(args))
+    prompts_at = prompts_for(llm, args)
     found = []
     every = itertools.product(range(args.repeats), args.tasks, args.concurrency)
     for repeat, task, at_once in track([*every]):
-        prompts = prompts_of(task, number_of_prompts(args.prompts, at_once))
+        prompts = prompts_at[task, at_once]
+        # The model ends its answers itself where it is asked as an assistant.
+        params = params_of(args, ignore_eos=not spec_bench.is_spec_bench(task))
         order = names[:: (-1) ** repeat]
         groups = [order[i : i + EVERY] for i in range(0, len(order), EVERY)]
 
-        def speed(name: str, prompts: Sequence[str] = prompts, at_once: int = at_once) -> float:
+        def speed(
+            name: str, prompts: Sequence[Any] = prompts, at_once: int = at_once, params: Any = params
+        ) -> float:
             with changed(controller, name):
-                return len(prompts) * args.max_tokens / seconds(engine, prompts, at_once, params)
+                return rate(engine, prompts, at_once, params)
 
         off = speed(OFF)
         for group in groups:
@@ -128,33 +183,32 @@ def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[st
     return found
 
 
-def start(model: str, config: dict[str, Any], at_once: int) -> Any:
+def start(model: str, config: dict[str, Any], settings: dict[str, Any]) -> Any:
     """An engine in this process."""
     ours.stay_in_process()
     from vllm import LLM
 
-    return LLM(
-        model,
-        speculative_config=config,
-        dtype="bfloat16",
-        kv_cache_memory_bytes=3_000_000_000,
-        max_model_len=2048,
-        max_num_seqs=at_once,
-    )
+    return LLM(model, speculative_config=config, **settings)
 
 
-def report(found: list[dict[str, Any]], table: str, output: Path | None) -> None:
+def report(found: list[dict[str, Any]], table: str, output: Path | None, model: str) -> None:
     """Print the table, under what was run where, and write all measurements."""
-    facts = about()
+    facts = about(model)
     if output is not None:
         output.write_text(json.dumps({"about": facts, "measurements": found}, indent=1) + "\n")
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     print(f"\n{table}")
 
 
-def settings(layers: Sequence[int], lengths: Sequence[int], parts: Sequence[str]) -> list[str]:
+def settings(
+    layers: Sequence[int], lengths: Sequence[int], variants: Sequence[str], parts: Sequence[str]
+) -> list[str]:
     """Names of all settings."""
-    fixed = [f"fixed {skipped}x{length}" for skipped, length in itertools.product(layers, lengths)]
+    fixed = [
+        f"fixed {skipped}x{length}{variant and ' ' + variant}"
+        for skipped, length in itertools.product(layers, lengths)
+        for variant in ("", *variants)
+    ]
     without = [f"without {part}" for part in parts]
     return [ALL, *fixed, ALL, *without]
 
@@ -164,7 +218,7 @@ def table(found: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(one["setting"] for one in found))
     loads = list(dict.fromkeys((one["task"], one["concurrency"]) for one in found))
     wave = {(MIXED, load) for load in WAVE} <= set(loads)
-    heads = [f"{load}" if task == MIXED else f"{task}, {load}" for task, load in loads]
+    heads = [f"{load}" if task in (MIXED, spec_bench.TASK) else f"{task}, {load}" for task, load in loads]
     heads += ["1-8-16-8-1"] if wave else []
     lines = [f"| setting | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name in names:
@@ -198,8 +252,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model")
     parser.add_argument(
-        "--tasks", type=lambda text: text.split(","), default=[MIXED], help=f"of {','.join((MIXED, *TASKS))}"
+        "--tasks",
+        type=lambda text: text.split(","),
+        default=[MIXED],
+        help=f"of {','.join((MIXED, *TASKS))}, {spec_bench.TASK}, {spec_bench.TASK}/GROUP",
     )
+    parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's question.jsonl")
+    parser.add_argument("--skip", type=number(0), default=0, help="conversations of each group to leave out")
     parser.add_argument("--concurrency", type=numbers(1), default=[1, 2, 4, 8, 16])
     parser.add_argument(
         "--layers",
@@ -209,8 +268,14 @@ def main() -> None:
     )
     parser.add_argument("--lengths", type=numbers(1), default=[1, 3, 6], help="draft tokens of these")
     parser.add_argument(
+        "--variants",
+        type=lambda text: text.split(",") if text else [],
+        default=[],
+        help=f"of fixed settings, besides (of {','.join(VARIANTS)})",
+    )
+    parser.add_argument(
         "--parts",
-        type=lambda text: text.split(","),
+        type=lambda text: text.split(",") if text else [],
         default=list(PARTS),
         help=f"of the controller to go without (default {','.join(PARTS)})",
     )
@@ -221,17 +286,23 @@ def main() -> None:
     )
     parser.add_argument("--max-tokens", type=number(1), default=32, help="tokens per answer")
     parser.add_argument("--output", type=Path, help="JSON file for all measurements")
-    args = parser.parse_args()
+    parser.epilog = "Arguments after -- are those of vllm serve."
+    words, server_arguments = split_arguments(sys.argv[1:])
+    args = parser.parse_args(words)
+    of_spec_bench = tuple(filter(spec_bench.is_spec_bench, args.tasks))
+    if of_spec_bench and args.spec_bench is None:
+        parser.error(f"--tasks {','.join(of_spec_bench)}: needs --spec-bench with the path of question.jsonl")
     for option, chosen, allowed in (
         ("--parts", args.parts, PARTS),
-        ("--tasks", args.tasks, (MIXED, *TASKS)),
+        ("--variants", args.variants, VARIANTS),
+        ("--tasks", args.tasks, (MIXED, *TASKS, *of_spec_bench)),
     ):
         unknown = set(chosen) - set(allowed)
         if unknown:
             parser.error(f"{option} {','.join(sorted(unknown))}: allowed are {', '.join(allowed)}")
-    llm = start(args.model, {"method": "clasp"}, max(args.concurrency))
+    llm = start(args.model, {"method": "clasp"}, engine_settings(args.model, server_arguments))
     found = measure(llm, ours.drafter(llm).adaptive, args)
-    report(found, table(found), args.output)
+    report(found, table(found), args.output, args.model)
 
 
 if __name__ == "__main__":
