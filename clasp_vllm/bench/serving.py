@@ -14,6 +14,7 @@ import contextlib
 import io
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -417,6 +418,7 @@ def main(args: argparse.Namespace) -> int:
         save()
         write_report(results, args.output)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped too
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     each = 2 * args.repeats * len(workloads(args))
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
