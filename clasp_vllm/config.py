@@ -131,9 +131,8 @@ class LayerSkipConfig(BaseModel):
     ngram_cascade: bool | None = Field(
         default=None,
         description="Where a request's last tokens occurred in it before, verify what followed them there in "
-        "the place of drafts by skipping, or let a draft step check it first, if that promises more (vLLM's "
-        "n-gram lookup). Needs adaptive. By default on with Model Runner V1 on a CPU without async "
-        "scheduling, where alone it can be checked first, and off with Model Runner V2.",
+        "the place of drafts by skipping, if that promises more (vLLM's n-gram lookup). Needs adaptive. By "
+        "default on with Model Runner V1 on a CPU without async scheduling, and off with Model Runner V2.",
     )
     prompt_lookup_min: int = Field(
         default=2, ge=1, le=64, description="For ngram_cascade: the fewest tokens to look up (vLLM's key)."

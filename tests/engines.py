@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -226,12 +226,11 @@ def change_costs(llm: Any, every: int = 6) -> list[tuple[bool, Any]]:
 
 
 def look_up(llm: Any, how: str) -> list[bool]:
-    """Make drafts from the context seem best: verified "as they are", or "beside" drafts by skipping for the
-    requests without any, or "check": by a draft step first.
+    """Make drafts from the context seem best: alone ("as they are"), or "beside" drafts by skipping for the
+    requests without any.
 
     Returns a list that will hold of each round of drafts whether both kinds were in it.
     """
-    import clasp_vllm.drafting.adaptive as module
 
     ours, both = drafter(llm), []
     controller, draft = ours.adaptive, ours.draft
@@ -246,15 +245,11 @@ def look_up(llm: Any, how: str) -> list[bool]:
 
     ours.draft = counted
     controller.evidence.ngrams.mean[:] = 4.0
-    if how != "check":
-        controller._scales["draft_scale"][:] = 1e9 if how == "as they are" else 1e-6
-        controller.corrections.settle = lambda: None
-        if how == "beside":  # and so it stays
-            controller.evidence.drafts.mean[:] = -2.0
-            controller.evidence.add_verified = controller.evidence.add_ngrams = lambda *args: None
-        return both
-    original = module.choose
-    module.choose = lambda *args: replace(original(*args), ratio=0.0)
+    controller._scales["draft_scale"][:] = 1e9 if how == "as they are" else 1e-6
+    controller.corrections.settle = lambda: None
+    if how == "beside":  # and so it stays
+        controller.evidence.drafts.mean[:] = -2.0
+        controller.evidence.add_verified = controller.evidence.add_ngrams = lambda *args: None
     return both
 
 

@@ -28,7 +28,6 @@ from clasp_vllm.skipping.controller import (
     PassCosts,
     Probes,
     choose,
-    choose_checked,
     draft_lengths,
     rounds_between_passes,
 )
@@ -266,7 +265,7 @@ class AdaptiveDrafting:
             self._probing = (self._probing + 1) % PATIENCE
         elif self._probes.due(choice, plain, 1 + self._idled):
             self._probing, ask = 1, True
-        self.wanted = (self.longest if choice.checked else max(choice.length, choice.ngram)) if ask else 0
+        self.wanted = max(choice.length, choice.ngram) if ask else 0
         self._explain(choice, costs, slots, worth_it)
         goes_plain = self._goes_plain(rows, bool(allowed) and worth_it)
         if self._step is not None:  # what precedes drafting is part of what drafts cost
@@ -278,14 +277,14 @@ class AdaptiveDrafting:
         if goes_plain:
             self.wanted = 0
             if not self.padded:
-                return replace(choice, length=0, ngram=0, checked=False)
+                return replace(choice, length=0, ngram=0)
         if allowed and (worth_it or self._probing):
             self._off_rows = self._off_steps = self._probing = 0
             return replace(choice, length=min(choice.length, allowed), ngram=min(choice.ngram, allowed))
         self._off_steps += 1
         if not self.wanted:
             self._idle = -self._off_steps % OFF_CHECK
-        return replace(choice, length=0, ngram=0, checked=False)
+        return replace(choice, length=0, ngram=0)
 
     def _affords(self, choice: Choice, plain_seconds: float) -> bool:
         balance = self.budget.balance if self._shared_balance is None else self._shared_balance
@@ -319,7 +318,7 @@ class AdaptiveDrafting:
         return ngrams.ratio(costs, self._num_layers, others, self.longest, self.padded) >= WORTH_IT
 
     def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray, worth_it: bool) -> None:
-        plan = choice.budget, choice.length, choice.shared, choice.ngram, choice.checked
+        plan = choice.budget, choice.length, choice.shared, choice.ngram
         made = len(slots), *plan, worth_it, self._hoped, self._probing
         if made == self._logged:
             return
@@ -334,9 +333,9 @@ class AdaptiveDrafting:
         self._log(
             f"{len(slots)} sequences: {what}; "
             f"best: {choice.length} tokens with {skipped:g} of {self._num_layers} layers skipped"
-            f"{' by all alike' if choice.shared else ''}, {choice.ngram} from the context"
-            f"{', checked first' if choice.checked else ''}, stopping when the chance of all falls under "
-            f"{choice.floor:.2f}, expected {choice.ratio:.2f} times plain decoding (acceptance "
+            f"{' by all alike' if choice.shared else ''}, {choice.ngram} from the context, "
+            f"stopping when the chance of all falls under {choice.floor:.2f}, "
+            f"expected {choice.ratio:.2f} times plain decoding (acceptance "
             f"{' '.join(f'{chance:.2f}' for chance in acceptance)}, "
             f"a plain step {plain:.1f} ms, a draft step {step:.1f} ms)"
         )
@@ -398,17 +397,11 @@ class AdaptiveDrafting:
         if looked_up.size:
             ngrams = Ngrams(self.evidence.ngram_acceptance(slots[looked_up]), offered[looked_up])
             ways.append(choose(batch(np.flatnonzero(offered == 0)), ngrams))
-            if self._narrows and self.longest > 1:
-                ways.append(choose_checked(everyone, ngrams, looked_up))
         return max(ways, key=lambda choice: choice.ratio)
 
     def exit(self, slots: np.ndarray, choice: Choice, device: torch.device) -> SurvivalExit:
         """When to stop drafting for the sequences of a round."""
         return self.confidence.exit(self.evidence.kind[slots], choice.floor, device)
-
-    def checked(self, slots: np.ndarray, offered: np.ndarray, matched: np.ndarray) -> None:
-        """What a draft step said of n-grams of the context: so many tokens offered, and so many right."""
-        self.evidence.add_ngrams(slots, matched, matched < offered)
 
     def rounds_between_passes(self, choice: Choice, rows: int) -> int:
         """How often a sequence's layers are chosen anew."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -138,32 +138,6 @@ class DraftBatch:
             None if self.ngrams is None else self.ngrams.select(on_device),
             None if self.generated is None else [self.generated[row] for row in rows],
         )
-
-    def followed_by(self, tokens: Sequence[Sequence[int]]) -> tuple[DraftBatch, np.ndarray]:
-        """Every row followed by rows of the same sequence for tokens that may come next.
-
-        Args:
-            tokens: [rows] sequences of token ids, which may be empty.
-
-        Returns:
-            the batch, and [rows] int64 where each row is in it.
-        """
-        counts = np.array([len(next_tokens) for next_tokens in tokens])
-        first = np.concatenate(([0], np.cumsum(counts[:-1] + 1)))
-        of = np.repeat(np.arange(len(self)), counts + 1)
-        ahead = np.arange(len(of)) - first[of]
-        batch, device = self.select(of), self.tokens.device
-        new = batch.tokens.clone()
-        new[index(np.flatnonzero(ahead), device)] = torch.tensor(
-            [token for next_tokens in tokens for token in next_tokens], dtype=new.dtype, device=device
-        )
-        batch = replace(
-            batch,
-            tokens=new,
-            positions=batch.positions + index(ahead, device),
-            max_lengths=batch.max_lengths + torch.from_numpy(ahead.astype(np.int32)),
-        )
-        return batch, first
 
 
 def index(rows: np.ndarray, device: torch.device) -> Tensor:

@@ -136,7 +136,7 @@ class Drafter:
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         drawn, looked_up = np.full((rows, num_tokens), -1), np.zeros(rows, dtype=bool)
-        if choice.ngram and not choice.checked and batch.ngrams is not None and offered is not None:
+        if choice.ngram and batch.ngrams is not None and offered is not None:
             looked_up = offered > 0
             self.statistics.total.ngrams += int(looked_up.sum())
             at = index(np.flatnonzero(looked_up), device)
@@ -150,7 +150,6 @@ class Drafter:
                 slots[skipping],
                 slots,
                 choice,
-                num_tokens,
                 lambda hidden, positions, step, of: sample(hidden, positions, step, skipping[of]),
             )
             on_device, width = _rows(skipping, rows), found.draft.tokens.shape[1]
@@ -200,14 +199,11 @@ class Drafter:
         slots: np.ndarray,
         running: np.ndarray,
         choice: Choice,
-        room: int,
         sample: Sample,
     ) -> Drafted:
         """Draft for the rows with layers left out, after choosing these anew where that is due.
 
-        Args:
-            running: slots of all sequences of the round.
-            room: tokens of a row at most.
+        ``running``: slots of all sequences of the round.
         """
         rows, device = len(batch), batch.tokens.device
         started = Mark(device)
@@ -221,85 +217,33 @@ class Drafter:
         if self._plans is None:
             self._plans = Plans(self.sequences, device)
         rule = self._exit(slots, choice, device)
-        width = room if choice.checked else choice.length
-        draft = DraftTokens(rows, width, rule, self.drop_stopped, device)
+        draft = DraftTokens(rows, choice.length, rule, self.drop_stopped, device)
         self._predicted = 0.0
-        ahead, draft_steps, sampled = self._first_step(batch, slots, due, exact, choice, draft, sample)
-        for step in range(1, choice.length):
+        draft_steps = sampled = 0
+        for step in range(choice.length):
             left = draft.left
             if left.size == 0:
                 break
-            on = draft.following(batch)
-            hidden = self._draft_step(on, self._plans.plan(slots[left], choice))
-            draft.take(left, *sample(hidden, on.positions, step, left), sampled + np.arange(left.size))
+            if step:
+                on = draft.following(batch)
+                hidden = self._draft_step(on, self._plans.plan(slots[left], choice))
+            else:
+                on, hidden = batch, self._first_hidden(batch, slots, due, exact, choice)
+            tokens, confidence = sample(hidden, on.positions, step, left)
+            if not step and confidence is not None and due.size and self.options.draft_exit_threshold is None:
+                confidence = confidence.index_fill(0, index(due, device), 1.0)  # no doubt there
+            draft.take(left, tokens, confidence, sampled + np.arange(left.size))
             sampled += left.size
-            draft_steps += 1
+            draft_steps += bool(step) or due.size < rows
         draft.finish()
         self.sequences.advance(slots, due)
         self.statistics.count_round(self._plans.masks(slots, choice), draft_steps, due.size)
         if due.size:
             self.statistics.count_pass(started, optimized)
         self.statistics.total.changed = self.sequences.changed
-        limits = np.minimum(choice.length + ahead, width)
+        limits = np.full(rows, choice.length)
         self.statistics.total.spared += int((limits - draft.count).sum())
         return Drafted(draft, limits, due, (started, optimized, Mark(device)))
-
-    def _first_step(
-        self,
-        batch: DraftBatch,
-        slots: np.ndarray,
-        due: np.ndarray,
-        exact: Tensor | None,
-        choice: Choice,
-        draft: DraftTokens,
-        sample: Sample,
-    ) -> tuple[np.ndarray, int, int]:
-        """The first draft step: [rows] tokens that each gets beyond one, forward passes and rows sampled.
-
-        Where tokens are to be checked it runs them behind the last one, each in a row of its own, and takes
-        as many as it would have drafted itself.
-        """
-        rows = len(batch)
-        hints = self._hints(batch, due, choice, draft.tokens.shape[1])
-        offered = np.array([len(hint) for hint in hints])
-        extended, first = batch.followed_by(hints) if offered.any() else (batch, np.arange(rows))
-        of = np.repeat(np.arange(rows), offered + 1)
-        hidden = self._first_hidden(extended, slots[of], first[due], exact, choice)
-        tokens, confidence = sample(hidden, extended.positions, 0, of)
-        if confidence is not None and due.size and self.options.draft_exit_threshold is None:
-            confidence = confidence.index_fill(0, index(first[due], confidence.device), 1.0)  # no doubt there
-        matched = np.zeros(rows, dtype=np.int64)
-        if offered.any():
-            found = tokens.tolist()
-            for row, hint in enumerate(hints):
-                drafted = found[first[row] : first[row] + len(hint)]
-                wrong = [i for i, pair in enumerate(zip(hint, drafted, strict=True)) if pair[0] != pair[1]]
-                matched[row] = wrong[0] if wrong else len(hint)
-            assert self._controlled is not None
-            checked = np.flatnonzero(offered)
-            self._controlled.checked(slots[checked], offered[checked], matched[checked])
-            self.statistics.total.ngrams += checked.size
-            self.statistics.total.checked += checked.size
-        for i in range(matched.max() + 1):
-            some = draft.left[matched[draft.left] >= i]
-            drawn = first[some] + i
-            at = _rows(drawn, len(of))
-            draft.take(some, tokens[at], None if confidence is None else confidence[at], drawn)
-        return matched, int(due.size < rows), len(of)
-
-    def _hints(
-        self, batch: DraftBatch, due: np.ndarray, choice: Choice, room: int
-    ) -> Sequence[Sequence[int]]:
-        """[rows] tokens for the first draft step to check, as many as a pass takes."""
-        if not choice.checked or batch.ngrams is None:
-            return [()] * len(batch)
-        spare = self.passes.attention.max_rows - len(batch)
-        hints: list[Sequence[int]] = []
-        found = zip(batch.ngrams.tokens.tolist(), batch.ngrams.lengths.tolist(), strict=True)
-        for row, (tokens, length) in enumerate(found):
-            hints.append(() if row in due else tokens[: min(length, choice.ngram, room - 1, spare)])
-            spare -= len(hints[-1])
-        return hints
 
     def _exit(self, slots: np.ndarray, choice: Choice, device: torch.device) -> Exit | None:
         """When to stop drafting for the sequences of a round; None: never early."""

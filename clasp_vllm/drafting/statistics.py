@@ -27,7 +27,6 @@ COUNTERS = {
     "plain_steps": "Engine steps after which nothing was drafted: it would not have paid, or what a step "
     "without drafts costs was to be known.",
     "ngrams": "Drafts looked up in the context, one per sequence and round.",
-    "checked": "Of these, those that a draft step checked before they were verified.",
     "spared": "Draft tokens left undrafted because drafting for a sequence stopped early.",
     "passes": "Optimisation passes of the batch.",
     "pass_seconds": "Time that optimisation passes took.",
@@ -50,7 +49,6 @@ class DraftCounts:
         plain_steps: engine steps after which nothing was drafted: it would not have paid, or what a step
             without drafts costs was to be known.
         ngrams: drafts looked up in the context, one per sequence and round, or expected to be there.
-        checked: of these, those that a draft step checked before they were verified.
         spared: draft tokens left undrafted because drafting for a sequence stopped early.
         passes: optimisation passes of the batch.
         pass_seconds: that these took; on a GPU those that have ended.
@@ -67,7 +65,6 @@ class DraftCounts:
     sublayers: int
     plain_steps: int
     ngrams: int
-    checked: int
     spared: int
     passes: int
     pass_seconds: float

@@ -172,8 +172,6 @@ def build_drafter(
     optimized = _max_optimized(vllm_config)
     first_scratch = kv_cache_config.num_blocks - num_scratch_blocks(vllm_config)
     max_rows = max(max_num_seqs, optimized * (budget + 1), WINDOW if config.method == "swift" else 0)
-    if config.cascades and narrows:  # draft steps may check several tokens of each
-        max_rows = max(max_rows, max_num_seqs * config.num_speculative_tokens)
     attention = TargetAttention(vllm_config, kv_cache_config, device, max_rows, first_scratch)
     scratch = None
     if optimized:

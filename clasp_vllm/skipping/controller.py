@@ -112,9 +112,8 @@ class Choice:
         budget: index of the budget chosen.
         length: draft steps at most; 0 = none.
         shared: whether all rows skip the same layers.
-        ngram: tokens to take at most from what the context offers, for the rows that it offers any. 0 = none.
-        checked: whether the first draft step checks these tokens, and drafting goes on from those that it
-            would have drafted itself. Else they are verified as they are, and these rows not drafted for.
+        ngram: tokens to take at most from what the context offers, for the rows that it offers any, which
+            are not drafted for. 0 = none.
         ratio: tokens per second expected, over plain decoding's.
         seconds: expected of the round.
         tokens: expected of the round, of all rows.
@@ -126,7 +125,6 @@ class Choice:
     length: int
     shared: bool
     ngram: int = 0
-    checked: bool = False
     ratio: float = 1.0
     seconds: float = 0.0
     tokens: float = 0.0
@@ -224,14 +222,13 @@ class Batch:
         found[..., 0] = 1.0
         return found
 
-    def drafting(self, checked: int = 0) -> Array:
-        """[kinds, budgets, longest + 1] seconds of the draft steps; the first also checks some tokens."""
+    def drafting(self) -> Array:
+        """[kinds, budgets, longest + 1] seconds of the draft steps."""
         stays = self.stays
         runs = 1 - (1 - stays) ** self.rows  # the step is run at all
         in_step = np.full(runs.shape, float(self.rows))
         if self.narrows:
             in_step = np.maximum(self.rows * stays / np.maximum(runs, 1e-9), 1.0)
-        in_step[..., 0] += checked
         steps = runs * self.costs.draft(in_step, self.layers[..., None])
         return _from_zero(np.cumsum(steps, axis=-1))
 
@@ -291,45 +288,13 @@ def choose(batch: Batch, ngrams: Ngrams | None = None) -> Choice:
     return found
 
 
-def choose_checked(batch: Batch, ngrams: Ngrams, rows: np.ndarray) -> Choice:
-    """The best way to speculate with the first draft step checking what the context offers.
-
-    It takes as much as is offered but for one token, for the step itself adds one.
-
-    Args:
-        batch: all rows.
-        ngrams: of [rows] of these.
-    """
-    longest = batch.longest
-    lengths = np.minimum(ngrams.lengths, longest - 1)
-    matched = Ngrams(ngrams.acceptance, lengths).right(longest).sum(1)
-    advanced = batch.advanced()
-    # These rows are as far ahead of the others as they have tokens that match.
-    reached = np.minimum(np.arange(longest + 1) + matched[:, None], longest)  # [n, longest + 1]
-    before = np.minimum(reached.astype(int), longest - 1)
-    ahead = advanced[:, rows]
-    low, high = (np.take_along_axis(ahead, at[None, :, None], axis=-1) for at in (before, before + 1))
-    ahead = low + (high - low) * (reached - before)[None, :, None]
-    advanced[:, rows, :, 1:] = ahead[..., 1:]
-    tokens = batch.rows + advanced.sum(1)
-    verified = batch.rows * (1 + batch.drafted()) + matched.sum()
-    seconds = batch.drafting(int(lengths.sum())) + batch.verify(verified)
-    allowed = np.zeros(tokens.shape, dtype=bool)
-    allowed[:, :, list(batch.lengths)] = True
-    allowed[:, :, 0] = False
-    found = _best(batch, batch.rows, tokens[..., None], seconds[..., None], allowed[..., None])
-    return replace(found, ngram=int(lengths.max()), checked=True)
-
-
 def _best(batch: Batch, rows: int, tokens: Array, seconds: Array, allowed: np.ndarray) -> Choice:
     """Of all ways, [kinds, budgets, longest + 1, n-gram tokens taken + 1], that of most tokens per second."""
     rate = np.where(allowed, tokens / seconds, 0.0)
     best = np.unravel_index(np.argmax(rate), rate.shape)
     shared, budget, length, ngram = (int(i) for i in best)
     ratio = float(rate[best]) / (rows / float(batch.costs.plain(rows, batch.num_layers)))
-    found = Choice(
-        budget, length, bool(shared), ngram, False, ratio, float(seconds[best]), float(tokens[best])
-    )
+    found = Choice(budget, length, bool(shared), ngram, ratio, float(seconds[best]), float(tokens[best]))
     return replace(found, floor=batch.floor(found))
 
 

@@ -31,7 +31,7 @@ from clasp_vllm.bench.options import engine_settings, number, numbers, split_arg
 from clasp_vllm.bench.prompts import HELD_OUT, TASKS, number_of_prompts, prompts_of, task_prompts
 
 WAVE = {1: 2, 8: 2, 16: 1}  # levels of the load 1-8-16-8-1, and how often each
-PARTS = ("n-grams", "checking", "length", "sharing", "exit", "speculation", "layers")
+PARTS = ("n-grams", "length", "sharing", "exit", "speculation", "layers")
 VARIANTS = ("shared", "exit")  # of fixed settings
 EVERY = 3  # settings between two measurements without speculation
 OFF, ALL = "off", "controller"
@@ -45,7 +45,6 @@ def changed(controller: Any, name: str) -> Iterator[None]:
     from clasp_vllm.skipping.controller import Choice
 
     real, lengths, opened, best = controller.choose, controller._lengths, controller._open, module.choose
-    check = module.choose_checked
     kind, _, what = name.partition(" ")
     if name == OFF:
         controller.choose = lambda *args: Choice(0, 0, False)
@@ -57,7 +56,6 @@ def changed(controller: Any, name: str) -> Iterator[None]:
             "length": length,
             "shared": "shared" in variants,
             "ngram": 0,
-            "checked": False,
             **({} if "exit" in variants else {"floor": 0.0}),
         }
         controller.choose = lambda *args: replace(real(*args), **forced)
@@ -65,8 +63,6 @@ def changed(controller: Any, name: str) -> Iterator[None]:
         controller.choose = lambda slots, own, shared, room, _, version: real(
             slots, own, shared, room, None, version
         )
-    elif what == "checking":
-        module.choose_checked = lambda batch, *args: Choice(0, 0, False, ratio=0.0)
     elif what == "length":
         controller._lengths = [controller.longest]
     elif what == "exit":
@@ -88,7 +84,7 @@ def changed(controller: Any, name: str) -> Iterator[None]:
         yield
     finally:
         controller.choose, controller._lengths, controller._open = real, lengths, opened
-        module.choose, module.choose_checked = best, check
+        module.choose = best
 
 
 def rate(engine: Any, prompts: Sequence[Any], at_once: int, params: Any) -> float:

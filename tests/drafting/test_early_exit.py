@@ -93,13 +93,3 @@ def test_without_a_rule_every_draft_is_as_long_as_it_may_be():
         draft.finish()
         assert draft.lengths.tolist() == [2, 2]
         assert draft.tokens.tolist() == [[1, 2], [1, 2]]
-
-
-def test_rows_for_tokens_to_check():
-    extended, first = batch(3).followed_by([[7, 8], [], [9]])
-    assert first.tolist() == [0, 3, 4]
-    assert extended.request_ids == ["r0", "r0", "r0", "r1", "r2", "r2"]
-    assert extended.tokens.tolist() == [100, 7, 8, 101, 102, 9]
-    assert extended.positions.tolist() == [0, 1, 2, 10, 20, 21]
-    assert extended.max_lengths.tolist() == [1, 2, 3, 11, 21, 22]
-    assert extended.block_table[:, 0].tolist() == [0, 0, 0, 2, 4, 4]

@@ -16,7 +16,6 @@ from clasp_vllm.skipping.controller import (
     PassCosts,
     Probes,
     choose,
-    choose_checked,
     draft_lengths,
     rounds_between_passes,
 )
@@ -135,7 +134,6 @@ def test_it_is_the_best_of_all(rows, ngrams):
     found = choose(Batch(COSTS, NUM_LAYERS, acceptance, layers, going_on, range(1, 7)), ngrams)
     best = max(ways, key=lambda way: ratio(*way))
     assert (int(found.shared), found.budget, found.length, found.ngram) == best
-    assert not found.checked
     assert found.ratio == pytest.approx(ratio(*best))
 
 
@@ -181,31 +179,6 @@ def test_where_all_are_verified_in_full_the_context_costs_all_rows(alpha, others
             for taken in range(1, 7)
         )
     )
-
-
-def test_checking_what_the_context_offers_is_a_draft_step_that_gets_further():
-    acceptance, layers = np.full((1, 2, 1), 0.9), np.full((1, 1), 8.0)
-    everyone, rows = batch(acceptance, layers, longest=6), np.array([1])
-    useless = choose_checked(everyone, Ngrams(np.array([1e-9]), np.array([3])), rows)
-    assert useless.checked
-    assert useless.ratio == pytest.approx(choose(everyone).ratio, rel=0.05)  # dearer by three rows
-    assert useless.ratio < choose(everyone).ratio
-    sure = choose_checked(everyone, Ngrams(np.array([1 - 1e-9]), np.array([3])), rows)
-    assert sure.ratio > choose(everyone).ratio
-    # One row has the tokens of `length` steps, the other three more, up to the longest draft.
-    lengths = sure.length, min(sure.length + 3, 6)
-    assert sure.tokens == pytest.approx(sum(1 + sum(0.9**k for k in range(1, n + 1)) for n in lengths))
-    assert sure.ngram == 3
-    assert choose_checked(everyone, Ngrams(np.array([0.9]), np.array([9])), rows).ngram == 5
-
-
-def test_checking_pays_where_verification_is_dear_and_much_is_wrong():
-    """Sixteen rows, all offered four tokens of which half the first are wrong."""
-    dear = COSTS.scaled({"verify_scale": 4.0, "draft_scale": 0.5, "pass_scale": 1.0})
-    layers, ngrams = np.full((1, 1), 8.0), Ngrams(np.full(16, 0.5), np.full(16, 4))
-    checked = choose_checked(batch(np.full((1, 16, 1), 0.95), layers, costs=dear), ngrams, np.arange(16))
-    as_they_are = choose(batch(np.zeros((1, 0, 1)), layers, costs=dear), ngrams)
-    assert checked.ratio > as_they_are.ratio
 
 
 def test_padded_drafts_cost_their_full_length():
