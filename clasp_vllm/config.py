@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-METHODS = ("clasp", "knn_ssd", "swift", "layer_skip")
+METHODS = ("clasp", "knn_ssd", "layer_skip")
+REMOVED_METHODS = {"swift": "it was slower than plain decoding"}  # and why
 # Keys that belong to some methods only.
 METHODS_OF_KEY = {
-    "skip_ratio": ("clasp", "swift", "layer_skip"),
+    "skip_ratio": ("clasp", "layer_skip"),
     "num_skipped_layers": ("clasp", "layer_skip"),
     "skip_layers": ("layer_skip",),
     "calibration": ("knn_ssd",),
@@ -32,7 +33,6 @@ LARGEST_SKIP_RATIO = 2 / 3  # where the controller chooses
 # stop early, and whether to speculate at all.
 CHOICES = ("layers", "length", "sharing", "exit", "speculation")
 EXIT_THRESHOLD = 0.3
-SWIFT_RATIO = 0.45  # as in its paper
 
 # vLLM's own keys, passed through under their own names.
 VLLM_KEYS = (
@@ -61,10 +61,9 @@ class LayerSkipConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    method: Literal["clasp", "knn_ssd", "swift", "layer_skip"] = Field(
+    method: Literal["clasp", "knn_ssd", "layer_skip"] = Field(
         description="clasp: layers chosen in context by dynamic programming (arXiv 2505.24196); "
         "knn_ssd: sub-layers chosen by what a prompt is nearest to (arXiv 2505.16162), from a calibration; "
-        "swift: sub-layers found by trying sets while serving (arXiv 2410.06916), as a baseline; "
         "layer_skip: a fixed set of layers for all requests."
     )
     num_speculative_tokens: int = Field(
@@ -83,8 +82,7 @@ class LayerSkipConfig(BaseModel):
         ge=0,
         lt=1,
         description="Share of the layers to skip, rounded to whole layers. If neither this nor "
-        "num_skipped_layers nor skip_layers is given: 0.5, or chosen up to two thirds if adaptive. With "
-        f"swift the share of the sub-layers between the first and the last layer (default {SWIFT_RATIO}).",
+        "num_skipped_layers nor skip_layers is given: 0.5, or chosen up to two thirds if adaptive.",
     )
     num_skipped_layers: int | None = Field(
         default=None,
@@ -277,11 +275,6 @@ class LayerSkipConfig(BaseModel):
         return tuple(range(1, most + 1)) if self.chooses_budget and most else (most,)
 
     @property
-    def sublayer_ratio(self) -> float:
-        """SWIFT's share of the sub-layers to skip."""
-        return SWIFT_RATIO if self.skip_ratio is None else self.skip_ratio
-
-    @property
     def interval(self) -> int | None:
         """Rounds between two optimisation passes; None for fixed masks."""
         return self.optimization_interval or 32 if self.method == "clasp" else None
@@ -304,8 +297,6 @@ class LayerSkipConfig(BaseModel):
         lines = [f"method: {self.method}", f"draft tokens per round: {most}{self.num_speculative_tokens}"]
         if self.calibration is not None:
             lines.append(f"layers skipped: by task, as in {self.calibration}")
-        elif self.method == "swift":
-            lines.append(f"sub-layers skipped: a share of {self.sublayer_ratio:g}, found by trying")
         elif num_layers is not None:
             most = "up to " if self.chooses_budget else ""
             lines.append(f"layers skipped: {most}{self.budget(num_layers)} of {num_layers}")
@@ -337,7 +328,7 @@ def is_ours(settings: object) -> bool:
     if not isinstance(settings, Mapping):
         return False
     own_keys = set(LayerSkipConfig.model_fields) - {"method", *VLLM_KEYS}
-    return settings.get("method") in METHODS or (
+    return settings.get("method") in (*METHODS, *REMOVED_METHODS) or (
         settings.get("method") is None and not own_keys.isdisjoint(settings)
     )
 
@@ -410,6 +401,9 @@ def _explain(error: dict[str, Any], settings: Mapping[str, Any]) -> str:
         return str(error["msg"]).removeprefix("Value error, ")
     key = str(error["loc"][0])
     value = _SHORT.repr(settings.get(key))
+    why = REMOVED_METHODS.get(str(settings.get(key))) if key == "method" else None
+    if why is not None:
+        return f"method={value} was removed, for {why}; allowed are {', '.join(METHODS)}"
     if error["type"] == "extra_forbidden":
         known = list(LayerSkipConfig.model_fields)
         close = difflib.get_close_matches(key, known, n=1)

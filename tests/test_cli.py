@@ -18,7 +18,7 @@ def test_check_explains(capsys):
     [
         (["nowhere.yaml"], "no such file"),
         (['{"method": "clasp", "num_skipped_layers": 24}', "--num-layers", "24"], "0 to 23"),
-        (['{"method": "ngram"}'], "'clasp', 'knn_ssd', 'swift' or 'layer_skip'"),
+        (['{"method": "ngram"}'], "'clasp', 'knn_ssd' or 'layer_skip'"),
     ],
 )
 def test_check_refuses(arguments, part, capsys):

@@ -48,11 +48,10 @@ BAD = [
     ({"method": "knn_ssd"}, ["calibration=None", "needs the folder"]),
     (
         {"method": "knn_ssd", "calibration": "x", "skip_ratio": 0.5},
-        ["skip_ratio=0.5", "clasp or swift or layer_skip"],
+        ["skip_ratio=0.5", "clasp or layer_skip"],
     ),
     ({"method": "clasp", "calibration": "x"}, ["calibration='x'", "method: knn_ssd"]),
-    ({"method": "swift", "granularity": "layer"}, ["granularity='layer'", "method: clasp"]),
-    ({"method": "swift", "adaptive": ["layers"]}, ["adaptive=['layers']", "method: swift fixes the layers"]),
+    ({"method": "swift"}, ["method='swift' was removed", "clasp, knn_ssd, layer_skip"]),
     ({"method": "layer_skip", "granularity": "layer"}, ["granularity='layer'", "method: clasp"]),
     ({"method": "clasp", "adaptive": ["depth"]}, ["adaptive=['depth']", "'speculation'"]),
     (

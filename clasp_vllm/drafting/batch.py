@@ -107,8 +107,6 @@ class DraftBatch:
         max_lengths: [rows] int32 on the host, at least positions + 1.
         sampling: [rows] bool on the host, whether the request samples; None: not known.
         ngrams: what the context of each row offers; None: not looked up.
-        generated: [rows] int64 arrays on the host, the last tokens that each generated, as many as
-            ``Policy.reads_generated`` if there are; None: not asked for.
     """
 
     request_ids: Sequence[str]
@@ -118,7 +116,6 @@ class DraftBatch:
     max_lengths: Tensor
     sampling: np.ndarray | None = None
     ngrams: NgramMatches | None = None
-    generated: Sequence[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.request_ids)
@@ -136,7 +133,6 @@ class DraftBatch:
             self.max_lengths[torch.from_numpy(rows)],
             None if self.sampling is None else self.sampling[rows],
             None if self.ngrams is None else self.ngrams.select(on_device),
-            None if self.generated is None else [self.generated[row] for row in rows],
         )
 
 

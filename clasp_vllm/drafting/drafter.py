@@ -207,7 +207,6 @@ class Drafter:
         """
         rows, device = len(batch), batch.tokens.device
         started = Mark(device)
-        self.statistics.total.tried += self.policy.learn(batch)
         due = self.policy.due(slots, self._interval(choice, len(running)))
         exact = None
         if due.size:

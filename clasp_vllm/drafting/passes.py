@@ -96,9 +96,6 @@ class Passes:
         logits = self._logits(hidden)
         return logits, top_probability(logits)
 
-    def _predict(self, hidden: Tensor) -> Tensor:
-        return self._logits(hidden).argmax(-1)
-
     def programme(
         self, batch: DraftBatch, items: Items, budget: int, prior: Tensor | None, memory: float
     ) -> tuple[Programme, Tensor]:
@@ -139,38 +136,8 @@ class Passes:
         """[rows, budgets] bool: the state of the budget ([budgets] int64) predicts the full model's token."""
         states = (torch.cat((x[:1], x.index_select(0, budgets))).flatten(0, 1) for x in programme.states)
         delta, residual = states
-        tokens = self._predict(self._decoder.finish((delta, residual))).view(len(budgets) + 1, -1)
+        tokens = self._logits(self._decoder.finish((delta, residual))).argmax(-1).view(len(budgets) + 1, -1)
         return (tokens[1:] == tokens[0]).t()
-
-    def replay(self, batch: DraftBatch, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Which of a sequence's last tokens the draft says again, the true ones before them given.
-
-        All in one pass, whose keys and values go to scratch blocks (SWIFT, section 4.2).
-
-        Args:
-            batch: of one row.
-            tokens: [window + 1] int64 on the host, the sequence's last; the last of all is the batch's own.
-            mask: [num_layers, 2] bool on the host, True = skipped.
-
-        Returns:
-            [window] bool.
-        """
-        device, window, size = batch.tokens.device, len(tokens) - 1, self.attention.block_size
-        tokens = tokens.to(device)
-        positions = batch.positions - torch.arange(window, 0, -1, device=device)
-        first, last = int(positions[0]) // size, int(positions[-1]) // size
-        source = batch.block_table[0, first : last + 1].long()
-        target = self.attention.scratch_block + torch.arange(last + 1 - first, device=device)
-        table = batch.block_table.clone()
-        table[0, first : last + 1] = target.int()
-        lengths = batch.max_lengths.expand(window)
-        state, rotary = self._decoder.embed(tokens[:-1]), self._rotary(positions)
-        with self.attention.decode(positions, table.repeat(window, 1), lengths):
-            for layer, part in (~mask).nonzero().tolist():
-                if part == ATTENTION:
-                    self.attention.copy_blocks(layer, source, target.unsqueeze(1))
-                state = self._decoder.run_sublayer(layer, part, rotary, state)
-            return self._predict(self._decoder.finish(state)) == tokens[1:]
 
     def measure(self, device: torch.device) -> PassCosts:
         """What passes cost, while nothing is served. Writes to the scratch block."""

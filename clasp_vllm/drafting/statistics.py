@@ -32,7 +32,6 @@ COUNTERS = {
     "pass_seconds": "Time that optimisation passes took.",
     "optimized": "Skip masks found, one per sequence and optimisation pass.",
     "changed": "Of these, those that differ from the sequence's before, for any number of layers.",
-    "tried": "Sets of sub-layers that a search tried while serving, with method swift.",
     "failures": "Drafting rounds that failed and went without drafts.",
 }
 
@@ -54,7 +53,6 @@ class DraftCounts:
         pass_seconds: that these took; on a GPU those that have ended.
         optimized: masks found, one per sequence and optimisation pass.
         changed: of these, those that differ from the sequence's before, at any budget.
-        tried: sets of sub-layers that a search tried.
         failures: rounds that failed and went without drafts.
         skips: [num_layers] float32, drafts that skipped the layer (a half for half a layer).
     """
@@ -70,7 +68,6 @@ class DraftCounts:
     pass_seconds: float
     optimized: int
     changed: int
-    tried: int
     failures: int
     skips: Tensor
 

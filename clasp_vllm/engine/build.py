@@ -32,10 +32,8 @@ from clasp_vllm.engine.speculative_config import layer_skip_config
 from clasp_vllm.policies.base import Policy
 from clasp_vllm.policies.clasp import Clasp
 from clasp_vllm.policies.knn_ssd import KnnSsd
-from clasp_vllm.policies.swift import Swift, sublayers_mask
 from clasp_vllm.skipping.items import Items
 from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
-from clasp_vllm.skipping.swift_search import WINDOW, SwiftSearch
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings hold
 
@@ -88,8 +86,6 @@ def num_scratch_blocks(vllm_config: VllmConfig) -> int:
     """KV blocks to hold back from the scheduler for optimisation passes."""
     config = layer_skip_config(vllm_config)
     assert config is not None
-    if config.method == "swift":  # the blocks of the tokens that sets are tried on
-        return -(-(WINDOW - 1) // vllm_config.cache_config.block_size) + 1
     columns = config.budget(num_layers_of(vllm_config)) * items_of(vllm_config).units
     count = 0 if config.interval is None else ScratchBlocks.count(_max_optimized(vllm_config), columns)
     return max(count, int(config.is_adaptive))  # costs are measured in one
@@ -171,7 +167,7 @@ def build_drafter(
     budget = budgets[-1]
     optimized = _max_optimized(vllm_config)
     first_scratch = kv_cache_config.num_blocks - num_scratch_blocks(vllm_config)
-    max_rows = max(max_num_seqs, optimized * (budget + 1), WINDOW if config.method == "swift" else 0)
+    max_rows = max(max_num_seqs, optimized * (budget + 1))
     attention = TargetAttention(vllm_config, kv_cache_config, device, max_rows, first_scratch)
     scratch = None
     if optimized:
@@ -203,8 +199,6 @@ def build_drafter(
     if calibration is not None:
         names = [task.name for task in calibration.manifest.tasks]
         policy = KnnSsd(sequences, calibration.anchors, calibration.masks(), names, share)
-    if config.method == "swift":
-        policy = Swift(sequences, passes, items.num_layers, config.sublayer_ratio, share, logger.info)
     options = DrafterOptions(budgets, config.interval or 1, config.exit_threshold)
     drafter = Drafter(
         decoder, passes, sequences, policy, options, adaptive, share, on_failure=_go_on_without_drafts
@@ -220,9 +214,6 @@ def _first_masks(
     if calibration is not None:  # as prompts of no task known
         masks = calibration.masks()
         return masks[-1:], (round(items.num_layers - float(items.layers_run(masks).mean())),)
-    if config.method == "swift":
-        found = sublayers_mask(items.num_layers, SwiftSearch(items.num_layers, config.sublayer_ratio).best)
-        return found[None], (round(items.num_layers - float(items.layers_run(found))),)
     layers = config.budgets(items.num_layers)
     skipped = (config.skip_layers or evenly_spaced_layers(items.num_layers, number) for number in layers)
     masks = torch.stack([layers_mask(items.num_layers, some) for some in skipped])

@@ -52,12 +52,6 @@ class LayerSkipProposer(DraftModelProposer):
 
             self._lookup = NgramProposer(vllm_config)
 
-        if config.method == "swift" and runner.use_async_scheduling:
-            raise ConfigError(
-                "method='swift': its search needs the generated tokens, which async scheduling has not yet; "
-                "allowed is --no-async-scheduling"
-            )
-
     def load_model(self, target_model: nn.Module) -> None:
         self.decoder = build_decoder(target_model)
         self.model = target_model
@@ -138,7 +132,6 @@ class LayerSkipProposer(DraftModelProposer):
             max_lengths[:num_reqs] + 1,
             np.array([request_id not in greedy for request_id in request_ids]),
             matches,
-            self.drafter.guarded(lambda: self._generated(next_token_ids, positions, rows)),
         ).select(rows)
 
         probs: list[Tensor] = []
@@ -198,19 +191,6 @@ class LayerSkipProposer(DraftModelProposer):
                 sampled[row] = [sampled_id]
         found = self._lookup.propose(self._lookup.k, sampled, lengths, tokens)
         return NgramMatches.of(found, self._lookup.k)
-
-    def _generated(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> list[np.ndarray] | None:
-        """See ``DraftBatch.generated``; nothing but for ``rows``."""
-        count = self.drafter.policy.reads_generated
-        if not count:
-            return None
-        batch, ends = self.runner.input_batch, positions.numpy()
-        found = [np.empty(0, dtype=np.int64)] * len(ends)
-        for row in rows:
-            first = max(ends[row] + 1 - count, batch.num_prompt_tokens[row])
-            before = batch.token_ids_cpu[row, first : ends[row]].astype(np.int64)
-            found[row] = np.append(before, int(next_tokens[row]))
-        return found
 
     def _drafted_greedily(self, rows: np.ndarray, metadata: SamplingMetadata) -> np.ndarray:
         """[rows] bool, which sampling requests are not to have drafts drawn, but the likeliest tokens.

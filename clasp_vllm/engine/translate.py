@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,10 +12,9 @@ from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from clasp_vllm.calibration.store import Calibration
-from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config
+from clasp_vllm.config import ConfigError, parse_config
 from clasp_vllm.engine.speculative_config import LayerSkipSpeculativeConfig
 from clasp_vllm.skipping.controller import draft_lengths
-from clasp_vllm.skipping.swift_search import SwiftSearch
 
 # Quantised caches with scales of their own beside the values are left out: nobody has tried to copy
 # their blocks.
@@ -58,8 +56,6 @@ def speculative_config(
     refuse_unsupported(engine_args, target_model_config, target_parallel_config)
     vllm_settings = config.vllm_settings()
     v1_on_cpu = current_platform.is_cpu() and not envs.VLLM_USE_V2_MODEL_RUNNER
-    if config.method == "swift":
-        refuse_swift(config, target_model_config, v1_on_cpu)
     if config.draft_sample_method is None:
         vllm_settings["draft_sample_method"] = "probabilistic" if v1_on_cpu else "greedy"
     one_engine = target_parallel_config.data_parallel_size == 1
@@ -81,21 +77,6 @@ def speculative_config(
             "acceptance; allowed there is standard"
         )
     return made
-
-
-def refuse_swift(config: LayerSkipConfig, model_config: ModelConfig, v1_on_cpu: bool) -> None:
-    """Raises ConfigError where SWIFT's search cannot run."""
-    if not v1_on_cpu:
-        raise ConfigError(
-            "method='swift': its search needs the generated tokens on the host; allowed is a CPU with Model "
-            "Runner V1 (VLLM_USE_V2_MODEL_RUNNER=0). Elsewhere use clasp or knn_ssd"
-        )
-    if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError("method='swift': needs scikit-learn; pip install 'clasp-vllm[bench]'")
-    try:
-        SwiftSearch(model_config.get_total_num_hidden_layers(), config.sublayer_ratio)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def graph_lengths(longest: int) -> list[list[int]]:

@@ -22,15 +22,6 @@ class Policy:
     def read(self, prompts: PromptTokens) -> None:
         """A step has read (parts of) these prompts. Called before the first round of their requests."""
 
-    @property
-    def reads_generated(self) -> int:
-        """How many of the tokens that each request generated last it wants to see."""
-        return 0
-
-    def learn(self, batch: DraftBatch) -> bool:
-        """A round is about to draft for these sequences by skipping. Whether that was used to learn."""
-        return False
-
     def take_tasks(self) -> dict[str, int]:
         """Prompts by the task that they were taken for, since the last call; empty where there are none."""
         return {}
