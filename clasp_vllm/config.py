@@ -123,7 +123,7 @@ class LayerSkipConfig(BaseModel):
         default=None,
         ge=0,
         lt=1,
-        description="clasp only: how much the choices of earlier passes count in the next (default 0.8); "
+        description="clasp only: how much the choices of earlier passes count in the next (default 0.9); "
         "0 = each choice goes by one token alone, as in the paper.",
     )
     ngram_cascade: bool | None = Field(
@@ -289,7 +289,7 @@ class LayerSkipConfig(BaseModel):
         """What the averages over earlier passes keep; 0 where there are none."""
         if self.method != "clasp":
             return 0.0
-        return 0.8 if self.mask_memory is None else self.mask_memory
+        return 0.9 if self.mask_memory is None else self.mask_memory
 
     def explain(self, num_layers: int | None = None) -> list[str]:
         """What the configuration will do, in words; some of them need the model's number of layers."""

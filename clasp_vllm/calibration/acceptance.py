@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from clasp_vllm.calibration.store import stack_norms
 
 _NAME = "exact_past"
+BATCH = 8  # prompts answered at once
 
 
 def _nothing(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -96,7 +97,9 @@ class Acceptance:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = "auto" if self._device.type == "cuda" else torch.float32
         self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self._device)
-        tokens = [self._continue(tokenizer.encode(prompt), num_tokens) for prompt in prompts]
+        asked = [tokenizer.encode(prompt) for prompt in prompts]
+        batches = [asked[i : i + BATCH] for i in range(0, len(asked), BATCH)]
+        tokens = [text for batch in batches for text in self._continue(batch, num_tokens)]
         self.layers = list(self.model.model.layers)
         self.model.set_attn_implementation(_NAME)
         self._text, self._positions = Text(torch.empty(0), torch.empty(0)), torch.empty(0)
@@ -150,11 +153,14 @@ class Acceptance:
         return text
 
     @torch.inference_mode()
-    def _continue(self, prompt: list[int], num_tokens: int) -> list[int]:
+    def _continue(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        there = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        tokens, mask = (torch.tensor(rows, device=self._device) for rows in (padded, there))
         settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
-        given = torch.tensor([prompt], device=self._device)
-        tokens: list[int] = self.model.generate(given, pad_token_id=0, **settings)[0].tolist()
-        return tokens
+        found = self.model.generate(tokens, attention_mask=mask, pad_token_id=0, **settings)
+        return [prompt + row[longest:].tolist() for prompt, row in zip(prompts, found, strict=True)]
 
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **more: Any

@@ -37,6 +37,7 @@ PLAIN_EVERY = 128  # rounds of a batch's size, one goes without drafts, to know 
 PLAIN_FIRST = 8  # the first of them comes sooner
 OFF_CHECK = 32  # steps without speculation until it is thought over again,
 OFF_CHANGE = 0.25  # unless the number of rows has changed by this share, or as many are new
+SKIPPING_EVERY = 8  # rounds with n-grams, that drafts by skipping are priced anew
 PATIENCE = 6  # steps that a probe waits for room in
 # Drafts that pay only if the batch's mean acceptance is so many standard deviations better than thought are
 # tried too: what is wrongly thought worth it shows in a few rounds, the opposite only by rare probes.
@@ -122,6 +123,8 @@ class AdaptiveDrafting:
         self.outcomes = Outcomes(self.evidence, self.confidence, self.longest)
         self.offers = Offers(self._capacity, late=self.padded)
         self.last: Choice | None = None
+        # By optimism: of what slots, the best drafts by skipping, and for how many rounds.
+        self._skipping: dict[float, tuple[bytes, Choice, int]] = {}
         self._probes = Probes()
         self._probing = 0  # steps since a probe was decided on and room for it was asked for
         self._off_rows, self._off_started, self._off_steps = 0, 0, 0
@@ -153,12 +156,16 @@ class AdaptiveDrafting:
                 assert rejected is not None
                 self._made = len(lengths), tokens, HostCopy(rejected.sum())
 
+    def may_idle(self, request_ids: Sequence[str]) -> bool:
+        """Whether speculation is off for some steps yet, and the batch the same."""
+        return bool(self._idle) and self._idle_ids == request_ids
+
     def idles(self, request_ids: Sequence[str]) -> bool:
         """Whether nothing is to be done after a plain step, for speculation is off and the batch the same.
 
         Such a step is counted, and costs next to nothing. The last of them is timed by the one that follows.
         """
-        if not self._idle or self._idle_ids != request_ids:
+        if not self.may_idle(request_ids):
             return False
         self._idle -= 1
         self._idled += 1
@@ -315,7 +322,7 @@ class AdaptiveDrafting:
             return False
         ngrams = Ngrams(self.evidence.ngram_acceptance(slots[looked_up]), offered[looked_up])
         others = len(slots) - looked_up.size
-        return ngrams.ratio(costs, self._num_layers, others, self.longest, self.padded) >= WORTH_IT
+        return ngrams.best(costs, self._num_layers, others, self.longest, self.padded).ratio >= WORTH_IT
 
     def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray, worth_it: bool) -> None:
         plan = choice.budget, choice.length, choice.shared, choice.ngram
@@ -391,13 +398,20 @@ class AdaptiveDrafting:
                 self._narrows,
             )
 
-        everyone = batch(np.arange(len(slots)))
-        ways = [choose(everyone)]
         looked_up = np.flatnonzero(offered)
-        if looked_up.size:
-            ngrams = Ngrams(self.evidence.ngram_acceptance(slots[looked_up]), offered[looked_up])
-            ways.append(choose(batch(np.flatnonzero(offered == 0)), ngrams))
-        return max(ways, key=lambda choice: choice.ratio)
+        if not looked_up.size:
+            return choose(batch(np.arange(len(slots))))
+        ngrams = Ngrams(self.evidence.ngram_acceptance(slots[looked_up]), offered[looked_up])
+        # How good drafts by skipping are changes slowly, and to work it out costs more than a lookup.
+        known, skipping, age = self._skipping.get(hope, (b"", None, 0))
+        if skipping is None or known != slots.tobytes() or age == SKIPPING_EVERY:
+            skipping, age = choose(batch(np.arange(len(slots)))), 0
+        self._skipping[hope] = slots.tobytes(), skipping, age + 1
+        if looked_up.size == len(slots) and not self.padded:
+            taken = ngrams.best(costs, self._num_layers, 0, self.longest, padded=False)
+        else:
+            taken = choose(batch(np.flatnonzero(offered == 0)), ngrams)
+        return max(skipping, taken, key=lambda choice: choice.ratio)
 
     def exit(self, slots: np.ndarray, choice: Choice, device: torch.device) -> SurvivalExit:
         """When to stop drafting for the sequences of a round."""

@@ -102,6 +102,10 @@ class Drafter:
         if controller is not None:
             self.guarded(lambda: controller.observe(request_ids, lengths, rejected))
 
+    def may_idle(self, request_ids: Sequence[str]) -> bool:
+        """Whether ``idles`` may say so of these requests. Counts nothing."""
+        return self._controlled is not None and self._controlled.may_idle(request_ids)
+
     def idles(self, request_ids: Sequence[str]) -> bool:
         """Whether nothing is to be drafted or learnt after a plain step of these requests, all decoding.
 

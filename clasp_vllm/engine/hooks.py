@@ -18,9 +18,12 @@ loads its plugins; a worker's hooks follow where it uses us, so that others neve
 | speculator_v2         | our speculator in Model Runner V2        | its list of methods is closed    |
 | proposer_v1           | our proposer in Model Runner V1          | likewise                         |
 | expand_batch (V1)     | temperature, top-k, top-p per draft token| vLLM issue 55005: garbage on CPU |
+| sample (V1)           | steps without drafts use vLLM's sampler  | its rejection sampler costs more |
+| propose (V1)          | nothing is prepared while we are off     | what is off should cost nothing  |
 
-vLLM versions: see ``SUPPORTED``. The last can go when that issue is fixed, the others when vLLM lets a
-plugin register a speculative method.
+vLLM versions: see ``SUPPORTED``. expand_batch can go when that issue is fixed, sample and propose when vLLM
+leaves out what steps without drafts do not need, the others when it lets a plugin register a speculative
+method.
 """
 
 from __future__ import annotations
@@ -246,6 +249,8 @@ def install_runner_hooks(v2: bool) -> None:
 
         wrap(DraftModelProposer, "__new__", _proposer_v1)
         wrap(rejection_sampler, "expand_batch_to_tokens", _expand_batch)
+        wrap(rejection_sampler.RejectionSampler, "forward", _sample)
+        wrap(GPUModelRunner, "propose_draft_token_ids", _propose)
         wrap(GPUModelRunner, "sample_tokens", _sample_tokens)
 
 
@@ -295,3 +300,23 @@ def _expand_batch(original: Callable[..., Any]) -> Callable[..., Any]:
         return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
 
     return expand_batch_to_tokens
+
+
+def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
+        if metadata.max_spec_len == 0:  # then the logits are one row for each request, as without speculation
+            return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+        return original(self, metadata, draft_probs, logits, sampling_metadata)
+
+    return forward
+
+
+def _propose(original: Callable[..., Any]) -> Callable[..., Any]:
+    def propose_draft_token_ids(self: Any, scheduler_output: Any, sampled: Any, *args: Any) -> Any:
+        if _uses_us(self.vllm_config):
+            lengths = args[-2].seq_lens  # of common_attn_metadata
+            if self.drafter.idles(scheduler_output.total_num_scheduled_tokens, sampled, lengths):
+                return [[] for _ in range(self.input_batch.num_reqs)]
+        return original(self, scheduler_output, sampled, *args)
+
+    return propose_draft_token_ids

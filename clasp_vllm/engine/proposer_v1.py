@@ -39,6 +39,7 @@ class LayerSkipProposer(DraftModelProposer):
         assert config is not None
         # The context has to be on the host when drafting begins.
         self._lookup: Any = None
+        self._matches: NgramMatches | None = None  # of the step that has just been sampled
         if runner.use_async_scheduling or device.type != "cpu":
             if config.ngram_cascade:
                 raise ConfigError(
@@ -82,6 +83,26 @@ class LayerSkipProposer(DraftModelProposer):
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to warm up. Block tables are stale here, so nothing may be written."""
 
+    def idles(self, num_tokens: int, sampled: Tensor, lengths: Tensor) -> bool:
+        """Whether nothing is to be drafted or learnt after a step, so that nothing need be prepared for it.
+
+        Args:
+            num_tokens: that the step ran.
+            sampled: [num_reqs, 1] int tokens, if it verified no drafts.
+            lengths: [num_reqs] int of the sequences without these.
+        """
+        batch = self.runner.input_batch
+        plain = num_tokens == batch.num_reqs and not self.runner.use_async_scheduling
+        if not plain or not self.drafter.may_idle(batch.req_ids):
+            return False
+        if self.runner.discard_request_mask.np[: batch.num_reqs].any():
+            return False
+        self._matches = self._look_up(sampled[:, 0], lengths[: batch.num_reqs], np.arange(batch.num_reqs))
+        if self._matches is not None and self._matches.lengths.any():
+            return False
+        self._matches = None
+        return self.drafter.idles(batch.req_ids)
+
     def propose(  # type: ignore[override]
         self,
         num_speculative_tokens: int,
@@ -106,11 +127,12 @@ class LayerSkipProposer(DraftModelProposer):
         positions = common_attn_metadata.seq_lens[:num_reqs].long()
         if num_rejected_tokens_gpu is not None:
             positions = positions - num_rejected_tokens_gpu
-        matches = self.drafter.guarded(lambda: self._looked_up(next_token_ids, positions, rows))
+        matches, self._matches = self._matches, None
+        if matches is None:
+            matches = self._look_up(next_token_ids, positions, rows)
         plain = rows.size == num_reqs == common_attn_metadata.num_actual_tokens
-        nothing_matches = matches is None or not matches.lengths.any()
-        if plain and nothing_matches and self.drafter.idles(request_ids):
-            return drafts if self.runner.use_async_scheduling else [[] for _ in range(num_reqs)]
+        if plain and self.runner.use_async_scheduling and self.drafter.idles(request_ids):
+            return drafts
         ends = common_attn_metadata.query_start_loc_cpu[: num_reqs + 1].numpy()
         self.drafter.observe(request_ids, ends[1:] - ends[:-1], num_rejected_tokens_gpu)
         if self.drafter.policy.reads_prompts:
@@ -176,10 +198,13 @@ class LayerSkipProposer(DraftModelProposer):
             short[row] = ids[:length]
         return short
 
-    def _looked_up(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> NgramMatches | None:
-        """What the context offers each request of the batch; nothing but for ``rows``."""
+    def _look_up(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> NgramMatches | None:
+        """What the context offers each request of the batch; nothing but for ``rows``; None: not known."""
         if self._lookup is None:
             return None
+        return self.drafter.guarded(lambda: self._matches_of(next_tokens, positions, rows))
+
+    def _matches_of(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> NgramMatches:
         batch = self.runner.input_batch
         lengths = positions.numpy() + 1
         tokens, sampled = batch.token_ids_cpu, [[] for _ in lengths]

@@ -156,13 +156,16 @@ class Ngrams:
         tokens = rows + _from_zero(np.cumsum(self.right(longest).sum(0)))
         return tokens, rows + _from_zero(np.cumsum(there.sum(0)))
 
-    def ratio(self, costs: PassCosts, num_layers: int, others: int, longest: int, padded: bool) -> float:
-        """Tokens per second over plain decoding's, verifying these beside ``others`` rows without drafts."""
+    def best(self, costs: PassCosts, num_layers: int, others: int, longest: int, padded: bool) -> Choice:
+        """The best number of these to verify beside ``others`` rows without drafts."""
         tokens, verified = self.take(longest)
         rows = others + len(self.lengths)
         every = rows * np.arange(1, longest + 2) if padded else others + verified
-        rate = (others + tokens[1:]) / costs.verify(every[1:], num_layers)
-        return float(rate.max() / rows * costs.plain(rows, num_layers))
+        tokens, seconds = others + tokens[1:], costs.verify(every[1:], num_layers)
+        rate = tokens / seconds
+        at = int(np.argmax(rate))
+        ratio = float(rate[at]) / rows * float(costs.plain(rows, num_layers))
+        return Choice(0, 0, False, at + 1, ratio, float(seconds[at]), float(tokens[at]))
 
 
 @dataclass(frozen=True)

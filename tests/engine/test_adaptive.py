@@ -87,6 +87,43 @@ def test_nothing_to_choose_from():
             assert found == [ids[:24] for ids in plain[:2]]
 
 
+def never_drafting(config: object) -> tuple[list[list[int]], int]:
+    """What requests with seeds sample, and how many steps went through vLLM's rejection sampler."""
+    import vllm.v1.sample.rejection_sampler as module
+    from vllm import SamplingParams
+
+    steps, original = 0, module.rejection_sample
+
+    def rejection_sample(*args, **kwargs):
+        nonlocal steps
+        steps += 1
+        return original(*args, **kwargs)
+
+    with running(speculative_config=config, **SETTINGS) as llm:
+        if config:
+            controller = drafter(llm).adaptive
+            controller._affords, controller._probes.due = lambda *_: False, lambda *_: False
+        module.rejection_sample = rejection_sample
+        try:
+            params = [
+                SamplingParams(temperature=1.0, seed=seed, max_tokens=40, ignore_eos=True)
+                for seed in range(6)
+            ]
+            outputs = llm.generate(PROMPTS[:6], params, use_tqdm=False)
+        finally:
+            module.rejection_sample = original
+        return [list(output.outputs[0].token_ids) for output in outputs], steps
+
+
+def test_off_is_plain_vllm():
+    """Even what seeds give: steps without drafts are sampled as if there was no speculation."""
+    with engine_process("v1") as call:
+        plain, _ = call(never_drafting, None)
+        ours, steps = call(never_drafting, CLASP)
+    assert ours == plain
+    assert steps == 0
+
+
 def looked_up(config: object, how: str = "as they are", tokens: int = 48) -> tuple[Outcome, int, list[bool]]:
     """Text that repeats itself beside text that does not, greedy and sampled: with drafts looked up.
 

@@ -169,7 +169,7 @@ def test_where_all_are_verified_in_full_the_context_costs_all_rows(alpha, others
     drafting = sum(float(COSTS.draft(others, 8.0)) for _ in range(found.length))
     verified = float(COSTS.verify((others + some) * (1 + widest), NUM_LAYERS))
     assert found.seconds == pytest.approx(drafting + verified)
-    padded, rows = ngrams.ratio(COSTS, NUM_LAYERS, others, 6, padded=True), others + some
+    padded, rows = ngrams.best(COSTS, NUM_LAYERS, others, 6, padded=True).ratio, others + some
     plain = float(COSTS.plain(rows, NUM_LAYERS)) / rows
     assert padded == pytest.approx(
         max(
@@ -241,3 +241,14 @@ def test_passes_take_their_share_of_the_time():
     assert rounds_between_passes(dear, items, 16, one, 1, 8.0) > every
     finer = Items.sublayers(NUM_LAYERS, 3.0)
     assert rounds_between_passes(COSTS, finer, 16 * finer.units, one, 1, 8.0) > every
+
+
+@given(probability, st.integers(1, 3), st.integers(1, 6))
+def test_ngrams_alone_are_priced_as_beside_nobody(alpha, some, length):
+    ngrams = Ngrams(np.full(some, alpha), np.full(some, length))
+    found = choose(batch(np.full((1, 0, 1), 0.7), np.full((1, 1), 8.0), longest=6), ngrams)
+    alone = ngrams.best(COSTS, NUM_LAYERS, 0, 6, padded=False)
+    assert (alone.length, alone.ngram) == (0, found.ngram)
+    assert (alone.ratio, alone.seconds, alone.tokens) == pytest.approx(
+        (found.ratio, found.seconds, found.tokens)
+    )
