@@ -83,17 +83,17 @@ class LayerSkipProposer(DraftModelProposer):
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to warm up. Block tables are stale here, so nothing may be written."""
 
-    def idles(self, num_tokens: int, sampled: Tensor, lengths: Tensor) -> bool:
+    def idles(self, num_tokens: int, sampled: Tensor | list[list[int]], lengths: Tensor) -> bool:
         """Whether nothing is to be drafted or learnt after a step, so that nothing need be prepared for it.
 
         Args:
             num_tokens: that the step ran.
-            sampled: [num_reqs, 1] int tokens, if it verified no drafts.
+            sampled: [num_reqs, 1] int tokens, if it verified no drafts; a list with unpadded drafts.
             lengths: [num_reqs] int of the sequences without these.
         """
         batch = self.runner.input_batch
         plain = num_tokens == batch.num_reqs and not self.runner.use_async_scheduling
-        if not plain or not self.drafter.may_idle(batch.req_ids):
+        if not plain or isinstance(sampled, list) or not self.drafter.may_idle(batch.req_ids):
             return False
         if self.runner.discard_request_mask.np[: batch.num_reqs].any():
             return False

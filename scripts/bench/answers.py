@@ -6,7 +6,8 @@
 Every engine is in a process of its own; all are alive, one works at a time. Each prompt (or each group of
 prompts at once) goes to plain vLLM and to every method in turn, in an order that turns with the prompts. What
 an engine has learnt it keeps. The table has the ratio of the sums of seconds over the first answers and over
-those after them, and by Spec-Bench's groups. With temperature 0 it also counts the answers that are equal.
+those after them, with a standard error over the answers, and by Spec-Bench's groups. With temperature 0 it
+also counts the answers that are equal.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -58,22 +60,31 @@ def ratio(groups: list[dict[str, Any]], name: str) -> float:
     return rate(name) / rate(PLAIN)
 
 
+def with_error(groups: list[dict[str, Any]], name: str) -> str:
+    """The ratio and its standard error, by leaving out one answer (or group of answers) after the other."""
+    if len(groups) < 2:
+        return f"{ratio(groups, name):.3f}" if groups else ""
+    without = [ratio(groups[:i] + groups[i + 1 :], name) for i in range(len(groups))]
+    error = statistics.pstdev(without) * (len(groups) - 1) ** 0.5
+    return f"{ratio(groups, name):.3f} ± {error:.3f}"
+
+
 def table(groups: list[dict[str, Any]], names: list[str]) -> str:
     """All methods, in Markdown."""
     kinds = list(dict.fromkeys(group["group"] for group in groups))
     lines = [
-        f"| method | first {FIRST} | after them | {' | '.join(kinds)} | accepted length | equal answers |",
-        "|" + "---|" * (len(kinds) + 5),
+        f"| method | all | first {FIRST} | after them | {' | '.join(kinds)} | accepted length | equal |",
+        "|" + "---|" * (len(kinds) + 6),
     ]
     for name in names:
-        cells, done = [], 0
+        cells, done = [with_error(groups, name)], 0
         early = []
         for group in groups:
             early.append(done < FIRST)
             done += len(group["prompts"])
         for part in (True, False):
             some = [group for group, first in zip(groups, early, strict=True) if first == part]
-            cells.append(f"{ratio(some, name):.3f}" if some else "")
+            cells.append(with_error(some, name))
         cells += [f"{ratio([g for g in groups if g['group'] == kind], name):.2f}" for kind in kinds]
         counts = [group[name]["counters"] for group in groups]
         drafts = sum(c.get("spec_decode_num_drafts", 0) for c in counts)
@@ -89,8 +100,8 @@ def table(groups: list[dict[str, Any]], names: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--spec-bench", type=Path, required=True, help="Spec-Bench's question.jsonl")
+    parser.add_argument("model", help="or a result of this script, to print its table again")
+    parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's question.jsonl")
     parser.add_argument("--task", default=spec_bench.TASK, help="spec_bench or spec_bench/GROUP")
     parser.add_argument("--skip", type=number(0), default=0, help="questions of each group to leave out")
     parser.add_argument("--prompts", type=number(1), default=36)
@@ -98,11 +109,17 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=number(1), default=96)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--ignore-eos", action="store_true", help="all answers as long as allowed")
-    parser.add_argument("--method", action="append", required=True, metavar="NAME=CONFIG")
+    parser.add_argument("--method", action="append", default=[], metavar="NAME=CONFIG")
     parser.add_argument("--output", type=Path, help="JSON file for everything")
     parser.epilog = "Arguments after -- are those of vllm serve."
     words, server_arguments = split_arguments(sys.argv[1:])
     args = parser.parse_args(words)
+    if args.model.endswith(".json"):
+        result = json.loads(Path(args.model).read_text())
+        print(table(result["answers"], list(result["methods"])))
+        return
+    if not args.method or args.spec_bench is None:
+        parser.error("--spec-bench and at least one --method are needed")
     methods = dict(text.partition("=")[::2] for text in args.method)
     settings = engine_settings(args.model, server_arguments)
     logs = Path(tempfile.mkdtemp(prefix="answers-"))
