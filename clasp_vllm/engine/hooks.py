@@ -18,7 +18,8 @@ loads its plugins; a worker's hooks follow where it uses us, so that others neve
 | speculator_v2         | our speculator in Model Runner V2        | its list of methods is closed    |
 | proposer_v1           | our proposer in Model Runner V1          | likewise                         |
 | expand_batch (V1)     | temperature, top-k, top-p per draft token| vLLM issue 55005: garbage on CPU |
-| sample (V1)           | steps without drafts use vLLM's sampler  | its rejection sampler costs more |
+| sample (V1)           | steps without drafts use vLLM's sampler, | its rejection sampler costs more |
+|                       | as with Model Runner V2                  |                                  |
 | propose (V1)          | nothing is prepared while we are off     | what is off should cost nothing  |
 
 vLLM versions: see ``SUPPORTED``. expand_batch can go when that issue is fixed, sample and propose when vLLM
