@@ -40,7 +40,9 @@ def clasp_outcome(config: dict, count: int, tokens: int) -> tuple[Outcome, list,
         return outcome, masks[:, -1].flatten(1).int().tolist(), ours.policy._items.costs
 
 
-@pytest.mark.parametrize(("runner", "count", "tokens"), [("v1", 8, 32), ("v2", 3, 12)])
+@pytest.mark.parametrize(
+    ("runner", "count", "tokens"), [("v1", 8, 32), pytest.param("v2", 3, 12, marks=pytest.mark.slow)]
+)
 def test_sublayers(runner, count, tokens):
     with engine_process(runner) as call:
         plain = call(plain_outcome, count, tokens)
@@ -76,6 +78,7 @@ def long_contexts(config: dict | None) -> tuple[list, list[tuple[int, ...]]]:
         return found, costs
 
 
+@pytest.mark.slow
 def test_attention_costs_more_in_long_contexts():
     with engine_process("v1") as call:
         plain, _ = call(long_contexts, None)

@@ -50,7 +50,7 @@ def call():
 
 @pytest.fixture(scope="module")
 def remembered(call):
-    return call(passes, CLASP)
+    return call(passes, CLASP | {"mask_memory": 0.8})
 
 
 def test_the_prior_is_what_the_passes_before_have_left(remembered):

@@ -112,7 +112,9 @@ def untouched(speculative_config: object) -> dict:
         }
 
 
-@pytest.mark.parametrize("speculative_config", [None, NGRAM], ids=["plain", "ngram"])
+@pytest.mark.parametrize(
+    "speculative_config", [None, pytest.param(NGRAM, marks=pytest.mark.slow)], ids=["plain", "ngram"]
+)
 def test_engines_that_do_not_use_us_are_untouched(speculative_config, monkeypatch):
     with engine_process("v1") as call:
         installed = call(untouched, speculative_config)
