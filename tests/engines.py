@@ -231,7 +231,6 @@ def look_up(llm: Any, how: str) -> list[bool]:
 
     Returns a list that will hold of each round of drafts whether both kinds were in it.
     """
-
     ours, both = drafter(llm), []
     controller, draft = ours.adaptive, ours.draft
     controller._affords = lambda *_: True

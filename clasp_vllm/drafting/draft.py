@@ -55,12 +55,10 @@ class Drafted:
 
     Attributes:
         draft: the tokens.
-        limits: [rows] int64, the tokens there might have been, had drafting not stopped early.
         due: rows whose layers were chosen anew; the first token of these is certain.
         marks: the start of the round, the end of its optimisation pass, and its end.
     """
 
     draft: DraftTokens
-    limits: np.ndarray
     due: np.ndarray
     marks: tuple[Mark, Mark, Mark]

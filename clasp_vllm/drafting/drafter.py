@@ -185,7 +185,7 @@ class Drafter:
         ended = Mark(device)
         if found is not None:
             certain[skipping[found.due]] = True
-            limits[skipping] = found.limits
+            limits[skipping] = choice.length
             if not self.drop_stopped:
                 drafted = np.zeros(rows, dtype=np.int64)
                 drafted[skipping] = found.draft.count
@@ -244,9 +244,8 @@ class Drafter:
         if due.size:
             self.statistics.count_pass(started, optimized)
         self.statistics.total.changed = self.sequences.changed
-        limits = np.full(rows, choice.length)
-        self.statistics.total.spared += int((limits - draft.count).sum())
-        return Drafted(draft, limits, due, (started, optimized, Mark(device)))
+        self.statistics.total.spared += int((choice.length - draft.count).sum())
+        return Drafted(draft, due, (started, optimized, Mark(device)))
 
     def _exit(self, slots: np.ndarray, choice: Choice, device: torch.device) -> Exit | None:
         """When to stop drafting for the sequences of a round; None: never early."""

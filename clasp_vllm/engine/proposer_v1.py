@@ -206,7 +206,7 @@ class LayerSkipProposer(DraftModelProposer):
 
     def _matches_of(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> NgramMatches:
         batch = self.runner.input_batch
-        lengths = positions.numpy() + 1
+        lengths = positions.numpy().astype(np.int32) + 1  # vLLM has compiled the lookup for this type
         tokens, sampled = batch.token_ids_cpu, [[] for _ in lengths]
         for row in rows:
             if lengths[row] <= self.max_model_len:

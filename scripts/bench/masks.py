@@ -27,6 +27,7 @@ from clasp_vllm.calibration.acceptance import Acceptance, Text
 from clasp_vllm.calibration.search import Trials, swaps
 from clasp_vllm.drafting.evidence import SkipEvidence
 from clasp_vllm.skipping.dynamic_program import State, backtrack, run_programme
+from clasp_vllm.skipping.items import Items
 from clasp_vllm.skipping.mask import evenly_spaced_layers
 
 Masks = Callable[[int, int], Tensor]  # text, positions -> [positions, sub-layers] bool
@@ -110,14 +111,11 @@ def fixed(layers: Any, num_layers: int) -> Masks:
     return lambda text, positions: by_layer(mask).expand(positions, -1)
 
 
-def own(margins: list[Tensor], budget: int, every: int, costs: tuple[int, ...] = ()) -> Masks:
+def own(margins: list[Tensor], budget: int, every: int) -> Masks:
     """Those of the programme at one position, for it and those after it, ``every`` in all."""
-
-    def masks(text: int, positions: int) -> Tensor:
-        found = backtrack(margins[text] > 0, budget, costs)[torch.arange(positions) // every * every]
-        return found if costs else by_layer(found)
-
-    return masks
+    return lambda text, positions: by_layer(
+        backtrack(margins[text] > 0, budget)[torch.arange(positions) // every * every]
+    )
 
 
 def averaged(
@@ -205,18 +203,15 @@ def main() -> None:
         layers = backtrack(mean > 0, budget)[0].nonzero().flatten().tolist()
         note("CLaSp, mean over all tokens", budget, drafts.score(fixed(layers, num_layers)), layers)
     if args.sublayers:
-        sizes = [
-            sum(w.numel() for w in part.parameters())
-            for part in (drafts.layers[0].self_attn, drafts.layers[0].mlp)
-        ]
-        attention = min(max(round(4 * sizes[0] / sum(sizes)), 1), 3)
-        costs = (attention, 4 - attention) * num_layers
+        layer = drafts.layers[0]
+        attention, mlp = (sum(w.numel() for w in part.parameters()) for part in (layer.self_attn, layer.mlp))
+        items = Items.sublayers(num_layers, mlp / attention)
         margins = [
-            drafts.programme(text, 4 * max(args.sublayers), costs)
+            drafts.programme(text, items.units * max(args.sublayers), items.costs)
             for text in track(drafts.texts, "sub-layers")
         ]
         for budget in args.sublayers:
-            masks = averaged(margins, 4 * budget, args.every, args.memory[-1], costs)
+            masks = averaged(margins, items.units * budget, args.every, args.memory[-1], items.costs)
             note(f"CLaSp over sub-layers, mask_memory {args.memory[-1]:g}", budget, drafts.score(masks))
     lines = [f"| layers left out of {num_layers} | {' | '.join(map(str, args.budgets))} |"]
     lines.append("|" + "---|" * (len(args.budgets) + 1))

@@ -110,11 +110,7 @@ def prompts_for(llm: Any, args: argparse.Namespace) -> dict[tuple[str, int], lis
         if spec_bench.is_spec_bench(task):
             chat = spec_bench.OfflineChat(
                 spec_bench.chat_tokenizer(args.model),
-                lambda prompt: list(
-                    llm.generate({"prompt_token_ids": prompt}, params_of(args), use_tqdm=False)[0]
-                    .outputs[0]
-                    .token_ids
-                ),
+                lambda prompt: answer(llm, prompt, args),
             )
             questions = spec_bench.select(spec_bench.read_questions(args.spec_bench), task, args.skip)
             texts = spec_bench.prompts(questions, max(loads.values()), chat)
@@ -125,11 +121,10 @@ def prompts_for(llm: Any, args: argparse.Namespace) -> dict[tuple[str, int], lis
     return found
 
 
-def answer(llm: Any, prompt: list[int], args: argparse.Namespace) -> Sequence[int]:
+def answer(llm: Any, prompt: list[int], args: argparse.Namespace) -> list[int]:
     """The tokens of the engine's answer."""
     output = llm.generate({"prompt_token_ids": prompt}, params_of(args), use_tqdm=False)[0]
-    tokens: Sequence[int] = output.outputs[0].token_ids
-    return tokens
+    return list(output.outputs[0].token_ids)
 
 
 def params_of(args: argparse.Namespace, ignore_eos: bool = False) -> Any:
