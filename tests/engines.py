@@ -1,8 +1,8 @@
 """Real vLLM engines for tests, each in a process of its own kind of runner.
 
-``engine_process("v1")`` or ``("v2")`` gives a function that runs another function, by name, in a fresh
-process with that model runner. Inside it ``running(...)`` starts an engine; several may follow one
-another there, which saves the imports. V2 runs under Triton's interpreter (see tests/harness).
+``engine_process("v1")`` or ``("v2")`` gives a function that runs another function, by name, in a new
+process with that model runner, forked from one that has imported vLLM. Inside it ``running(...)`` starts an
+engine; several may follow one another there. V2 runs under Triton's interpreter (see tests/harness).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +81,42 @@ def tiny_llama(folder: Path) -> Path:
     return folder
 
 
+@cache
+def _fork_server(runner: str) -> forkserver.ForkServer:
+    """One for each runner, for what vLLM imports depends on it."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(["preload"])
+    path = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), path])
+    server.ensure_running()  # with the environment as it is now
+    os.environ["PYTHONPATH"] = path
+    return server
+
+
+def _set_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 @contextmanager
-def engine_process(runner: str) -> Iterator[Callable[..., Any]]:
-    """``call(function, *args, **kwargs)`` runs a module-level function in a process of that runner."""
-    settings = _COMMON | (_V2 if runner == "v2" else {})
-    before = {key: os.environ.get(key) for key in _COMMON | _V2}
+def engine_process(runner: str, forked: bool = True) -> Iterator[Callable[..., Any]]:
+    """``call(function, *args, **kwargs)`` runs a module-level function in a process of that runner.
+
+    ``forked``: else it imports vLLM itself, in the environment as it is.
+    """
+    before = dict(os.environ)
     if runner != "v2":  # another process with V2 may be alive
         for key in [key for key in _V2 if os.environ.get(key) == _V2[key]]:
             del os.environ[key]
-    os.environ.update(settings)
+    os.environ.update(_COMMON | (_V2 if runner == "v2" else {}))
+    if forked:
+        forkserver.connect_to_new_process = _fork_server(runner).connect_to_new_process
+    context = multiprocessing.get_context("forkserver" if forked else "spawn")
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, context, _set_environment, (dict(os.environ),)) as pool:
             yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result(600)
     finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
+        _set_environment(before)
 
 
 def two_ranks(runner: str, monkeypatch: Any) -> Any:

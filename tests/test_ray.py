@@ -86,9 +86,9 @@ OLDER = pytest.param("0", 1, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize(("executor", "cluster"), [("1", 2), OLDER], indirect=["cluster"])
 def test_ranks_agree(executor, cluster):
-    with engine_process("v1") as call:
+    with engine_process("v1", forked=False) as call:
         plain = call(alone)
-    with engine_process("v1") as call:
+    with engine_process("v1", forked=False) as call:
         clasp, ranks, metrics = call(over_ray, executor)
     assert clasp.token_ids == plain
     assert clasp.num_accepted_tokens > 0
@@ -102,7 +102,7 @@ def test_ranks_agree(executor, cluster):
 @pytest.mark.slow
 def test_served(cluster, tmp_path):
     """The command of the README."""
-    with engine_process("v1") as call:
+    with engine_process("v1", forked=False) as call:
         plain = call(texts)
     arguments = ["--tensor-parallel-size=2", "--distributed-executor-backend=ray", "--dtype=float32"]
     arguments += ["--enforce-eager", "--max-model-len=512", "--max-num-seqs=8"]
@@ -150,7 +150,7 @@ def test_the_engine_ends_when_a_node_dies(cluster, tmp_path):
         cluster.remove_node(cluster.second, allow_graceful=False)
 
     threading.Thread(target=kill, daemon=True).start()
-    with engine_process("v1") as call:
+    with engine_process("v1", forked=False) as call:
         after, found = call(until_a_node_dies, ready, killed)
     assert after
     # What waits for the workers' answer is told that there will be none, or sees the actor's death first.

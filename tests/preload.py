@@ -1,0 +1,11 @@
+"""What every engine process needs, imported once: in the process that these are forked from (see engines.py)."""
+
+import gc
+
+import vllm.entrypoints.llm
+import vllm.model_executor.models.llama
+import vllm.v1.engine.core
+import vllm.v1.worker.cpu_worker  # noqa: F401
+
+gc.collect()
+gc.freeze()  # so that no engine's collections go through it again
