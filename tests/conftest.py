@@ -24,3 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, part in enumerate(order) if path.startswith(part)), -1)
 
     items.sort(key=rank)
+    for item in items:
+        if item.get_closest_marker("slow_on_v2") and "v2" in getattr(item, "callspec", item).params.values():
+            item.add_marker("slow")

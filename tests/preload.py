@@ -1,4 +1,4 @@
-"""What every engine process needs, imported once: in the process that these are forked from (see engines.py)."""
+"""What every engine process needs, imported once: in the process that they are forked from (engines.py)."""
 
 import gc
 

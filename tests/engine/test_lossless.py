@@ -48,6 +48,7 @@ def test_output_varies(plain):
     assert sum(len(set(ids)) for ids in plain.token_ids) / len(PROMPTS) > 8
 
 
+@pytest.mark.slow_on_v2
 def test_empty_skip_set_is_always_accepted(call, plain):
     got = call(
         outcome,
@@ -63,6 +64,7 @@ def test_first_draft_of_an_optimising_round_is_always_accepted(call, plain):
     assert got.accepted_per_position[0] == got.num_drafts > 0
 
 
+@pytest.mark.slow_on_v2
 def test_chosen_layers_beat_random_ones(call, clasp):
     """Half the layers skipped: CLaSp's choice against a random one, at the positions both draft."""
     skip_layers = random.Random(0).sample(range(24), 12)
@@ -85,6 +87,7 @@ def draft_steps(speculative_config: object) -> tuple[Outcome, int]:
         return generate(llm, PROMPTS[:4]), drafter(llm).statistics.total.steps
 
 
+@pytest.mark.slow_on_v2
 def test_early_exit_is_lossless_and_drafts_less(call, plain):
     every, steps = call(draft_steps, HALF)
     early, early_steps = call(draft_steps, HALF | {"draft_exit_threshold": 0.9})

@@ -13,8 +13,11 @@ SETTINGS = {
 }
 
 
-def forced_drafts(together: bool) -> tuple[list[list[int]], list[list[tuple]]]:
-    """Outputs and drafts (position, tokens) of six requests, each with a mask of its own."""
+Drafts = list[list[tuple]]  # position and tokens, by request
+
+
+def forced_drafts() -> list[tuple[list[list[int]], Drafts]]:
+    """Outputs and drafts of six requests, each with a mask of its own: all together, and one by one."""
     import torch
 
     from clasp_vllm.skipping.mask import layers_mask
@@ -27,7 +30,7 @@ def forced_drafts(together: bool) -> tuple[list[list[int]], list[list[tuple]]]:
     masks[2][11] = torch.tensor([False, True])
     with running(speculative_config=SETTINGS) as llm:
         ours = drafter(llm)
-        drafts: dict[int, list[tuple]] = {i: [] for i in range(len(masks))}
+        drafts: Drafts = []
         original = ours.draft
 
         def draft(batch, num_tokens, sample):
@@ -41,18 +44,18 @@ def forced_drafts(together: bool) -> tuple[list[list[int]], list[list[tuple]]]:
 
         ours.draft = draft
         prompts = PROMPTS[1 : 1 + 2 * len(masks) : 2]
-        if together:
-            outputs = generate(llm, prompts, max_tokens=24).token_ids
-        else:
-            outputs = [generate(llm, [prompt], max_tokens=24).token_ids[0] for prompt in prompts]
-    return outputs, [drafts[i] for i in range(len(masks))]
+        found = []
+        for asked in [prompts], [[prompt] for prompt in prompts]:
+            drafts = [[] for _ in masks]
+            outputs = [ids for some in asked for ids in generate(llm, some, max_tokens=24).token_ids]
+            found.append((outputs, drafts))
+    return found
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_each_row_drafts_as_alone(runner):
     with engine_process(runner) as call:
-        outputs, drafts = call(forced_drafts, True)
-        alone_outputs, alone_drafts = call(forced_drafts, False)
+        (outputs, drafts), (alone_outputs, alone_drafts) = call(forced_drafts)
     assert outputs == alone_outputs
     for got, expected in zip(drafts, alone_drafts, strict=True):
         assert len(expected) >= 5

@@ -35,10 +35,10 @@ def test_draft_lengths_get_their_graphs():
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
-        ("nowhere.yaml", ["'nowhere.yaml'", "no such file"]),
+        pytest.param("nowhere.yaml", ["'nowhere.yaml'", "no such file"], marks=pytest.mark.slow),
         ('{"method": "clasp", "skip_raito": 0.5}', ["skip_raito=0.5", "did you mean skip_ratio"]),
         ('{"method": "clasp", "num_skipped_layers": 24}', ["num_skipped_layers", "24", "0 to 23"]),
-        ('{"method": "klasp"}', ["method='klasp'", "clasp", "ngram"]),
+        pytest.param('{"method": "klasp"}', ["method='klasp'", "clasp", "ngram"], marks=pytest.mark.slow),
     ],
 )
 def test_serve_refuses_before_loading(config, parts):
