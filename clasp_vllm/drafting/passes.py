@@ -97,7 +97,13 @@ class Passes:
         return logits, top_probability(logits)
 
     def programme(
-        self, batch: DraftBatch, items: Items, budget: int, prior: Tensor | None, memory: float
+        self,
+        batch: DraftBatch,
+        items: Items,
+        budget: int,
+        prior: Tensor | None,
+        memory: float,
+        centre: Tensor | None,
     ) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""
         parts = len(items.costs) // items.num_layers
@@ -128,7 +134,9 @@ class Passes:
                 return self._decoder.run_sublayer(index, part, rotary_positions[: columns * rows], state)
 
             state = self._decoder.embed(batch.tokens)
-            programme = run_programme(state, layer, len(items.costs), budget, prior, memory, items.costs)
+            programme = run_programme(
+                state, layer, len(items.costs), budget, prior, memory, items.costs, centre
+            )
             delta, residual = (x[0].clone() for x in programme.states)
             return programme, self._decoder.finish((delta, residual))
 

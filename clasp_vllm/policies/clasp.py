@@ -111,7 +111,7 @@ class Clasp(Policy):
         margins = torch.where(margins.isnan(), -1.0 if prior is None else prior, margins)
         choices = margins > 0
         if self.evidence is not None:
-            self.evidence.update(on_device, margins, prior)
+            self.evidence.update(on_device, margins, prior, programme.means)
             known = self._sequences.has_own[running] | np.isin(running, slots)
             shared = self.evidence.shared_choices(index(running, device), index(~known, device))
             choices = torch.cat((choices, self.evidence.overall_choices(), shared), dim=2)
@@ -142,5 +142,5 @@ class Clasp(Policy):
 
     def run_programme(self, batch: DraftBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""
-        memory = self.evidence.memory if self.evidence else 0.0
-        return self._passes.programme(batch, self._items, self._max_skipped, prior, memory)
+        memory, centre = (self.evidence.memory, self.evidence.centre) if self.evidence else (0.0, None)
+        return self._passes.programme(batch, self._items, self._max_skipped, prior, memory, centre)

@@ -12,6 +12,10 @@ paper's sequence parallelism), as far as they differ by then. Column 0 skips not
 full model itself: it supplies every ``x_i``, and what it predicts is exactly what the full model
 predicts.
 
+Hidden states of all tokens have a large part in common, most of it in a few dimensions. Where the mean of
+``x_i`` over earlier tokens is known, it is subtracted from both states before they are compared (not in the
+paper).
+
 The same programme runs over sub-layers that cost different amounts, as a knapsack: item ``i`` costs ``c_i``
 units, column ``j`` holds the states in which items of ``j`` units are skipped, and skip = g(i-1, j-c_i). What
 follows speaks of layers; any items will do. (Sub-layers and costs: not in the paper.)
@@ -42,13 +46,16 @@ class Programme:
             ``g(i+1, j)`` is better than running it; positive where it is skipped.
         states: the states after the last layer, a pair of [columns, rows, hidden_size]. Column
             ``j`` is what the model hands to its head when it skips the best ``j`` layers.
-        similarity: [columns, rows] float32, cosine of ``states`` to the full model's (column 0).
+        similarity: [columns, rows] float32, cosine of ``states`` to the full model's (column 0), both less
+            the centre.
+        means: [num_layers, hidden_size] float32, the mean of ``x_i`` over the rows.
         costs: [num_layers] units; empty: one each.
     """
 
     margins: Tensor
     states: State
     similarity: Tensor
+    means: Tensor
     costs: Sequence[int] = field(default=())
 
     def mask(self, num_skipped: int | Tensor) -> Tensor:
@@ -95,6 +102,7 @@ def run_programme(
     prior: Tensor | None = None,
     memory: float = 0.0,
     costs: Sequence[int] = (),
+    centre: Tensor | None = None,
 ) -> Programme:
     """Run the programme for a batch of rows. Never synchronises with the host.
 
@@ -109,6 +117,7 @@ def run_programme(
             ``memory * prior + (1 - memory) * own``: one token alone is a noisy judge (not in the paper).
         memory: see above; 0 <= memory < 1.
         costs: [num_layers] positive integers; none: one each.
+        centre: [num_layers, hidden_size] float32, subtracted from states before they are compared.
 
     Raises:
         ValueError: max_skipped is outside of [0, what all layers cost).
@@ -121,13 +130,16 @@ def run_programme(
     row, column = torch.arange(rows, device=device), torch.arange(max_skipped + 1, device=device)
     free, forced = _where_to_choose(costs, max_skipped, device)
     margins = torch.where(forced, 1.0, -1.0).unsqueeze(-1).repeat(1, 1, rows)
+    means = delta.new_empty(num_layers, delta.shape[1], dtype=torch.float32)
 
     for i in range(num_layers):
         # A layer may work in place, and the columns are still needed as they are.
         ran = layer(i, (delta.clone(), residual.clone()))
         deltas, residuals = torch.cat((delta, ran[0])), torch.cat((residual, ran[1]))
         cost, columns = costs[i], columns_at(i, max_skipped, costs)
-        similarity = _cosine((deltas + residuals).view(2, columns, rows, -1))
+        hidden = (deltas + residuals).view(2, columns, rows, -1).float()
+        torch.mean(hidden[1, 0], 0, out=means[i])
+        similarity = _cosine(hidden if centre is None else hidden - centre[i])
 
         # Column j is what it was and runs, or what column j - cost was and skips.
         later = max(columns - cost, 0)
@@ -149,6 +161,7 @@ def run_programme(
         margins,
         (delta.view(*shape, -1), residual.view(*shape, -1)),
         similarity.view(-1)[source].view(shape),
+        means,
         costs,
     )
 
@@ -180,7 +193,6 @@ def _where_to_choose(costs: tuple[int, ...], max_skipped: int, device: torch.dev
 
 def _cosine(hidden: Tensor) -> Tensor:
     """[2, columns, rows] float32 cosine of [2, columns, rows, hidden_size] to the full model's, at [1, 0]."""
-    hidden = hidden.float()
     product = (hidden * hidden[1, 0]).sum(-1)
     norm: Tensor = torch.linalg.vector_norm(hidden, dim=-1)
     return product / (norm * norm[1, 0]).clamp(min=1e-30)

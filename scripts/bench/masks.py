@@ -5,7 +5,8 @@
 The model answers Spec-Bench's questions. At every position of the answers a draft predicts the next token
 with some layers left out, the past being the full model's, as in a first draft step. The table has the share
 of positions where draft and model agree on the likeliest token, and the acceptance to expect at temperature 1
-(the sum over tokens of the smaller probability). Sets that are searched for are searched on other questions.
+(the sum over tokens of the smaller probability). Masks "as served" come of a pass now and then, and of what
+passes before it found, answer after answer. Sets that are searched for are searched on other questions.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,11 @@ from clasp_vllm.bench.options import number, numbers
 from clasp_vllm.calibration.acceptance import Acceptance, Text
 from clasp_vllm.calibration.search import Trials, swaps
 from clasp_vllm.drafting.evidence import SkipEvidence
-from clasp_vllm.skipping.dynamic_program import State, backtrack, run_programme
+from clasp_vllm.skipping.dynamic_program import Programme, State, backtrack, run_programme
 from clasp_vllm.skipping.items import Items
 from clasp_vllm.skipping.mask import evenly_spaced_layers
 
-Masks = Callable[[int, int], Tensor]  # text, positions -> [positions, sub-layers] bool
+Masks = Callable[[int, int, int], Tensor]  # text, positions, budget -> [positions, sub-layers] bool
 
 
 class Drafts(Acceptance):
@@ -69,8 +71,8 @@ class Drafts(Acceptance):
         return hidden + added
 
     @torch.inference_mode()
-    def programme(self, text: Text, budget: int, costs: tuple[int, ...] = ()) -> Tensor:
-        """[items, budget + 1, positions] margins of the programme everywhere, by layer or sub-layer."""
+    def programme(self, text: Text, budget: int, costs: tuple[int, ...] = (), **evidence: Any) -> Programme:
+        """The programme at all positions of the text, over layers or, with their costs, sub-layers."""
         embedded = self.begin(text)
 
         def layer(i: int, state: State) -> State:
@@ -81,15 +83,39 @@ class Drafts(Acceptance):
 
         state = embedded, torch.zeros_like(embedded)
         items = len(costs) or self.num_layers
-        return run_programme(state, layer, items, budget, costs=costs).margins
+        return run_programme(state, layer, items, budget, costs=costs, **evidence)
+
+    def served(
+        self, budget: int, every: int, memory: float, centred: bool, costs: tuple[int, ...] = ()
+    ) -> Masks:
+        """Masks for all budgets up to this one, as ``policies/clasp.py`` chooses them."""
+        items = len(costs) or self.num_layers
+        evidence = SkipEvidence(1, items, budget + 1, memory, torch.device("cpu"))
+        slot, choices = torch.zeros(1, dtype=torch.int64), []
+        for text in track(self.texts, f"mask_memory {memory:g}{'' if centred else ', not centred'}"):
+            choices.append([])
+            for first in range(0, text.positions.shape[1], every):
+                here = replace(text, positions=text.positions[:, first : first + 1])
+                prior = evidence.prior(slot, torch.tensor([first == 0]))
+                known = {"prior": prior, "memory": memory, "centre": evidence.centre if centred else None}
+                programme = self.programme(here, budget, costs, **known)
+                evidence.update(slot, programme.margins, prior, programme.means)
+                choices[-1].append(programme.margins > 0)
+
+        def masks(text: int, positions: int, budget: int) -> Tensor:
+            found = torch.cat([backtrack(one, budget, costs) for one in choices[text]])
+            found = found.repeat_interleave(every, 0)[:positions]
+            return found if costs else by_layer(found)
+
+        return masks
 
     @torch.inference_mode()
-    def score(self, masks: Masks) -> tuple[float, float]:
+    def score(self, masks: Masks, budget: int = 0) -> tuple[float, float]:
         """Agreement on the likeliest token, and the acceptance to expect at temperature 1."""
         agree, law = [], []
         for index, text in enumerate(self.texts):
             hidden = self.begin(text)[None]
-            skipped = masks(index, text.positions.shape[1])
+            skipped = masks(index, text.positions.shape[1], budget)
             for item in range(2 * self.num_layers):
                 if not skipped[:, item].all():
                     hidden = torch.where(skipped[:, item, None], hidden, self.run(item, hidden))
@@ -108,36 +134,89 @@ def fixed(layers: Any, num_layers: int) -> Masks:
     """The same layers everywhere."""
     mask = torch.zeros(num_layers, dtype=torch.bool)
     mask[sorted(layers)] = True
-    return lambda text, positions: by_layer(mask).expand(positions, -1)
+    return lambda text, positions, budget: by_layer(mask).expand(positions, -1)
 
 
-def own(margins: list[Tensor], budget: int, every: int) -> Masks:
+def own(margins: list[Tensor], every: int) -> Masks:
     """Those of the programme at one position, for it and those after it, ``every`` in all."""
-    return lambda text, positions: by_layer(
+    return lambda text, positions, budget: by_layer(
         backtrack(margins[text] > 0, budget)[torch.arange(positions) // every * every]
     )
 
 
-def averaged(
-    margins: list[Tensor], budget: int, every: int, memory: float, costs: tuple[int, ...] = ()
-) -> Masks:
-    """As served: averages over passes, of the text and, where it begins, of those before it."""
-    items, columns, _ = margins[0].shape
-    evidence = SkipEvidence(1, items, columns, memory, torch.device("cpu"))
-    slot = torch.zeros(1, dtype=torch.int64)
+class Found:
+    """Scores by what was judged and by how many layers are left out."""
 
-    def masks(text: int, positions: int) -> Tensor:
-        found = torch.empty(positions, items, dtype=torch.bool)
-        for first in range(0, positions, every):
-            prior = evidence.prior(slot, torch.tensor([first == 0]))
-            blended = margins[text][:, :, first : first + 1]
-            if prior is not None:
-                blended = blended.lerp(prior, memory)
-            evidence.update(slot, blended, prior)
-            found[first : first + every] = backtrack(blended > 0, budget, costs)
-        return found if costs else by_layer(found)
+    def __init__(self, budgets: list[int]) -> None:
+        self.budgets = budgets
+        self.scores: dict[str, dict[int, Any]] = {}
 
-    return masks
+    def note(self, what: str, budget: int, score: tuple[float, float], layers: Any = None) -> None:
+        """Keep a score, and print it."""
+        scores = self.scores.setdefault(what, {})
+        scores[budget] = {"agreement": score[0], "acceptance": score[1], "layers": layers}
+        print(f"{what}, {budget}: {score[0]:.3f} {score[1]:.3f} {layers or ''}", flush=True)
+
+    def table(self, num_layers: int) -> str:
+        """All of them, in Markdown."""
+        lines = [f"| layers left out of {num_layers} | {' | '.join(map(str, self.budgets))} |"]
+        lines.append("|" + "---|" * (len(self.budgets) + 1))
+        for what, scores in self.scores.items():
+            cells = [
+                f"{scores[b]['agreement']:.3f}, {scores[b]['acceptance']:.3f}" if b in scores else ""
+                for b in self.budgets
+            ]
+            lines.append(f"| {what} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+
+def fixed_sets(
+    drafts: Drafts, budgets: list[int], trials: int
+) -> tuple[dict[str, dict[int, list[int]]], list[float]]:
+    """Sets by several rules, by budget; and the score of leaving out each layer alone."""
+    num_layers = drafts.num_layers
+    sets: dict[str, dict[int, list[int]]] = {"evenly spaced": {}, "single-layer scores": {}, "searched": {}}
+    alone = [
+        drafts.score(fixed([layer], num_layers))[1] for layer in track(range(num_layers), "single layers")
+    ]
+    ranked = sorted(range(num_layers), key=lambda layer: -alone[layer])
+    for budget in budgets:
+        sets["evenly spaced"][budget] = sorted(evenly_spaced_layers(num_layers, budget))
+        sets["single-layer scores"][budget] = sorted(ranked[:budget])
+        search = Trials(lambda skipped: drafts.score(fixed(skipped, num_layers))[1], trials)
+        sets["searched"][budget] = sorted(swaps(search, num_layers, frozenset(ranked[:budget])))
+    return sets, alone
+
+
+def judge_programme(drafts: Drafts, found: Found, args: argparse.Namespace) -> None:
+    """The programme over layers: on the token itself, on one before it, and as served."""
+    most = max(args.budgets)
+    margins = [drafts.programme(text, most).margins for text in track(drafts.texts, "programme")]
+    mean = torch.cat(margins, 2).mean(2, keepdim=True)
+    for budget in args.budgets:
+        found.note("CLaSp, of the same token", budget, drafts.score(own(margins, 1), budget))
+        what = f"CLaSp, one token, every {args.every}"
+        found.note(what, budget, drafts.score(own(margins, args.every), budget))
+        layers = backtrack(mean > 0, budget)[0].nonzero().flatten().tolist()
+        score = drafts.score(fixed(layers, drafts.num_layers))
+        found.note("CLaSp, mean over all tokens", budget, score, layers)
+    for memory in args.memory:
+        for centred in (False, True):
+            masks = drafts.served(most, args.every, memory, centred)
+            for budget in args.budgets:
+                what = f"CLaSp as served, mask_memory {memory:g}{', centred' if centred else ''}"
+                found.note(what, budget, drafts.score(masks, budget))
+
+
+def judge_sublayers(drafts: Drafts, found: Found, args: argparse.Namespace) -> None:
+    """The programme over sub-layers, as served, at the costs of so many layers."""
+    layer = drafts.layers[0]
+    attention, mlp = (sum(w.numel() for w in part.parameters()) for part in (layer.self_attn, layer.mlp))
+    items, memory = Items.sublayers(drafts.num_layers, mlp / attention), args.memory[-1]
+    masks = drafts.served(items.units * max(args.sublayers), args.every, memory, True, items.costs)
+    for budget in args.sublayers:
+        what = f"CLaSp over sub-layers as served, mask_memory {memory:g}, centred"
+        found.note(what, budget, drafts.score(masks, items.units * budget))
 
 
 def main() -> None:
@@ -167,63 +246,19 @@ def main() -> None:
     single = [question for question in questions if len(question.turns) == 1]
     prompts = [spec_bench.render(tokenizer, q.messages(lambda _: "")) for q in single]
     judged, searched = prompts[: args.prompts], prompts[args.prompts :][: args.search_prompts]
-    found: dict[str, dict[int, Any]] = {}
-
-    def note(what: str, budget: int, score: tuple[float, float], layers: Any = None) -> None:
-        found.setdefault(what, {})[budget] = {"agreement": score[0], "acceptance": score[1], "layers": layers}
-        print(f"{what}, {budget}: {score[0]:.3f} {score[1]:.3f} {layers or ''}", flush=True)
-
-    # Fixed sets are looked for first, on texts of their own.
-    drafts = Drafts(args.model, searched, args.max_tokens)
-    num_layers = drafts.num_layers
-    sets: dict[str, dict[int, Any]] = {"evenly spaced": {}, "single-layer scores": {}, "searched": {}}
-    alone = [
-        drafts.score(fixed([layer], num_layers))[1] for layer in track(range(num_layers), "single layers")
-    ]
-    ranked = sorted(range(num_layers), key=lambda layer: -alone[layer])
-    for budget in args.budgets:
-        sets["evenly spaced"][budget] = evenly_spaced_layers(num_layers, budget)
-        sets["single-layer scores"][budget] = sorted(ranked[:budget])
-        trials = Trials(lambda skipped: drafts.score(fixed(skipped, num_layers))[1], args.trials)
-        sets["searched"][budget] = sorted(swaps(trials, num_layers, frozenset(ranked[:budget])))
-    del drafts
+    found = Found(args.budgets)
+    sets, alone = fixed_sets(Drafts(args.model, searched, args.max_tokens), args.budgets, args.trials)
     drafts = Drafts(args.model, judged, args.max_tokens)
     for what, by_budget in sets.items():
         for budget, layers in by_budget.items():
-            note(what, budget, drafts.score(fixed(layers, num_layers)), list(layers))
-    most = max(args.budgets)
-    margins = [drafts.programme(text, most) for text in track(drafts.texts, "programme")]
-    mean = torch.cat(margins, 2).mean(2, keepdim=True)
-    for budget in args.budgets:
-        note("CLaSp, of the same token", budget, drafts.score(own(margins, budget, 1)))
-        note(f"CLaSp, one token, every {args.every}", budget, drafts.score(own(margins, budget, args.every)))
-        for memory in args.memory:
-            masks = averaged(margins, budget, args.every, memory)
-            note(f"CLaSp, mask_memory {memory:g}, every {args.every}", budget, drafts.score(masks))
-        layers = backtrack(mean > 0, budget)[0].nonzero().flatten().tolist()
-        note("CLaSp, mean over all tokens", budget, drafts.score(fixed(layers, num_layers)), layers)
+            found.note(what, budget, drafts.score(fixed(layers, drafts.num_layers)), layers)
+    judge_programme(drafts, found, args)
     if args.sublayers:
-        layer = drafts.layers[0]
-        attention, mlp = (sum(w.numel() for w in part.parameters()) for part in (layer.self_attn, layer.mlp))
-        items = Items.sublayers(num_layers, mlp / attention)
-        margins = [
-            drafts.programme(text, items.units * max(args.sublayers), items.costs)
-            for text in track(drafts.texts, "sub-layers")
-        ]
-        for budget in args.sublayers:
-            masks = averaged(margins, items.units * budget, args.every, args.memory[-1], items.costs)
-            note(f"CLaSp over sub-layers, mask_memory {args.memory[-1]:g}", budget, drafts.score(masks))
-    lines = [f"| layers left out of {num_layers} | {' | '.join(map(str, args.budgets))} |"]
-    lines.append("|" + "---|" * (len(args.budgets) + 1))
-    for what, by_budget in found.items():
-        cells = [
-            f"{by_budget[b]['agreement']:.3f}, {by_budget[b]['acceptance']:.3f}" if b in by_budget else ""
-            for b in args.budgets
-        ]
-        lines.append(f"| {what} | {' | '.join(cells)} |")
-    print("\n".join(lines))
+        judge_sublayers(drafts, found, args)
+    print(found.table(drafts.num_layers))
     if args.output:
-        facts = {"about": about(args.model), "table": lines, "alone": alone, "found": found}
+        facts = {"about": about(args.model), "alone": alone, "found": found.scores}
+        facts["table"] = found.table(drafts.num_layers).splitlines()
         args.output.write_text(json.dumps(facts, indent=1) + "\n")
 
 

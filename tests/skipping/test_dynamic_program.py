@@ -39,8 +39,9 @@ class ToyModel:
         state[1].zero_()
         return self.delta(i, x), x
 
-    def run(self, max_skipped: int):
-        return run_programme((self.x0, torch.zeros_like(self.x0)), self.layer, self.num_layers, max_skipped)
+    def run(self, max_skipped: int, **options):
+        state = self.x0, torch.zeros_like(self.x0)
+        return run_programme(state, self.layer, self.num_layers, max_skipped, **options)
 
     def forward(self, x: torch.Tensor, skipped: frozenset[int]) -> torch.Tensor:
         for i, layer in enumerate(self.layers()):
@@ -66,6 +67,24 @@ def test_equals_the_reference(device, num_layers, seed):
             expected, state = best_skip_set(model.x0[row], model.layers(), budget)
             assert got == expected
             torch.testing.assert_close(sum(programme.states)[budget, row], state)
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_layers=st.integers(2, 9), seed=st.integers(0, 10_000))
+def test_states_are_compared_from_the_centre(num_layers, seed):
+    model = ToyModel(num_layers, 8, seed)
+    centre = torch.randn(num_layers, 8, generator=torch.Generator().manual_seed(seed))
+    programme = model.run(num_layers // 2, centre=centre)
+    for row, got in enumerate(skip_sets(programme.mask(num_layers // 2))):
+        assert got == best_skip_set(model.x0[row], model.layers(), num_layers // 2, centre=centre)[0]
+
+
+def test_means_are_those_of_the_full_model():
+    model = ToyModel(7, 8, seed=5)
+    state, programme = model.x0, model.run(3)
+    for layer, mean in zip(model.layers(), programme.means, strict=True):
+        state = layer(state)
+        torch.testing.assert_close(mean, state.mean(0).float())
 
 
 @settings(max_examples=40, deadline=None)
