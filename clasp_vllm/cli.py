@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wide.add_argument("output", type=Path, help="folder to write")
     wide.add_argument("--factor", type=int, default=8, help="times as wide (default %(default)s)")
 
-    words, server_arguments = split_arguments(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(words, argparse.Namespace(server_arguments=server_arguments))
+    own_arguments, server_arguments = split_arguments(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(own_arguments, argparse.Namespace(server_arguments=server_arguments))
     if args.server_arguments and args.command not in ("bench", "calibrate", "costs", "inspect", "profile"):
         parser.error(f"{args.command} takes nothing after --")
     if args.command == "keys":

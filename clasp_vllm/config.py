@@ -235,22 +235,22 @@ class LayerSkipConfig(BaseModel):
         """What the controller chooses, of ``CHOICES``."""
         if not self.is_adaptive:
             return frozenset()
-        found = self.adaptive if isinstance(self.adaptive, list) else CHOICES
-        return frozenset(found) - self._fixed().keys()
+        choices = self.adaptive if isinstance(self.adaptive, list) else CHOICES
+        return frozenset(choices) - self._fixed().keys()
 
     def _fixed(self) -> dict[str, str]:
         """What cannot be chosen, and why."""
-        found = {}
+        reasons = {}
         if self.method != "clasp":
-            found = dict.fromkeys(("layers", "sharing"), f"method: {self.method} fixes the layers")
+            reasons = dict.fromkeys(("layers", "sharing"), f"method: {self.method} fixes the layers")
         elif not self.memory:
-            found["sharing"] = "with mask_memory: 0 nobody knows what others' tokens said"
+            reasons["sharing"] = "with mask_memory: 0 nobody knows what others' tokens said"
         for key in ("skip_ratio", "num_skipped_layers", "skip_layers"):
             if getattr(self, key) is not None:
-                found["layers"] = f"{key} fixes them"
+                reasons["layers"] = f"{key} fixes them"
         if self.draft_exit_threshold is not None:
-            found["exit"] = "draft_exit_threshold fixes it"
-        return found
+            reasons["exit"] = "draft_exit_threshold fixes it"
+        return reasons
 
     @property
     def chooses_budget(self) -> bool:

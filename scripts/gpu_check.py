@@ -67,7 +67,7 @@ def segments(llm: Any, rows: int) -> dict[str, Any]:
     num_layers = engine.drafter(llm).decoder.num_layers
     graphs = getattr(engine.proposer(llm), "graphs", None)
     attention, device = passes.attention, next(engine.model_runner(llm).model.parameters()).device
-    found: dict[str, Any] = {"rows": rows, "graphs": 0 if graphs is None else graphs.num_graphs}
+    results: dict[str, Any] = {"rows": rows, "graphs": 0 if graphs is None else graphs.num_graphs}
     with torch.inference_mode():
         tokens = torch.arange(rows, device=device) + 7
         positions = torch.full((rows,), attention.block_size - 1, dtype=torch.int64, device=device)
@@ -84,25 +84,25 @@ def segments(llm: Any, rows: int) -> dict[str, Any]:
 
         for layers in (num_layers, num_layers // 2):
             one = plan(layers)
-            found[f"eager_{layers}"] = milliseconds(lambda one=one: passes.draft_eagerly(batch, one), 10)
-            found[f"graphs_{layers}"] = milliseconds(lambda one=one: passes.draft(batch, one))
-            found[f"graphs_{layers}_host"] = host_milliseconds(lambda one=one: passes.draft(batch, one))
+            results[f"eager_{layers}"] = milliseconds(lambda one=one: passes.draft_eagerly(batch, one), 10)
+            results[f"graphs_{layers}"] = milliseconds(lambda one=one: passes.draft(batch, one))
+            results[f"graphs_{layers}_host"] = host_milliseconds(lambda one=one: passes.draft(batch, one))
         if rows > 1:
             one = plan(num_layers, True)
-            found[f"graphs_mixed_{num_layers}"] = milliseconds(lambda: passes.draft(batch, one))
+            results[f"graphs_mixed_{num_layers}"] = milliseconds(lambda: passes.draft(batch, one))
         hidden = passes.draft(batch, plan(1)).clone()
-        found["head"] = milliseconds(lambda: passes.head(hidden)[0].argmax(-1))
-        found["head_eager"] = milliseconds(lambda: passes.head_eagerly(hidden)[0].argmax(-1))
+        results["head"] = milliseconds(lambda: passes.head(hidden)[0].argmax(-1))
+        results["head_eager"] = milliseconds(lambda: passes.head_eagerly(hidden)[0].argmax(-1))
         steps = getattr(engine.model_runner(llm), "cudagraph_manager", None)
         if steps is not None:
             from clasp_vllm.engine.steps import engine_steps
 
-            found["engine_steps"] = {
+            results["engine_steps"] = {
                 size: milliseconds(step, 10) for size, step in engine_steps(engine.model_runner(llm)).items()
             }
         if graphs is not None and rows > 1:
-            found["mismatch"] = graphs.mismatch()
-    return found
+            results["mismatch"] = graphs.mismatch()
+    return results
 
 
 def milliseconds(work: Callable[[], Any], repeats: int = 30) -> float:
@@ -171,7 +171,7 @@ def kernels(llm: Any) -> dict[str, Any]:
     from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_test
     from vllm.scalar_type import scalar_types
 
-    device, found = torch.device("cuda"), {}
+    device, results = torch.device("cuda"), {}
     shapes = {
         "qkv": (4096, 6144),
         "o": (4096, 4096),
@@ -185,7 +185,7 @@ def kernels(llm: Any) -> dict[str, Any]:
         weights = [torch.randn(n, k, device=device, dtype=torch.bfloat16) / 64 for _ in range(copies)]
         for rows in BATCHES:
             x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-            found[f"bf16 {name} {rows}"] = in_graph(
+            results[f"bf16 {name} {rows}"] = in_graph(
                 [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
             )
         try:
@@ -197,10 +197,12 @@ def kernels(llm: Any) -> dict[str, Any]:
                     a, scale_a = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
                     return ops.cutlass_scaled_mm(a, w.t(), scale_a, scale, torch.bfloat16)
 
-                found[f"fp8 {name} {rows}"] = in_graph([lambda w=w, s=s: product(w, s) for w, s in quantised])
+                results[f"fp8 {name} {rows}"] = in_graph(
+                    [lambda w=w, s=s: product(w, s) for w, s in quantised]
+                )
             del quantised
         except Exception:
-            found[f"fp8 {name}"] = traceback.format_exc()
+            results[f"fp8 {name}"] = traceback.format_exc()
         try:
             _, packed, scales = marlin_utils_test.marlin_quantize(
                 weights[0].t().contiguous(), scalar_types.uint4b8, 128
@@ -209,7 +211,7 @@ def kernels(llm: Any) -> dict[str, Any]:
             zeros = marlin_utils.marlin_make_empty_g_idx(device)
             for rows in BATCHES:
                 x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-                found[f"int4 {name} {rows}"] = in_graph(
+                results[f"int4 {name} {rows}"] = in_graph(
                     [
                         lambda q=q: marlin_utils.apply_gptq_marlin_linear(
                             x, q, scales, zeros, workspace, scalar_types.uint4b8, n, k
@@ -219,8 +221,8 @@ def kernels(llm: Any) -> dict[str, Any]:
                 )
             del several
         except Exception:
-            found[f"int4 {name}"] = traceback.format_exc()
-    return found
+            results[f"int4 {name}"] = traceback.format_exc()
+    return results
 
 
 def in_graph(works: list[Callable[[], Any]]) -> float:
@@ -282,13 +284,13 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
 
-    def keep(part: str, name: str, found: Any) -> Any:
-        results.setdefault(part, {})[name] = found
+    def keep(part: str, name: str, result: Any) -> Any:
+        results.setdefault(part, {})[name] = result
         (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        if isinstance(found, dict) and "error" in found:
+        if isinstance(result, dict) and "error" in result:
             failed.append(name)
-            say(f"{part} {name}: FAILED\n{found['error'][-1500:]}")
-        return found
+            say(f"{part} {name}: FAILED\n{result['error'][-1500:]}")
+        return result
 
     say(f"{card}, torch {torch.__version__}, vLLM {vllm.__version__}")
     equality = start_equality(args, cuda) if "equality" in args.only else {}
@@ -308,10 +310,10 @@ def main() -> int:
                 arguments: dict[str, Any] = {"rows": rows} if part == "segments" else {}
                 if part == "profile":
                     arguments = {"prompts": prompts(1), "tokens": 48, "folder": str(args.out)}
-                found = keep(part, str(rows), drafting.ask(COMMANDS[part], until, **arguments))
-                if cuda and part == "segments" and not found.get("graphs"):
-                    keep(part, str(rows), {**found, "error": "drafts run without CUDA graphs"})
-                say(f"{part} {rows}: {json.dumps(found, indent=1)}")
+                result = keep(part, str(rows), drafting.ask(COMMANDS[part], until, **arguments))
+                if cuda and part == "segments" and not result.get("graphs"):
+                    keep(part, str(rows), {**result, "error": "drafts run without CUDA graphs"})
+                say(f"{part} {rows}: {json.dumps(result, indent=1)}")
     for engine in shape.values():
         engine.stop()
     say("done" if not failed else f"FAILED: {', '.join(failed)}")
@@ -351,25 +353,25 @@ def check_equality(engines: dict[str, Engine], keep: Any, say: Any, until: float
 
     random.seed(3)
     lengths = [random.randrange(4, 60) for _ in range(16)]
-    some = [{"prompt_token_ids": [random.randrange(5, 4000) for _ in range(n)]} for n in lengths]
+    token_prompts = [{"prompt_token_ids": [random.randrange(5, 4000) for _ in range(n)]} for n in lengths]
     plain: dict[str, Any] = {}
     for name, engine in engines.items():
         started = keep("start", name, engine.answer(until))
-        found = engine.ask(generate, until, prompts=some, tokens=96)
-        again = engine.ask(generate, until, prompts=some[:1], tokens=96)
+        answer = engine.ask(generate, until, prompts=token_prompts, tokens=96)
+        again = engine.ask(generate, until, prompts=token_prompts[:1], tokens=96)
         engine.stop()
-        if "error" in found or "error" in started:
-            keep("equality", name, found)
+        if "error" in answer or "error" in started:
+            keep("equality", name, answer)
             continue
         dtype = name.partition("_")[0]
-        plain.setdefault(dtype, found["tokens"])
-        same = sum(a == b for a, b in zip(plain[dtype], found["tokens"], strict=True))
+        plain.setdefault(dtype, answer["tokens"])
+        same = sum(a == b for a, b in zip(plain[dtype], answer["tokens"], strict=True))
         alone = "error" not in again and again["tokens"][0] == plain[dtype][0]
-        summary = {"identical": same, "of": 16, "alone_identical": alone, "counters": found["counters"]}
+        summary = {"identical": same, "of": 16, "alone_identical": alone, "counters": answer["counters"]}
         drafts, failures = (
-            found["counters"].get(k) for k in ("spec_decode_num_drafts", "layer_skip_failures")
+            answer["counters"].get(k) for k in ("spec_decode_num_drafts", "layer_skip_failures")
         )
-        if (dtype == "float32" and same < len(some)) or failures or drafts == 0:
+        if (dtype == "float32" and same < len(token_prompts)) or failures or drafts == 0:
             summary["error"] = "float32 must be identical, drafts more than 0 and failures 0"
         keep("equality", name, summary)
         say(f"{name}: {summary}")
@@ -445,14 +447,14 @@ def check_speed(engines: dict[str, Engine], repeats: int, keep: Any, say: Any, u
                 elif repeat:  # the first warms up
                     times[name].append(1000 * (long["seconds"] - short["seconds"]) / 128)
                     rounds[name] = long["counters"]
-        for name, found in times.items():
-            if not found or not times["plain"]:
+        for name, per_token in times.items():
+            if not per_token or not times["plain"]:
                 continue
-            ratios = sorted(p / f for p, f in zip(times["plain"], found, strict=False))
+            ratios = sorted(p / own for p, own in zip(times["plain"], per_token, strict=False))
             drafts = rounds[name].get("spec_decode_num_drafts", 0)
             accepted = rounds[name].get("spec_decode_num_accepted_tokens", 0)
             summary = {
-                "ms_per_token": sorted(found),
+                "ms_per_token": sorted(per_token),
                 "ratio_to_plain": ratios,
                 "mean_accepted_length": 1 + accepted / drafts if drafts else None,
                 "counters": rounds[name],

@@ -102,14 +102,14 @@ def convert(gguf_file: Path, folder: Path) -> None:
         from gguf import GGUFReader
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        words: dict[str, Any] = {"gguf_file": gguf_file.name}
+        options: dict[str, Any] = {"gguf_file": gguf_file.name}
         model = AutoModelForCausalLM.from_pretrained(
             str(gguf_file.parent),
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
-            **words,
+            **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), **words)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), **options)
         splits = GGUFReader(gguf_file).get_field("tokenizer.ggml.pre")
     except ImportError as error:
         raise ModelError(f"reading a GGUF file: {error}; pip install 'clasp-vllm[demo]'") from None
@@ -124,9 +124,9 @@ def convert(gguf_file: Path, folder: Path) -> None:
 
 def check(path: Path, sha256: str) -> None:
     """Raises ModelError where a file is another than it should be."""
-    found = _sha256(path)
-    if found != sha256:
-        raise ModelError(f"{path.name} has the SHA-256 {found}, not {sha256}: it is damaged or another file")
+    actual = _sha256(path)
+    if actual != sha256:
+        raise ModelError(f"{path.name} has the SHA-256 {actual}, not {sha256}: it is damaged or another file")
 
 
 def _folder(source: str, output: Path | None) -> Path:
@@ -136,10 +136,10 @@ def _folder(source: str, output: Path | None) -> Path:
 def _facts(folder: Path) -> dict[str, Any]:
     """What a folder says of itself, nothing if this command did not make it."""
     try:
-        found = json.loads((folder / SOURCE_FILE).read_text())
+        facts = json.loads((folder / SOURCE_FILE).read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _make(source: str, folder: Path) -> Path:
@@ -214,13 +214,13 @@ def _download(folder: Path, console: Console) -> Path:
 
 
 def _bytes_in(folder: Path) -> int:
-    found = 0
+    total = 0
     for path in folder.rglob("*"):
         try:
-            found += path.stat().st_size
+            total += path.stat().st_size
         except OSError:  # it is gone already
             continue
-    return min(found, PACKAGE_BYTES)
+    return min(total, PACKAGE_BYTES)
 
 
 def _hub_answers() -> bool:

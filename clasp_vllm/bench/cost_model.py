@@ -115,8 +115,8 @@ def break_even(costs: Costs, num_layers: float, longest: int) -> float | None:
 
 def costs_by_batch(results: dict[str, Any]) -> dict[int, Costs]:
     """The costs in what `clasp-vllm costs --json` wrote, by size of the batch."""
-    found = {}
+    by_batch = {}
     for costs in results["costs"]:
         step = {int(length): seconds for length, seconds in costs["step"].items()}
-        found[costs["batch"]] = Costs(**(costs | {"step": step}))
-    return found
+        by_batch[costs["batch"]] = Costs(**(costs | {"step": step}))
+    return by_batch

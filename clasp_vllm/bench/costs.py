@@ -227,52 +227,52 @@ def main(args: argparse.Namespace) -> int:
     settings["max_num_seqs"] = max(args.batch)
     llm = LLM(args.model, speculative_config=config, **settings)
     num_layers = llm.model_config.get_total_num_hidden_layers()
-    weights, found, samples = bytes_per_token(llm.model_config), [], []
+    weights, all_costs, samples = bytes_per_token(llm.model_config), [], []
     with Progress() as progress:
         for batch in progress.track(args.batch, description="sizes of the batch"):
             costs, timings = measure(llm, batch, args.repeats)
-            found.append(costs)
+            all_costs.append(costs)
             samples.append({str(name): seconds for name, seconds in timings.seconds.items()})
     bandwidth = read_bandwidth(min(weights, 1 << 30))
     facts = {"model": args.model, **about(args.model)}
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     print(
         f"- memory: {weights / 1e9:.2f} GB of weights a step, read at "
-        f"{weights / found[0].step[0] / 1e9:.1f} GB/s by a plain step of {found[0].batch}; "
+        f"{weights / all_costs[0].step[0] / 1e9:.1f} GB/s by a plain step of {all_costs[0].batch}; "
         f"a streaming read right after: {bandwidth / 1e9:.1f} GB/s\n"
     )
-    print(cost_table(found), break_even_table(found, num_layers, args.longest), sep="\n\n")
+    print(cost_table(all_costs), break_even_table(all_costs, num_layers, args.longest), sep="\n\n")
     if args.json:
         results = {
             "about": facts,
             "num_layers": num_layers,
             "bytes_per_token": weights,
             "read_bandwidth": bandwidth,
-            "costs": [asdict(costs) for costs in found],
+            "costs": [asdict(costs) for costs in all_costs],
             "samples": samples,
         }
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 
-def cost_table(found: list[Costs]) -> str:
+def cost_table(all_costs: list[Costs]) -> str:
     """Milliseconds of the parts, a row for each size of the batch."""
-    lengths = sorted(found[0].step)
+    lengths = sorted(all_costs[0].step)
     head = ["at once", "plain step", *(f"verify {k}" for k in lengths if k), "a draft layer"]
     head += ["a draft step besides", "head", "a round besides", "a mask"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for c in found:
+    for c in all_costs:
         seconds = [*(c.step[k] for k in lengths), c.layer, c.draft, c.head, c.drafting, c.optimize]
         cells = [str(c.batch), *("" if s is None else f"{1000 * s:.2f}" for s in seconds)]
         lines.append(f"| {' | '.join(cells)} |")
     return "Milliseconds:\n\n" + "\n".join(lines)
 
 
-def break_even_table(found: list[Costs], num_layers: int, longest: int) -> str:
+def break_even_table(all_costs: list[Costs], num_layers: int, longest: int) -> str:
     """The acceptance that fixed masks need in order to pay, by share of layers skipped."""
     ratios = (0.0, 0.25, 0.33, 0.5, 0.67, 0.75)
     lines = [f"| at once | {' | '.join(f'{r:.0%}' for r in ratios)} |", "|" + "---|" * (len(ratios) + 1)]
-    for costs in found:
+    for costs in all_costs:
         needed = [break_even(costs, num_layers - round(r * num_layers), longest) for r in ratios]
         cells = [str(costs.batch), *("never" if n is None else f"{n:.2f}" for n in needed)]
         lines.append(f"| {' | '.join(cells)} |")

@@ -33,15 +33,15 @@ def kinds(masks: list[np.ndarray | None], num_layers: int) -> np.ndarray:
     return np.array(columns, dtype=int).reshape(-1, num_layers).T
 
 
-def as_text(found: np.ndarray) -> str:
+def as_text(layer_kinds: np.ndarray) -> str:
     """A line for each layer, a letter for each round."""
     letters = np.array([letter for _, letter, _ in KINDS])
-    return "\n".join(f"{layer:3d} {''.join(letters[row])}" for layer, row in enumerate(found))
+    return "\n".join(f"{layer:3d} {''.join(letters[row])}" for layer, row in enumerate(layer_kinds))
 
 
-def legend(found: np.ndarray) -> str:
+def legend(layer_kinds: np.ndarray) -> str:
     """The letters that occur."""
-    return ", ".join(f"{letter!r} {name}" for i, (name, letter, _) in enumerate(KINDS) if i in found)
+    return ", ".join(f"{letter!r} {name}" for i, (name, letter, _) in enumerate(KINDS) if i in layer_kinds)
 
 
 def draw(requests: dict[str, np.ndarray], path: Path) -> None:
@@ -53,17 +53,19 @@ def draw(requests: dict[str, np.ndarray], path: Path) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    widest = max(found.shape[1] for found in requests.values())
+    widest = max(layer_kinds.shape[1] for layer_kinds in requests.values())
     size = (min(3 + 0.12 * widest, 14), 0.8 + 2.4 * len(requests))
     figure, axes = pyplot.subplots(len(requests), 1, figsize=size, sharex=True, squeeze=False)
     colours = ListedColormap([colour for *_, colour in KINDS])
-    for axis, (name, found) in zip(axes[:, 0], requests.items(), strict=True):
-        axis.imshow(found, cmap=colours, vmin=0, vmax=len(KINDS) - 1, aspect="auto", interpolation="nearest")
+    for axis, (name, layer_kinds) in zip(axes[:, 0], requests.items(), strict=True):
+        axis.imshow(
+            layer_kinds, cmap=colours, vmin=0, vmax=len(KINDS) - 1, aspect="auto", interpolation="nearest"
+        )
         axis.set_ylabel("layer")
         axis.set_title(name, loc="left", fontsize="small")
     axes[-1, 0].set_xlabel("round")
-    there = np.unique(np.concatenate([found.ravel() for found in requests.values()]))
-    handles = [Patch(facecolor=KINDS[i][2], edgecolor="#888888", label=KINDS[i][0]) for i in there]
+    present = np.unique(np.concatenate([layer_kinds.ravel() for layer_kinds in requests.values()]))
+    handles = [Patch(facecolor=KINDS[i][2], edgecolor="#888888", label=KINDS[i][0]) for i in present]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize="small", frameon=False)
     figure.tight_layout(rect=(0, 0.35 / size[1], 1, 1))
     figure.savefig(path, dpi=130)
@@ -72,23 +74,23 @@ def draw(requests: dict[str, np.ndarray], path: Path) -> None:
 
 def watch_masks(drafter: Any) -> dict[str, list[np.ndarray | None]]:
     """The masks of each request by round, in a dict that grows while the engine runs."""
-    found: dict[str, list[np.ndarray | None]] = {}
+    masks_by_request: dict[str, list[np.ndarray | None]] = {}
     original, by_skipping = drafter._draft, drafter._draft_by_skipping
 
     def draft(batch: Any, *args: Any) -> Any:
         for request_id in batch.request_ids:
-            found.setdefault(request_id, []).append(None)
+            masks_by_request.setdefault(request_id, []).append(None)
         return original(batch, *args)
 
     def draft_by_skipping(batch: Any, slots: Any, running: Any, choice: Any, *args: Any) -> Any:
         drafted = by_skipping(batch, slots, running, choice, *args)
         masks = drafter._plans.masks(slots, choice).numpy()
         for request_id, mask in zip(batch.request_ids, masks, strict=True):
-            found[request_id][-1] = mask.copy()
+            masks_by_request[request_id][-1] = mask.copy()
         return drafted
 
     drafter._draft, drafter._draft_by_skipping = draft, draft_by_skipping
-    return found
+    return masks_by_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,13 +134,15 @@ def main(args: argparse.Namespace) -> int:
     drafter = engine.drafter(llm)
     if drafter is None:
         raise SystemExit(f"clasp-vllm: error: nothing skips layers with {args.speculative_config}")
-    found = watch_masks(drafter)
+    masks_by_request = watch_masks(drafter)
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     answers = llm.generate(prompts, params)
     num_layers, pictures = drafter.decoder.num_layers, {}
     for i, answer in enumerate(answers, start=1):
         # The engine's names of requests begin with ours.
-        masks = next((m for name, m in found.items() if name.split("-")[0] == answer.request_id), [])
+        masks = next(
+            (m for name, m in masks_by_request.items() if name.split("-")[0] == answer.request_id), []
+        )
         name = f"{i}. {' '.join(answer.prompt.split())[:70]}"
         pictures[name] = kinds(masks, num_layers)
         tokens = len(answer.outputs[0].token_ids)

@@ -32,11 +32,11 @@ def loads(text: str) -> list[int | str]:
 
     One may also rise and fall while it is measured: 1-4-16-4-1.
     """
-    found: list[int | str] = []
+    requests_at_once: list[int | str] = []
     for part in text.split(","):
         levels = [number(1)(level) for level in part.split("-")]
-        found.append(levels[0] if len(levels) == 1 else part)
-    return found
+        requests_at_once.append(levels[0] if len(levels) == 1 else part)
+    return requests_at_once
 
 
 def levels(load: int | str) -> list[int]:
@@ -44,13 +44,13 @@ def levels(load: int | str) -> list[int]:
     return [int(level) for level in str(load).split("-")]
 
 
-def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """A command line before and after ``--``: argparse gives positionals behind options to nobody."""
-    cut = words.index("--") if "--" in words else len(words)
-    return list(words[:cut]), list(words[cut + 1 :])
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:cut]), list(arguments[cut + 1 :])
 
 
-def engine_settings(model: str, words: Sequence[str]) -> dict[str, Any]:
+def engine_settings(model: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Arguments of `vllm serve` as those of vllm.LLM: what differs from the defaults.
 
     Raises:
@@ -61,7 +61,8 @@ def engine_settings(model: str, words: Sequence[str]) -> dict[str, Any]:
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     given, default = (
-        vars(EngineArgs.from_cli_args(parser.parse_args(["--model", model, *some]))) for some in (words, ())
+        vars(EngineArgs.from_cli_args(parser.parse_args(["--model", model, *command_line])))
+        for command_line in (arguments, ())
     )
     settings = {name: value for name, value in given.items() if value != default[name]}
     if "speculative_config" in settings:

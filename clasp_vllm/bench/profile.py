@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> int:
 
     prompts = mixed_prompts(args.prompts)
     config = read_settings(args.speculative_config) if args.speculative_config else None
-    found = profile(
+    result = profile(
         args.model,
         config,
         prompts,
@@ -166,16 +166,18 @@ def main(args: argparse.Namespace) -> int:
         engine_settings(args.model, args.server_arguments),
     )
     table = Table("part", "seconds", "share", "calls", "ms per call", title=f"{args.model}, {config}")
-    for part, seconds in sorted(found.parts.items(), key=lambda item: -item[1]):
-        calls = found.calls.get(part, 0)
+    for part, seconds in sorted(result.parts.items(), key=lambda item: -item[1]):
+        calls = result.calls.get(part, 0)
         mean = f"{1000 * seconds / calls:.3f}" if calls else ""
-        table.add_row(part, f"{seconds:.3f}", f"{seconds / found.seconds:.1%}", str(calls or ""), mean)
-    table.add_row("all", f"{found.seconds:.3f}", "100 %", "", "")
+        table.add_row(part, f"{seconds:.3f}", f"{seconds / result.seconds:.1%}", str(calls or ""), mean)
+    table.add_row("all", f"{result.seconds:.3f}", "100 %", "", "")
     console = Console()
     console.print(table)
     facts = about(args.model)
     console.print("\n".join(f"{name}: {value}" for name, value in facts.items()), markup=False)
-    console.print(f"{found.tokens} tokens, {found.tokens / found.seconds:.1f} per second; {found.counters}")
+    console.print(
+        f"{result.tokens} tokens, {result.tokens / result.seconds:.1f} per second; {result.counters}"
+    )
     if args.json:
-        args.json.write_text(json.dumps({"about": facts, **asdict(found)}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"about": facts, **asdict(result)}, indent=2) + "\n")
     return 0

@@ -63,13 +63,13 @@ def mix_ratio(task: str) -> float | None:
     Raises:
         ValueError: RATIO is not a number from 0 to 1.
     """
-    name, slash, ratio = task.partition("/")
+    name, slash, text = task.partition("/")
     if name != "mixed":
         return None
-    found = float(ratio) if slash else 1.0
-    if not 0 <= found <= 1:
-        raise ValueError(f"{ratio} is not from 0 to 1")
-    return found
+    text = float(text) if slash else 1.0
+    if not 0 <= text <= 1:
+        raise ValueError(f"{text} is not from 0 to 1")
+    return ratio
 
 
 def prompts_of(task: str, count: int) -> list[str]:
@@ -85,8 +85,8 @@ def number_of_prompts(prompts: int, concurrency: int, task: str = "mixed") -> in
 
     Of "mixed/RATIO" always all prompts there are, for any ratio to be of the same ones.
     """
-    found = max(prompts, 2 * concurrency)
-    return -(-found // ALL_PROMPTS) * ALL_PROMPTS if task.startswith("mixed/") else found
+    needed = max(prompts, 2 * concurrency)
+    return -(-needed // ALL_PROMPTS) * ALL_PROMPTS if task.startswith("mixed/") else needed
 
 
 def answer_length(i: int, mean: int, equal: bool) -> int:
@@ -112,14 +112,14 @@ def questions_of(args: argparse.Namespace, task: str) -> list[spec_bench.Questio
     """
     if args.spec_bench is None:
         raise ValueError(f"--tasks {task}: needs --spec-bench with the path of question.jsonl")
-    found = spec_bench.select(spec_bench.read_questions(args.spec_bench), task, args.skip)
+    questions = spec_bench.select(spec_bench.read_questions(args.spec_bench), task, args.skip)
     needed = longest_stream(args, task)
-    if len(found) < needed:
+    if len(questions) < needed:
         raise ValueError(
-            f"--tasks {task}: --spec-bench {args.spec_bench} has {len(found)} prompts after --skip "
+            f"--tasks {task}: --spec-bench {args.spec_bench} has {len(questions)} prompts after --skip "
             f"{args.skip}, and --prompts or twice the largest --concurrency needs {needed}"
         )
-    return found[:needed]
+    return questions[:needed]
 
 
 def datasets(
@@ -129,7 +129,7 @@ def datasets(
 
     ``chat``: the model as Spec-Bench asks it; None where it does not.
     """
-    found = {}
+    options = {}
     for task in (WARM_UP, *args.tasks):
         longest = longest_stream(args, task)
         if task == WARM_UP:
@@ -149,10 +149,10 @@ def datasets(
             for prompt, length in zip(prompts, lengths, strict=False)
         ]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        found[task] = [
+        options[task] = [
             "--dataset-name=custom",
             f"--dataset-path={path}",
             "--custom-output-len=-1",  # what each line says
             *([] if ends else ["--ignore-eos"]),
         ]
-    return found
+    return options

@@ -42,7 +42,7 @@ class Server:
         """vLLM's counters and gauges on /metrics, summed; those by position as name[position]."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as response:
             text = response.read().decode()
-        found: dict[str, float] = {}
+        totals: dict[str, float] = {}
         for family in text_string_to_metric_families(text):
             if family.name.startswith("vllm:") and family.type in ("counter", "gauge"):
                 for sample in family.samples:
@@ -51,8 +51,8 @@ class Server:
                     name = sample.name.removeprefix("vllm:").removesuffix("_total")
                     position = sample.labels.get("position")
                     key = name if position is None else f"{name}[{position}]"
-                    found[key] = found.get(key, 0) + sample.value
-        return found
+                    totals[key] = totals.get(key, 0) + sample.value
+        return totals
 
     def counters(self) -> dict[str, float]:
         """Speculation's counters on /metrics; those by position as name[position]."""

@@ -117,25 +117,25 @@ def measure(
     if is_spec_bench(workload.task):
         body["add_special_tokens"] = False  # the chat template has put them in
     options = [*dataset, f"--extra-body={json.dumps(body)}"]
-    found = [
+    results = [
         _ask(server, workload.temperature, level, options, number_of_prompts(prompts, level, workload.task))
         for level in levels(workload.concurrency)
     ]
-    if len(found) == 1:
-        return found[0]
+    if len(results) == 1:
+        return results[0]
     import numpy as np
 
     merged: dict[str, Any] = {
-        key: sum(one[key] for one in found) for key in ("total_output_tokens", "duration", "failed")
+        key: sum(result[key] for result in results) for key in ("total_output_tokens", "duration", "failed")
     }
     for key in ("generated_texts", "output_lens"):
-        merged[key] = [of_answer for one in found for of_answer in one[key]]
+        merged[key] = [of_answer for result in results for of_answer in result[key]]
     times = {
-        "ttft": [seconds for one in found for seconds in one["ttfts"]],
+        "ttft": [seconds for result in results for seconds in result["ttfts"]],
         "tpot": [
             sum(gaps) / (count - 1)
-            for one in found
-            for gaps, count in zip(one["itls"], one["output_lens"], strict=True)
+            for result in results
+            for gaps, count in zip(result["itls"], result["output_lens"], strict=True)
             if count > 1
         ],
     }
@@ -185,8 +185,8 @@ def speculation(server: Server) -> dict[str, float]:
 
     prefixes = ("spec_decode_", "layer_skip_")
     gauges = {f"layer_skip_{name}" for name in GAUGES}
-    found = server.metrics()
-    return {name: found[name] for name in found if name.startswith(prefixes) and name not in gauges}
+    metrics = server.metrics()
+    return {name: metrics[name] for name in metrics if name.startswith(prefixes) and name not in gauges}
 
 
 def accepted(counters: dict[str, float]) -> tuple[float | None, list[float]]:
@@ -420,9 +420,9 @@ def main(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped too
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    each = 2 * args.repeats * len(workloads(args))
+    per_method = 2 * args.repeats * len(workloads(args))
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
-        bar = progress.add_task("starting plain vLLM", total=each * len(methods))
+        bar = progress.add_task("starting plain vLLM", total=per_method * len(methods))
         try:
             with serve(args.model, *args.server_arguments, log=logs / "plain.log", port=args.port) as plain:
                 chat = ServedChat(plain, tokenizer, args.max_tokens)
@@ -431,12 +431,12 @@ def main(args: argparse.Namespace) -> int:
                 for name, config in methods.items():
                     progress.update(bar, description=f"{name}: starting its server")
                     log = logs / f"{''.join(c if c.isalnum() else '_' for c in name)}.log"
-                    words = (*args.server_arguments, "--speculative-config", config)
-                    with serve(args.model, *words, log=log, port=args.port + 1) as other:
+                    arguments = (*args.server_arguments, "--speculative-config", config)
+                    with serve(args.model, *arguments, log=log, port=args.port + 1) as other:
                         progress.update(bar, description=name)
                         servers = {True: plain, False: other}
-                        for one in compare(name, servers, sets, args, lambda: progress.advance(bar)):
-                            results["measurements"].append(asdict(one))
+                        for measurement in compare(name, servers, sets, args, lambda: progress.advance(bar)):
+                            results["measurements"].append(asdict(measurement))
                             save()  # it may be interrupted
                     write()
         except ServerError as error:
@@ -444,8 +444,8 @@ def main(args: argparse.Namespace) -> int:
             return 1
         bar = progress.add_task("profiling", total=len(args.profile) * (1 + len(methods)))
         try:
-            for found in profiles(args, methods):
-                results["profiles"].append(found)
+            for profile in profiles(args, methods):
+                results["profiles"].append(profile)
                 progress.advance(bar)
         except subprocess.CalledProcessError:
             console.print(f"profiling failed; see {logs / 'profile.log'}", markup=False)

@@ -68,8 +68,8 @@ def read_questions(path: Path) -> list[Question]:
     try:
         for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() also splits inside strings
             if line.strip():
-                one = json.loads(line)
-                turns, category, number = one["turns"], str(one["category"]), str(one.get("question_id", ""))
+                row = json.loads(line)
+                turns, category, number = row["turns"], str(row["category"]), str(row.get("question_id", ""))
                 if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
                     raise TypeError(f"turns is {turns!r}, not a list of strings")
                 questions += [Question(category, (*turns[: i + 1],), number) for i in range(len(turns))]
@@ -91,8 +91,8 @@ def select(questions: Sequence[Question], task: str, skip: int = 0) -> list[Ques
     """
     _, slash, name = task.partition("/")
     if not slash:
-        each = [_group(questions, task, categories, skip) for categories in GROUPS.values()]
-        return list(_in_turn(each))
+        groups = [_group(questions, task, categories, skip) for categories in GROUPS.values()]
+        return list(_in_turn(groups))
     if name not in GROUPS and name not in MULTI_TURN:
         allowed = ", ".join(f"{TASK}/{group}" for group in (*GROUPS, *MULTI_TURN))
         raise ValueError(f"--tasks {task}: allowed are {TASK} (all groups in turn), {allowed}")
@@ -102,24 +102,24 @@ def select(questions: Sequence[Question], task: str, skip: int = 0) -> list[Ques
 def _group(
     questions: Sequence[Question], task: str, categories: tuple[str, ...], skip: int
 ) -> list[Question]:
-    found = list(_in_turn(_conversations(questions, category) for category in categories))[skip:]
-    if not found:
+    conversations = list(_in_turn(_conversations(questions, category) for category in categories))[skip:]
+    if not conversations:
         raise ValueError(f"--tasks {task}: --spec-bench has no more than {skip} of {', '.join(categories)}")
-    return [question for conversation in found for question in conversation]
+    return [question for conversation in conversations for question in conversation]
 
 
 def _conversations(questions: Sequence[Question], category: str) -> list[list[Question]]:
-    found: list[list[Question]] = []
+    conversations: list[list[Question]] = []
     for question in questions:
         if question.category == category:
             if len(question.turns) == 1:
-                found.append([])
-            found[-1].append(question)
-    return found
+                conversations.append([])
+            conversations[-1].append(question)
+    return conversations
 
 
-def _in_turn(each: Iterable[Iterable[T]]) -> Iterable[T]:
-    return (one for one in chain.from_iterable(zip_longest(*each)) if one is not None)
+def _in_turn(sequences: Iterable[Iterable[T]]) -> Iterable[T]:
+    return (item for item in chain.from_iterable(zip_longest(*sequences)) if item is not None)
 
 
 class Chat(Protocol):
@@ -176,7 +176,7 @@ class ServedChat:
         return self._answers[key]
 
     def _ask(self, messages: list[Message]) -> str:
-        words = {
+        body = {
             "model": self._server.model,
             "messages": messages,
             "temperature": 0,
@@ -184,7 +184,7 @@ class ServedChat:
         }
         request = urllib.request.Request(
             f"{self._server.url}/chat/completions",
-            json.dumps(words).encode(),
+            json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
         try:
@@ -227,11 +227,11 @@ def render(tokenizer: Any, messages: list[Message]) -> str:
 
 def asked(questions: Sequence[Question], chat: Chat) -> list[dict[str, Any]]:
     """What results keep of the questions: which they were, and the answers to the turns before them."""
-    found = []
+    records = []
     for question in questions:
         answers = [m["content"] for m in question.messages(chat.answer) if m["role"] == "assistant"]
-        found.append({"question": question.number, "turn": len(question.turns), "answers": answers})
-    return found
+        records.append({"question": question.number, "turn": len(question.turns), "answers": answers})
+    return records
 
 
 def prompts(questions: Sequence[Question], count: int, chat: Chat) -> list[str]:

@@ -139,8 +139,8 @@ class Acceptance:
         self._text, self._positions = text, text.positions
         tokens = text.tokens.gather(1, text.positions)
         hidden = self.model.model(tokens, position_ids=text.positions, use_cache=False).last_hidden_state
-        found: Tensor = self.model.lm_head(hidden[0])
-        return found
+        logits: Tensor = self.model.lm_head(hidden[0])
+        return logits
 
     @torch.inference_mode()
     def _read(self, tokens: list[int], num_tokens: int) -> Text:
@@ -159,8 +159,8 @@ class Acceptance:
         there = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         tokens, mask = (torch.tensor(rows, device=self._device) for rows in (padded, there))
         settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
-        found = self.model.generate(tokens, attention_mask=mask, pad_token_id=0, **settings)
-        return [prompt + row[longest:].tolist() for prompt, row in zip(prompts, found, strict=True)]
+        generated = self.model.generate(tokens, attention_mask=mask, pad_token_id=0, **settings)
+        return [prompt + row[longest:].tolist() for prompt, row in zip(prompts, generated, strict=True)]
 
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **more: Any

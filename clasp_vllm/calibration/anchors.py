@@ -46,11 +46,11 @@ def find_anchors(embeddings: Sequence[Tensor], count: int, seed: int) -> Anchors
     from sklearn.cluster import KMeans
 
     centres, tasks = [], []
-    for task, found in enumerate(embeddings):
-        fitted = KMeans(min(count, len(found)), random_state=seed, n_init=10).fit(_unit(found).numpy())
+    for task, vectors in enumerate(embeddings):
+        fitted = KMeans(min(count, len(vectors)), random_state=seed, n_init=10).fit(_unit(vectors).numpy())
         centres.append(torch.from_numpy(fitted.cluster_centers_).float())
         tasks += [task] * len(fitted.cluster_centers_)
-    least = [_least(embeddings, task, found) for task, found in enumerate(centres)]
+    least = [_least(embeddings, task, task_centres) for task, task_centres in enumerate(centres)]
     return Anchors(torch.cat(centres), torch.tensor(tasks), torch.tensor([least[task] for task in tasks]))
 
 
@@ -62,7 +62,7 @@ def _least(embeddings: Sequence[Tensor], task: int, centres: Tensor) -> float:
     """
     own, others = embeddings[task], [*embeddings[:task], *embeddings[task + 1 :]]
     distance = max(_distance(own, centres), _distance(own, own, itself=False))
-    foreign = max((float((_unit(some) @ _unit(centres).T).max()) for some in others), default=-1.0)
+    foreign = max((float((_unit(other) @ _unit(centres).T).max()) for other in others), default=-1.0)
     return max(1 - MARGIN * distance, min(foreign, 1 - distance))
 
 
@@ -80,9 +80,9 @@ def silhouette(embeddings: Sequence[Tensor]) -> float | None:
     """How far apart the tasks lie, by cosine: from -1 to 1; None for a single task."""
     from sklearn.metrics import silhouette_score
 
-    if len(embeddings) < 2 or all(len(found) < 2 for found in embeddings):
+    if len(embeddings) < 2 or all(len(vectors) < 2 for vectors in embeddings):
         return None
-    labels = np.repeat(np.arange(len(embeddings)), [len(found) for found in embeddings])
+    labels = np.repeat(np.arange(len(embeddings)), [len(vectors) for vectors in embeddings])
     return float(silhouette_score(torch.cat(list(embeddings)).numpy(), labels, metric="cosine"))
 
 
@@ -94,10 +94,10 @@ def plot(path: Path, names: Sequence[str], embeddings: Sequence[Tensor], anchors
     from matplotlib import pyplot
     from sklearn.decomposition import PCA
 
-    plane = PCA(2).fit(torch.cat([_unit(found) for found in embeddings]).numpy())
+    plane = PCA(2).fit(torch.cat([_unit(vectors) for vectors in embeddings]).numpy())
     figure, axis = pyplot.subplots(figsize=(6, 4.5))
-    for task, (name, found) in enumerate(zip(names, embeddings, strict=True)):
-        points = plane.transform(_unit(found).numpy())
+    for task, (name, vectors) in enumerate(zip(names, embeddings, strict=True)):
+        points = plane.transform(_unit(vectors).numpy())
         centres = plane.transform(anchors.vectors[anchors.tasks == task].numpy())
         dots = axis.scatter(*points.T, s=14, alpha=0.6, label=name)
         axis.scatter(*centres.T, s=90, marker="x", color=dots.get_facecolor()[0], alpha=1.0)

@@ -71,23 +71,23 @@ def tasks_of(args: argparse.Namespace) -> dict[str, list[str]]:
     Raises:
         ValueError: a task is unknown, or its file holds no prompts.
     """
-    found: dict[str, list[str]] = {}
+    tasks: dict[str, list[str]] = {}
     for text in args.tasks:
         name, _, path = text.partition("=")
-        if not re.fullmatch(r"[\w.-]+", name) or name in (*found, EVERYTHING):
+        if not re.fullmatch(r"[\w.-]+", name) or name in (*tasks, EVERYTHING):
             raise ValueError(
                 f"--tasks {text}: allowed are names of letters, digits, '_', '.' and '-', each once, but "
                 f"not {EVERYTHING}"
             )
         if path:
-            found[name] = list(dict.fromkeys(read_prompts(Path(path), f"--tasks {text}")))
+            tasks[name] = list(dict.fromkeys(read_prompts(Path(path), f"--tasks {text}")))
         elif name in TASKS:
-            found[name] = task_prompts(name)[HELD_OUT:]
+            tasks[name] = task_prompts(name)[HELD_OUT:]
         else:
             raise ValueError(f"--tasks {text}: allowed are {', '.join(TASKS)} and NAME=FILE")
-        if len(found[name]) < 2:
+        if len(tasks[name]) < 2:
             raise ValueError(f"--tasks {text}: holds fewer than two different prompts")
-    return found
+    return tasks
 
 
 def main(args: argparse.Namespace) -> int:
@@ -106,14 +106,14 @@ def main(args: argparse.Namespace) -> int:
         console.print(f"clasp-vllm: error: {error}", markup=False)
         return 2
     try:
-        found = calibrate(args, tasks)
+        manifest = calibrate(args, tasks)
     except ValueError as error:
         console.print(f"clasp-vllm: error: {error}", markup=False)
         return 2
     (args.output / "about.json").write_text(json.dumps(about(args.model), indent=1) + "\n")
-    apart = "one task" if found["silhouette"] is None else f"silhouette {found['silhouette']:.2f}"
+    apart = "one task" if manifest["silhouette"] is None else f"silhouette {manifest['silhouette']:.2f}"
     console.print(f"{args.output}: {apart}; anchors.png shows whether the tasks lie apart", markup=False)
-    for task in found["tasks"]:
+    for task in manifest["tasks"]:
         skipped = len(task["skip_attention"]), len(task["skip_mlp"])
         console.print(
             f"{task['name']}: {skipped[0]} attentions and {skipped[1]} MLPs skipped, "
@@ -175,19 +175,19 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
     facts = ModelFacts.of(args.model)
     path = args.output / "embeddings.safetensors"
     if not path.exists():
-        prompts = [prompt for some in tasks.values() for prompt in some]
+        prompts = [prompt for group in tasks.values() for prompt in group]
         vectors = embed(args.model, prompts, engine_settings(args.model, args.server_arguments))
-        split = torch.split(vectors, [len(some) for some in tasks.values()])
+        split = torch.split(vectors, [len(group) for group in tasks.values()])
         partial = path.with_suffix(".partial")
         parts = {name: part.contiguous() for name, part in zip(tasks, split, strict=True)}
         save_file(parts, partial)
         partial.rename(path)
     embeddings = [load_file(path)[name] for name in tasks]
     anchors = find_anchors(embeddings, args.anchors, args.seed)
-    some = {name: prompts[: args.search_prompts] for name, prompts in tasks.items()}
-    some[EVERYTHING] = [prompt for prompts in some.values() for prompt in prompts]
-    found = []
-    for name, prompts in some.items():
+    search_prompts = {name: prompts[: args.search_prompts] for name, prompts in tasks.items()}
+    search_prompts[EVERYTHING] = [prompt for prompts in search_prompts.values() for prompt in prompts]
+    calibrated = []
+    for name, prompts in search_prompts.items():
         acceptance = Acceptance(args.search_model or args.model, prompts, args.max_tokens)
         if acceptance.num_layers != facts.num_layers:
             raise ValueError(
@@ -195,7 +195,7 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
                 f"of {facts.num_layers}"
             )
         best, accepted, speedup = search(acceptance, facts.shares, name, args)
-        found.append(
+        calibrated.append(
             Task(
                 name=name,
                 skip_attention=sorted(item // 2 for item in best if item % 2 == 0),
@@ -210,7 +210,7 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
         format=FORMAT,
         model=args.model,
         fingerprint=fingerprint(args.model),
-        tasks=found,
+        tasks=calibrated,
         silhouette=silhouette(embeddings),
         settings=settings_of(args),
         versions={name: value for name, value in about().items() if name in ("python", "vllm", "torch")}
@@ -233,7 +233,7 @@ def search(
     known: dict[SkipSet, float] = {}
     if path.exists():  # the last line may have been cut off
         whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        known = {frozenset(one["skipped"]): one["acceptance"] for one in map(json.loads, whole)}
+        known = {frozenset(trial["skipped"]): trial["acceptance"] for trial in map(json.loads, whole)}
         path.write_text("".join(whole))
 
     def accepted(skipped: SkipSet) -> float:

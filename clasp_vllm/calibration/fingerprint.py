@@ -25,7 +25,7 @@ def fingerprint(model: str, revision: str | None = None, cache: str | None = Non
     names = {"model.safetensors"}
     if index is not None:
         names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    found: dict[str, bytes] = {}
+    digests: dict[str, bytes] = {}
     for file in (_file(model, name, revision, cache) for name in names):
         if file is None:
             return None
@@ -37,8 +37,8 @@ def fingerprint(model: str, revision: str | None = None, cache: str | None = Non
                 if 0 not in shape:
                     row = part[:1] if shape else checkpoint.get_tensor(name)
                     digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-                found[name] = digest.digest()
-    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()
+                digests[name] = digest.digest()
+    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
 def _file(model: str, name: str, revision: str | None, cache: str | None) -> Path | None:
@@ -49,7 +49,7 @@ def _file(model: str, name: str, revision: str | None, cache: str | None) -> Pat
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(model, name, cache_dir=cache, revision=revision)
+        cached = try_to_load_from_cache(model, name, cache_dir=cache, revision=revision)
     except HFValidationError:  # no name of the hub's
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(cached) if isinstance(cached, str) else None

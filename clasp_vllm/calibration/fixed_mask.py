@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
         trials = Trials(acceptance, args.trials, lambda: progress.advance(bar))
         start = frozenset(evenly_spaced_layers(acceptance.num_layers, args.num_skipped_layers))
         best = SEARCHES[args.search](trials, acceptance.num_layers, start, args.seed, False)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "about": about(args.model),
         "search": args.search,
         "seconds": time.monotonic() - started,
@@ -67,10 +67,10 @@ def main(args: argparse.Namespace) -> int:
     }
     if args.json:
         scores = [{"skip_layers": sorted(s), "score": score} for s, score in trials.scores.items()]
-        args.json.write_text(json.dumps(found | {"trials": scores}) + "\n")
+        args.json.write_text(json.dumps(result | {"trials": scores}) + "\n")
     print(
-        f"# first-token acceptance {found['best']:.3f} (evenly spaced {found['evenly_spaced']:.3f}), "
-        f"{len(trials.scores)} trials in {found['seconds']:.0f} s"
+        f"# first-token acceptance {result['best']:.3f} (evenly spaced {result['evenly_spaced']:.3f}), "
+        f"{len(trials.scores)} trials in {result['seconds']:.0f} s"
     )
-    print(json.dumps(found["config"]))
+    print(json.dumps(result["config"]))
     return 0

@@ -121,10 +121,10 @@ SEARCHES: dict[str, Callable[[Trials, int, SkipSet, int, bool], SkipSet]] = {
 
 def _neighbours(skipped: SkipSet, num_layers: int, any_size: bool) -> list[SkipSet]:
     kept = [layer for layer in range(num_layers) if layer not in skipped]
-    found = [skipped - {out} | {into} for out in sorted(skipped) for into in kept]
+    neighbours = [skipped - {out} | {into} for out in sorted(skipped) for into in kept]
     if any_size:
-        found += [skipped ^ {layer} for layer in range(num_layers) if skipped != {layer}]
-    return found
+        neighbours += [skipped ^ {layer} for layer in range(num_layers) if skipped != {layer}]
+    return neighbours
 
 
 def _random_set(random: np.random.Generator, num_layers: int, size: int, any_size: bool) -> SkipSet:
@@ -137,7 +137,7 @@ def _how_many(num_layers: int, size: int, any_size: bool) -> int:
     """Sets there are to try."""
     if not any_size:
         return math.comb(num_layers, size)
-    return sum(math.comb(num_layers, some) for some in range(1, min(2 * size, num_layers)))
+    return sum(math.comb(num_layers, count) for count in range(1, min(2 * size, num_layers)))
 
 
 def _vectors(sets: list[SkipSet], num_layers: int) -> np.ndarray:

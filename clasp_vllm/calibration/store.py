@@ -77,9 +77,9 @@ class Calibration:
         self.folder = Path(folder).expanduser()
         try:
             self.manifest = Manifest.model_validate_json((self.folder / "manifest.json").read_text("utf-8"))
-            found = load_file(self.folder / "anchors.safetensors")
-            self.anchors = Anchors(found["vectors"], found["tasks"], found["least"])
-            self.norms = found["norms"]
+            tensors = load_file(self.folder / "anchors.safetensors")
+            self.anchors = Anchors(tensors["vectors"], tensors["tasks"], tensors["least"])
+            self.norms = tensors["norms"]
         except (OSError, UnicodeError, ValidationError, SafetensorError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
@@ -123,16 +123,16 @@ class Calibration:
 
     def check_model(self, norms: Sequence[Tensor]) -> None:
         """Raises ConfigError where a model has other norms than the one calibrated for."""
-        found = stack_norms(norms)
-        if found.shape == self.norms.shape:
-            off = (found - self.norms).abs().mean() / self.norms.abs().mean().clamp(min=1e-9)
+        stacked = stack_norms(norms)
+        if stacked.shape == self.norms.shape:
+            off = (stacked - self.norms).abs().mean() / self.norms.abs().mean().clamp(min=1e-9)
             if float(off) < SAME_NORMS:
                 return
         raise self._of_another("whose norms have other weights than this one's")
 
-    def check_checkpoint(self, found: str | None) -> None:
+    def check_checkpoint(self, fingerprint: str | None) -> None:
         """Raises ConfigError where a checkpoint has another fingerprint than the one calibrated for."""
-        if None not in (found, self.manifest.fingerprint) and found != self.manifest.fingerprint:
+        if None not in (fingerprint, self.manifest.fingerprint) and fingerprint != self.manifest.fingerprint:
             raise self._of_another("whose checkpoint has other weights than this one's")
 
     def _of_another(self, difference: str) -> ConfigError:

@@ -38,16 +38,16 @@ def measure(engines: dict[str, Engine], groups: list[dict[str, Any]], args: argp
     names = list(engines)
     for i, group in enumerate(track(groups)):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            found = engines[name].ask(
+            answer = engines[name].ask(
                 generate,
                 prompts=group["prompts"],
                 tokens=args.max_tokens,
                 temperature=args.temperature,
                 ignore_eos=args.ignore_eos,
             )
-            if "error" in found:
-                raise SystemExit(f"{name}: {found['error']}")
-            group[name] = found
+            if "error" in answer:
+                raise SystemExit(f"{name}: {answer['error']}")
+            group[name] = answer
 
 
 def ratio(groups: list[dict[str, Any]], name: str) -> float:
@@ -83,8 +83,8 @@ def table(groups: list[dict[str, Any]], names: list[str]) -> str:
             early.append(done < FIRST)
             done += len(group["prompts"])
         for part in (True, False):
-            some = [group for group, first in zip(groups, early, strict=True) if first == part]
-            cells.append(with_error(some, name))
+            selected = [group for group, first in zip(groups, early, strict=True) if first == part]
+            cells.append(with_error(selected, name))
         cells += [f"{ratio([g for g in groups if g['group'] == kind], name):.2f}" for kind in kinds]
         counts = [group[name]["counters"] for group in groups]
         drafts = sum(c.get("spec_decode_num_drafts", 0) for c in counts)
@@ -112,8 +112,8 @@ def main() -> None:
     parser.add_argument("--method", action="append", default=[], metavar="NAME=CONFIG")
     parser.add_argument("--output", type=Path, help="JSON file for everything")
     parser.epilog = "Arguments after -- are those of vllm serve."
-    words, server_arguments = split_arguments(sys.argv[1:])
-    args = parser.parse_args(words)
+    own_arguments, server_arguments = split_arguments(sys.argv[1:])
+    args = parser.parse_args(own_arguments)
     if args.model.endswith(".json"):
         result = json.loads(Path(args.model).read_text())
         print(table(result["answers"], list(result["methods"])))
@@ -144,12 +144,12 @@ def main() -> None:
 
     questions = spec_bench.select(spec_bench.read_questions(args.spec_bench), args.task, args.skip)
     rendered = spec_bench.prompts(questions, args.prompts, chat)
-    group_of = {category: group for group, some in spec_bench.GROUPS.items() for category in some}
+    group_of = {category: group for group, categories in spec_bench.GROUPS.items() for category in categories}
     groups: list[dict[str, Any]] = []
     for i in range(0, len(rendered), args.concurrency):
-        some = rendered[i : i + args.concurrency]
+        batch = rendered[i : i + args.concurrency]
         kind = group_of[questions[i % len(questions)].category] if args.concurrency == 1 else "mixed"
-        groups.append({"group": kind, "prompts": [prompt_of(prompt) for prompt in some]})
+        groups.append({"group": kind, "prompts": [prompt_of(prompt) for prompt in batch]})
     warm = [prompt_of(chat.render([{"role": "user", "content": f"Count to {n}."}])) for n in (7, 9)]
     for engine in engines.values():
         engine.ask(generate, prompts=warm[:1], tokens=8)

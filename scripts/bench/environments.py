@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=number(1), default=5, help="at least; of the mixed stream")
     parser.add_argument("--max-tokens", type=number(1), default=48, help="tokens per answer")
     parser.add_argument("--output", type=Path, default=Path("bench"), help="folder for the logs")
-    words, server_arguments = split_arguments(sys.argv[1:])
-    args = parser.parse_args(words, argparse.Namespace(tasks=["mixed"], equal_lengths=True))
+    own_arguments, server_arguments = split_arguments(sys.argv[1:])
+    args = parser.parse_args(own_arguments, argparse.Namespace(tasks=["mixed"], equal_lengths=True))
     args.output.mkdir(parents=True, exist_ok=True)
     sets = datasets(args, args.output)
     names = [name for name, _ in args.env]

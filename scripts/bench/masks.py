@@ -103,9 +103,9 @@ class Drafts(Acceptance):
                 choices[-1].append(programme.margins > 0)
 
         def masks(text: int, positions: int, budget: int) -> Tensor:
-            found = torch.cat([backtrack(one, budget, costs) for one in choices[text]])
-            found = found.repeat_interleave(every, 0)[:positions]
-            return found if costs else by_layer(found)
+            skipped = torch.cat([backtrack(choice, budget, costs) for choice in choices[text]])
+            skipped = skipped.repeat_interleave(every, 0)[:positions]
+            return skipped if costs else by_layer(skipped)
 
         return masks
 
@@ -144,29 +144,29 @@ def own(margins: list[Tensor], every: int) -> Masks:
     )
 
 
-class Found:
+class Results:
     """Scores by what was judged and by how many layers are left out."""
 
     def __init__(self, budgets: list[int]) -> None:
         self.budgets = budgets
         self.scores: dict[str, dict[int, Any]] = {}
 
-    def note(self, what: str, budget: int, score: tuple[float, float], layers: Any = None) -> None:
+    def note(self, name: str, budget: int, score: tuple[float, float], layers: Any = None) -> None:
         """Keep a score, and print it."""
-        scores = self.scores.setdefault(what, {})
+        scores = self.scores.setdefault(name, {})
         scores[budget] = {"agreement": score[0], "acceptance": score[1], "layers": layers}
-        print(f"{what}, {budget}: {score[0]:.3f} {score[1]:.3f} {layers or ''}", flush=True)
+        print(f"{name}, {budget}: {score[0]:.3f} {score[1]:.3f} {layers or ''}", flush=True)
 
     def table(self, num_layers: int) -> str:
         """All of them, in Markdown."""
         lines = [f"| layers left out of {num_layers} | {' | '.join(map(str, self.budgets))} |"]
         lines.append("|" + "---|" * (len(self.budgets) + 1))
-        for what, scores in self.scores.items():
+        for name, scores in self.scores.items():
             cells = [
                 f"{scores[b]['agreement']:.3f}, {scores[b]['acceptance']:.3f}" if b in scores else ""
                 for b in self.budgets
             ]
-            lines.append(f"| {what} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
 
@@ -188,35 +188,35 @@ def fixed_sets(
     return sets, alone
 
 
-def judge_programme(drafts: Drafts, found: Found, args: argparse.Namespace) -> None:
+def judge_programme(drafts: Drafts, results: Results, args: argparse.Namespace) -> None:
     """The programme over layers: on the token itself, on one before it, and as served."""
     most = max(args.budgets)
     margins = [drafts.programme(text, most).margins for text in track(drafts.texts, "programme")]
     mean = torch.cat(margins, 2).mean(2, keepdim=True)
     for budget in args.budgets:
-        found.note("CLaSp, of the same token", budget, drafts.score(own(margins, 1), budget))
-        what = f"CLaSp, one token, every {args.every}"
-        found.note(what, budget, drafts.score(own(margins, args.every), budget))
+        results.note("CLaSp, of the same token", budget, drafts.score(own(margins, 1), budget))
+        name = f"CLaSp, one token, every {args.every}"
+        results.note(name, budget, drafts.score(own(margins, args.every), budget))
         layers = backtrack(mean > 0, budget)[0].nonzero().flatten().tolist()
         score = drafts.score(fixed(layers, drafts.num_layers))
-        found.note("CLaSp, mean over all tokens", budget, score, layers)
+        results.note("CLaSp, mean over all tokens", budget, score, layers)
     for memory in args.memory:
         for centred in (False, True):
             masks = drafts.served(most, args.every, memory, centred)
             for budget in args.budgets:
-                what = f"CLaSp as served, mask_memory {memory:g}{', centred' if centred else ''}"
-                found.note(what, budget, drafts.score(masks, budget))
+                name = f"CLaSp as served, mask_memory {memory:g}{', centred' if centred else ''}"
+                results.note(name, budget, drafts.score(masks, budget))
 
 
-def judge_sublayers(drafts: Drafts, found: Found, args: argparse.Namespace) -> None:
+def judge_sublayers(drafts: Drafts, results: Results, args: argparse.Namespace) -> None:
     """The programme over sub-layers, as served, at the costs of so many layers."""
     layer = drafts.layers[0]
     attention, mlp = (sum(w.numel() for w in part.parameters()) for part in (layer.self_attn, layer.mlp))
     items, memory = Items.sublayers(drafts.num_layers, mlp / attention), args.memory[-1]
     masks = drafts.served(items.units * max(args.sublayers), args.every, memory, True, items.costs)
     for budget in args.sublayers:
-        what = f"CLaSp over sub-layers as served, mask_memory {memory:g}, centred"
-        found.note(what, budget, drafts.score(masks, items.units * budget))
+        name = f"CLaSp over sub-layers as served, mask_memory {memory:g}, centred"
+        results.note(name, budget, drafts.score(masks, items.units * budget))
 
 
 def main() -> None:
@@ -246,19 +246,19 @@ def main() -> None:
     single = [question for question in questions if len(question.turns) == 1]
     prompts = [spec_bench.render(tokenizer, q.messages(lambda _: "")) for q in single]
     judged, searched = prompts[: args.prompts], prompts[args.prompts :][: args.search_prompts]
-    found = Found(args.budgets)
+    results = Results(args.budgets)
     sets, alone = fixed_sets(Drafts(args.model, searched, args.max_tokens), args.budgets, args.trials)
     drafts = Drafts(args.model, judged, args.max_tokens)
-    for what, by_budget in sets.items():
+    for name, by_budget in sets.items():
         for budget, layers in by_budget.items():
-            found.note(what, budget, drafts.score(fixed(layers, drafts.num_layers)), layers)
-    judge_programme(drafts, found, args)
+            results.note(name, budget, drafts.score(fixed(layers, drafts.num_layers)), layers)
+    judge_programme(drafts, results, args)
     if args.sublayers:
-        judge_sublayers(drafts, found, args)
-    print(found.table(drafts.num_layers))
+        judge_sublayers(drafts, results, args)
+    print(results.table(drafts.num_layers))
     if args.output:
-        facts = {"about": about(args.model), "alone": alone, "found": found.scores}
-        facts["table"] = found.table(drafts.num_layers).splitlines()
+        facts = {"about": about(args.model), "alone": alone, "results": results.scores}
+        facts["table"] = results.table(drafts.num_layers).splitlines()
         args.output.write_text(json.dumps(facts, indent=1) + "\n")
 
 

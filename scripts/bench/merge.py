@@ -49,12 +49,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results of all")
     args = parser.parse_args()
     try:
-        found = merge([json.loads((folder / "results.json").read_text()) for folder in args.runs])
+        merged = merge([json.loads((folder / "results.json").read_text()) for folder in args.runs])
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{error!r}")
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-    write_report(found, args.output)
+    (args.output / "results.json").write_text(json.dumps(merged, indent=1) + "\n")
+    write_report(merged, args.output)
 
 
 if __name__ == "__main__":

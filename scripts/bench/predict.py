@@ -62,10 +62,10 @@ def main() -> None:
         # A draft that stops at its first doubtful token takes about as many steps as it advances by tokens,
         # one of them an optimisation pass in every INTERVAL-th round.
         often = 1 / INTERVAL
-        found = [costs.ratio(tokens, tokens, tokens - often, kept, often) for tokens in lengths]
+        ratios = [costs.ratio(tokens, tokens, tokens - often, kept, often) for tokens in lengths]
         print(
             f"\nAt published mean accepted lengths of {lengths[0]} to {lengths[1]} with {share:.0%} skipped: "
-            f"{found[0]:.2f} to {found[1]:.2f} (the paper, on transformers: {reported})."
+            f"{ratios[0]:.2f} to {ratios[1]:.2f} (the paper, on transformers: {reported})."
         )
 
 

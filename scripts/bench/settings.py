@@ -45,11 +45,11 @@ def changed(controller: Any, name: str) -> Iterator[None]:
     from clasp_vllm.skipping.controller import Choice
 
     real, lengths, opened, best = controller.choose, controller._lengths, controller._open, module.choose
-    kind, _, what = name.partition(" ")
+    kind, _, detail = name.partition(" ")
     if name == OFF:
         controller.choose = lambda *args: Choice(0, 0, False)
     elif kind == "fixed":
-        numbers_of, *variants = what.split()
+        numbers_of, *variants = detail.split()
         skipped, length = map(int, numbers_of.split("x"))
         forced = {
             "budget": controller._skipped.index(skipped),
@@ -59,15 +59,15 @@ def changed(controller: Any, name: str) -> Iterator[None]:
             **({} if "exit" in variants else {"floor": 0.0}),
         }
         controller.choose = lambda *args: replace(real(*args), **forced)
-    elif what == "n-grams":
+    elif detail == "n-grams":
         controller.choose = lambda slots, own, shared, room, _, version: real(
             slots, own, shared, room, None, version
         )
-    elif what == "length":
+    elif detail == "length":
         controller._lengths = [controller.longest]
-    elif what == "exit":
+    elif detail == "exit":
         controller.choose = lambda *args: replace(real(*args), floor=0.0)
-    elif what == "layers":
+    elif detail == "layers":
         keep = controller._skipped.index(
             len(controller._skipped) * 3 // 4
         )  # half of all, of up to two thirds
@@ -78,8 +78,8 @@ def changed(controller: Any, name: str) -> Iterator[None]:
             return best(replace(batch, layers=never), *args)
 
         module.choose = choose
-    elif what in PARTS:
-        controller._open = opened - {what}
+    elif detail in PARTS:
+        controller._open = opened - {detail}
     try:
         yield
     finally:
@@ -105,7 +105,7 @@ def rate(engine: Any, prompts: Sequence[Any], at_once: int, params: Any) -> floa
 def prompts_for(llm: Any, args: argparse.Namespace) -> dict[tuple[str, int], list[Any]]:
     """Of every task and load, with Spec-Bench's first answers as the engine gives them."""
     loads = {at_once: number_of_prompts(args.prompts, at_once) for at_once in args.concurrency}
-    found: dict[tuple[str, int], list[Any]] = {}
+    prompts: dict[tuple[str, int], list[Any]] = {}
     for task in args.tasks:
         if spec_bench.is_spec_bench(task):
             chat = spec_bench.OfflineChat(
@@ -115,10 +115,10 @@ def prompts_for(llm: Any, args: argparse.Namespace) -> dict[tuple[str, int], lis
             questions = spec_bench.select(spec_bench.read_questions(args.spec_bench), task, args.skip)
             texts = spec_bench.prompts(questions, max(loads.values()), chat)
             all_of = [{"prompt_token_ids": chat.tokens(text)} for text in texts]
-            found |= {(task, at_once): all_of[:count] for at_once, count in loads.items()}
+            prompts |= {(task, at_once): all_of[:count] for at_once, count in loads.items()}
         else:
-            found |= {(task, at_once): prompts_of(task, count) for at_once, count in loads.items()}
-    return found
+            prompts |= {(task, at_once): prompts_of(task, count) for at_once, count in loads.items()}
+    return prompts
 
 
 def answer(llm: Any, prompt: list[int], args: argparse.Namespace) -> list[int]:
@@ -141,7 +141,7 @@ def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[st
     for at_once in args.concurrency:
         rate(engine, warm_up[: 2 * at_once], at_once, params_of(args))
     prompts_at = prompts_for(llm, args)
-    found = []
+    measurements = []
     every = itertools.product(range(args.repeats), args.tasks, args.concurrency)
     for repeat, task, at_once in track([*every]):
         prompts = prompts_at[task, at_once]
@@ -160,7 +160,7 @@ def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[st
         for group in groups:
             measured = [(name, speed(name)) for name in group]
             before, off = off, speed(OFF)
-            found += [
+            measurements += [
                 {
                     "setting": name,
                     "task": task,
@@ -171,7 +171,7 @@ def measure(llm: Any, controller: Any, args: argparse.Namespace) -> list[dict[st
                 }
                 for name, tokens_per_second in measured
             ]
-    return found
+    return measurements
 
 
 def start(model: str, config: dict[str, Any], settings: dict[str, Any]) -> Any:
@@ -182,11 +182,11 @@ def start(model: str, config: dict[str, Any], settings: dict[str, Any]) -> Any:
     return LLM(model, speculative_config=config, **settings)
 
 
-def report(found: list[dict[str, Any]], table: str, output: Path | None, model: str) -> None:
+def report(measurements: list[dict[str, Any]], table: str, output: Path | None, model: str) -> None:
     """Print the table, under what was run where, and write all measurements."""
     facts = about(model)
     if output is not None:
-        output.write_text(json.dumps({"about": facts, "measurements": found}, indent=1) + "\n")
+        output.write_text(json.dumps({"about": facts, "measurements": measurements}, indent=1) + "\n")
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     print(f"\n{table}")
 
@@ -204,10 +204,10 @@ def settings(
     return [ALL, *fixed, ALL, *without]
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(measurements: list[dict[str, Any]]) -> str:
     """Median ratios, by setting, task and load, in Markdown."""
-    names = list(dict.fromkeys(one["setting"] for one in found))
-    loads = list(dict.fromkeys((one["task"], one["concurrency"]) for one in found))
+    names = list(dict.fromkeys(one["setting"] for one in measurements))
+    loads = list(dict.fromkeys((one["task"], one["concurrency"]) for one in measurements))
     wave = {(MIXED, load) for load in WAVE} <= set(loads)
     heads = [f"{load}" if task in (MIXED, spec_bench.TASK) else f"{task}, {load}" for task, load in loads]
     heads += ["1-8-16-8-1"] if wave else []
@@ -215,27 +215,29 @@ def table(found: list[dict[str, Any]]) -> str:
     for name in names:
         cells = []
         for load in loads:
-            of = [one["ratio"] for one in _of(found, name, *load)]
-            cells.append(f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})")
+            ratios = [one["ratio"] for one in _of(measurements, name, *load)]
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         if wave:
-            cells.append(f"{_wave(found, name):.2f}")
+            cells.append(f"{_wave(measurements, name):.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _of(found: list[dict[str, Any]], name: str, task: str, load: int) -> list[dict[str, Any]]:
-    return [one for one in found if (one["setting"], one["task"], one["concurrency"]) == (name, task, load)]
+def _of(measurements: list[dict[str, Any]], name: str, task: str, load: int) -> list[dict[str, Any]]:
+    return [
+        one for one in measurements if (one["setting"], one["task"], one["concurrency"]) == (name, task, load)
+    ]
 
 
-def _wave(found: list[dict[str, Any]], name: str) -> float:
+def _wave(measurements: list[dict[str, Any]], name: str) -> float:
     """Ratio on the load that rises and falls: as many answers at each level as ``bench`` asks for there."""
     plain = ours = 0.0
     for load, times in WAVE.items():
-        of = _of(found, name, MIXED, load)
-        speed = statistics.median(one["tokens_per_second"] for one in of)
+        rows = _of(measurements, name, MIXED, load)
+        speed = statistics.median(one["tokens_per_second"] for one in rows)
         answers = times * number_of_prompts(HELD_OUT, load)
         ours += answers / speed
-        plain += answers * statistics.median(one["ratio"] for one in of) / speed
+        plain += answers * statistics.median(one["ratio"] for one in rows) / speed
     return plain / ours
 
 
@@ -278,8 +280,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=number(1), default=32, help="tokens per answer")
     parser.add_argument("--output", type=Path, help="JSON file for all measurements")
     parser.epilog = "Arguments after -- are those of vllm serve."
-    words, server_arguments = split_arguments(sys.argv[1:])
-    args = parser.parse_args(words)
+    own_arguments, server_arguments = split_arguments(sys.argv[1:])
+    args = parser.parse_args(own_arguments)
     of_spec_bench = tuple(filter(spec_bench.is_spec_bench, args.tasks))
     if of_spec_bench and args.spec_bench is None:
         parser.error(f"--tasks {','.join(of_spec_bench)}: needs --spec-bench with the path of question.jsonl")
@@ -292,8 +294,8 @@ def main() -> None:
         if unknown:
             parser.error(f"{option} {','.join(sorted(unknown))}: allowed are {', '.join(allowed)}")
     llm = start(args.model, {"method": "clasp"}, engine_settings(args.model, server_arguments))
-    found = measure(llm, ours.drafter(llm).adaptive, args)
-    report(found, table(found), args.output, args.model)
+    measurements = measure(llm, ours.drafter(llm).adaptive, args)
+    report(measurements, table(measurements), args.output, args.model)
 
 
 if __name__ == "__main__":

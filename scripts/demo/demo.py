@@ -91,7 +91,7 @@ class Client:
 
     def ask(self, prompt: str, show: Callable[[str], None] = lambda text: None) -> Answer:
         """The answer, which is also shown piece by piece."""
-        words = {
+        options = {
             "model": self.server.model,
             "max_tokens": self.max_tokens,
             "temperature": 0,
@@ -101,10 +101,10 @@ class Client:
         started, text, tokens, reason = time.perf_counter(), "", 0, None
         if self.chat:
             chunks = self._api.chat.completions.create(
-                messages=[{"role": "user", "content": prompt}], **words
+                messages=[{"role": "user", "content": prompt}], **options
             )
         else:
-            chunks = self._api.completions.create(prompt=prompt, **words)
+            chunks = self._api.completions.create(prompt=prompt, **options)
         for chunk in chunks:
             for choice in chunk.choices:
                 piece = (choice.delta.content if self.chat else choice.text) or ""
@@ -117,7 +117,9 @@ class Client:
 
     def speeds(self) -> list[float]:
         """Tokens per second of each timed round."""
-        return [sum(a.tokens for a in found) / sum(a.seconds for a in found) for found in self.rounds[1:]]
+        return [
+            sum(a.tokens for a in answers) / sum(a.seconds for a in answers) for answers in self.rounds[1:]
+        ]
 
 
 def main() -> int:
@@ -175,8 +177,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=number(1), default=96, help="tokens per answer")
     parser.add_argument("--repeats", type=number(1), default=3, help="timed rounds over the questions")
     parser.add_argument("--logs", help="folder for the servers' logs")
-    words, server_arguments = split_arguments(sys.argv[1:])
-    args = parser.parse_args(words, argparse.Namespace(server_arguments=server_arguments))
+    own_arguments, server_arguments = split_arguments(sys.argv[1:])
+    args = parser.parse_args(own_arguments, argparse.Namespace(server_arguments=server_arguments))
     if args.tiny and args.model:
         parser.error(f"--tiny and model {args.model}: only one can be served")
     return args
@@ -229,10 +231,10 @@ def _start(
         if stop.is_set():
             raise ServerError("the other server did not start")
 
-    def start(name: str, words: list[str], port: int) -> Server:
+    def start(name: str, server_arguments: list[str], port: int) -> Server:
         log = logs / f"{name.split()[0].lower()}.log"
         task = progress.add_task(f"{name}: starting the server (log: {log})", total=1)
-        server = stack.enter_context(serve(model.name, *words, log=log, port=port, on_wait=wait))
+        server = stack.enter_context(serve(model.name, *server_arguments, log=log, port=port, on_wait=wait))
         progress.update(task, description=f"{name}: serving on port {server.port}", completed=1)
         return server
 
@@ -312,7 +314,7 @@ def _report(console: Console, clients: list[Client], model: Model, args: argpars
     console.rule("plain vLLM and CLaSp")
     plain, clasp = clients
     pairs = [
-        pair for both in zip(plain.rounds, clasp.rounds, strict=True) for pair in zip(*both, strict=True)
+        pair for rounds in zip(plain.rounds, clasp.rounds, strict=True) for pair in zip(*rounds, strict=True)
     ]
     equal = sum((a.text, a.tokens) == (b.text, b.tokens) for a, b in pairs)
     counters = clasp.server.counters()
