@@ -37,7 +37,7 @@ PY
 }
 
 extras=$(IFS=,; echo "$*")
-stamp="$VENV/.installed-$(cat setup.py scripts/install.sh | cksum | cut -d' ' -f1)-$extras"
+stamp="$VENV/.installed-$(cat pyproject.toml scripts/install.sh | cksum | cut -d' ' -f1)-$extras"
 if [ -e "$stamp" ]; then
     exit 0
 fi

