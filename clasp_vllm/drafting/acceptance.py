@@ -183,18 +183,18 @@ class AcceptanceEvidence:
     def add_lengths(self, lengths: np.ndarray, limits: np.ndarray, accepted: np.ndarray) -> None:
         """Where drafts ended: [rows] int64 tokens drafted, allowed and accepted of each."""
         there = self._steps < np.minimum(lengths, limits - 1)[:, None]  # another might have followed
-        both = np.stack((there, there & (self._steps < accepted[:, None])))
-        count, went_on = both.sum(1), (both & (self._steps < lengths[:, None] - 1)).sum(1)
+        candidates = np.stack((there, there & (self._steps < accepted[:, None])))
+        count, went_on = candidates.sum(1), (candidates & (self._steps < lengths[:, None] - 1)).sum(1)
         self._lengths = np.maximum(np.minimum(self._lengths + count, LENGTHS_MEMORY), count)
         self.going_on += (went_on - count * self.going_on) / self._lengths
 
     def positions(self) -> Array:
         """[kinds, longest] offset of each position: as far as it has not been seen, that before it."""
-        found = self._position.copy()
+        offset = self._position.copy()
         trust = self._position_tokens / (self._position_tokens + ENOUGH_TOKENS)
         for step in self._steps[1:]:
-            found[:, step] = found[:, step - 1] + trust[:, step] * (found[:, step] - found[:, step - 1])
-        return found
+            offset[:, step] = offset[:, step - 1] + trust[:, step] * (offset[:, step] - offset[:, step - 1])
+        return offset
 
     def acceptance(self, slots: np.ndarray, hope: float = 0.0) -> Array:
         """[2, rows, budgets, longest]: that a token is accepted if those before it were.
@@ -213,5 +213,5 @@ class AcceptanceEvidence:
 
 
 def _probability(logit: Array) -> Array:
-    found: Array = 1 / (1 + np.exp(-logit))
-    return found
+    probability: Array = 1 / (1 + np.exp(-logit))
+    return probability

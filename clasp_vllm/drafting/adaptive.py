@@ -104,8 +104,8 @@ class AdaptiveDrafting:
         self._open = frozenset(open_choices)
         self._lengths = [longest]
         if "length" in open_choices:
-            every = draft_lengths(longest) if padded else range(longest + 1)
-            self._lengths = [length for length in every if length]
+            lengths = draft_lengths(longest) if padded else range(longest + 1)
+            self._lengths = [length for length in lengths if length]
         self._running: frozenset[str] = frozenset()  # the requests of the last round
         self._layers: dict[bytes, Array] = {}
         self._layers_version: int | None = None

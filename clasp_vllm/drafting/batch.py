@@ -85,10 +85,10 @@ class NgramMatches:
     lengths: Tensor
 
     @classmethod
-    def of(cls, found: Sequence[Sequence[int]], width: int) -> NgramMatches:
+    def of(cls, token_lists: Sequence[Sequence[int]], width: int) -> NgramMatches:
         """From lists of ``width`` tokens at most."""
-        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in found], dtype=torch.int64)
-        return cls(tokens, torch.tensor([len(row) for row in found], dtype=torch.int64))
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in token_lists], dtype=torch.int64)
+        return cls(tokens, torch.tensor([len(row) for row in token_lists], dtype=torch.int64))
 
     def select(self, rows: Tensor) -> NgramMatches:
         """The given rows."""

@@ -45,7 +45,7 @@ class Drafter:
         policy: Policy,
         options: DrafterOptions,
         adaptive: AdaptiveDrafting | None = None,
-        share: Callable[[Tensor], Tensor] = lambda found: found,
+        share: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         on_failure: Callable[[Exception, int], None] | None = None,
     ) -> None:
         """
@@ -147,21 +147,22 @@ class Drafter:
             drafted[at, : choice.ngram] = batch.ngrams.tokens[at, : choice.ngram]
             lengths[at] = index(np.minimum(offered[looked_up], choice.ngram), device)
         skipping = np.flatnonzero(~looked_up) if choice.length else np.empty(0, dtype=np.int64)
-        found = None
+        skip_drafts = None
         if skipping.size:
-            found = self._draft_by_skipping(
+            skip_drafts = self._draft_by_skipping(
                 batch.select(skipping),
                 slots[skipping],
                 slots,
                 choice,
                 lambda hidden, positions, step, of: sample(hidden, positions, step, skipping[of]),
             )
-            on_device, width = _rows(skipping, rows), found.draft.tokens.shape[1]
-            drafted[on_device, :width], lengths[on_device] = found.draft.tokens, found.draft.lengths
-            drawn[skipping, :width] = found.draft.drawn
+            on_device, width = _rows(skipping, rows), skip_drafts.draft.tokens.shape[1]
+            drafted[on_device, :width] = skip_drafts.draft.tokens
+            lengths[on_device] = skip_drafts.draft.lengths
+            drawn[skipping, :width] = skip_drafts.draft.drawn
         self.statistics.total.plain_steps += not choice.length and not choice.ngram
         if self._controlled is not None:
-            self._remember(batch.request_ids, slots, skipping, looked_up, lengths, found, choice)
+            self._remember(batch.request_ids, slots, skipping, looked_up, lengths, skip_drafts, choice)
         return Draft(drafted, lengths, drawn)
 
     def _remember(
@@ -171,29 +172,29 @@ class Drafter:
         skipping: np.ndarray,
         looked_up: np.ndarray,
         lengths: Tensor,
-        found: Drafted | None,
+        skip_drafts: Drafted | None,
         choice: Choice,
     ) -> None:
         """Tell the controller of a round. ``skipping``: rows drafted for by skipping."""
         assert self._controlled is not None
         rows, device = len(slots), lengths.device
-        if found is None and not looked_up.any():
+        if skip_drafts is None and not looked_up.any():
             self._controlled.drafted(request_ids, None, Mark(device))
             return
         certain, limits, sure = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=np.int64), None
         drafted = None
         ended = Mark(device)
-        if found is not None:
-            certain[skipping[found.due]] = True
+        if skip_drafts is not None:
+            certain[skipping[skip_drafts.due]] = True
             limits[skipping] = choice.length
             if not self.drop_stopped:
                 drafted = np.zeros(rows, dtype=np.int64)
-                drafted[skipping] = found.draft.count
-            if found.draft.confidence is not None:
-                sure = found.draft.confidence.new_zeros(rows, found.draft.confidence.shape[1])
-                sure[_rows(skipping, rows)] = found.draft.confidence
-            self._controlled.timed(rows, found.marks, self._predicted, found.due.size)
-            ended = found.marks[-1]
+                drafted[skipping] = skip_drafts.draft.count
+            if skip_drafts.draft.confidence is not None:
+                sure = skip_drafts.draft.confidence.new_zeros(rows, skip_drafts.draft.confidence.shape[1])
+                sure[_rows(skipping, rows)] = skip_drafts.draft.confidence
+            self._controlled.timed(rows, skip_drafts.marks, self._predicted, skip_drafts.due.size)
+            ended = skip_drafts.marks[-1]
         drafts = Drafts(request_ids, slots, looked_up, certain, lengths, drafted, limits, sure, choice)
         self._controlled.drafted(request_ids, drafts, ended)
 

@@ -23,18 +23,18 @@ class Offers:
         self._expected = np.zeros(capacity, dtype=np.int64)
         self._before: tuple[np.ndarray, HostCopy] | None = None
 
-    def expect(self, slots: np.ndarray, started: Sequence[int], found: Tensor) -> np.ndarray:
+    def expect(self, slots: np.ndarray, started: Sequence[int], offered: Tensor) -> np.ndarray:
         """[rows] int64 tokens.
 
         Args:
             slots: [rows] int64.
             started: slots that new sequences have got since the last call.
-            found: [rows] int64, what is offered now.
+            offered: [rows] int64, by the context now.
         """
         if not self._late:
-            now: np.ndarray = found.numpy()
+            now: np.ndarray = offered.numpy()
             return now
-        before, self._before = self._before, (slots, HostCopy(found))
+        before, self._before = self._before, (slots, HostCopy(offered))
         if before is not None:
             self._expected[before[0]] = before[1].get().numpy()
         self._expected[list(started)] = 0

@@ -84,12 +84,12 @@ class Outcomes:
         if drafts is not None and rejected is not None:
             row_of = {request_id: row for row, request_id in enumerate(request_ids)}
             # A request that was preempted comes back with more tokens than a draft has.
-            found = [
+            pairs = [
                 (i, row_of[r])
                 for i, r in enumerate(drafts.request_ids)
                 if r in row_of and verified[row_of[r]] <= self._longest
             ]
-            ours, theirs = np.array(found, dtype=np.int64).reshape(-1, 2).T
+            ours, theirs = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
             on_device = index(np.stack((ours, theirs)), rejected.device)
             counts = torch.stack((drafts.lengths[on_device[0]], rejected[on_device[1]].long()))
             sure = None if drafts.confidence is None else HostCopy(drafts.confidence[on_device[0]])
@@ -99,9 +99,9 @@ class Outcomes:
         if before is not None:
             self._learn(before)
 
-    def _learn(self, found: _Verified) -> None:
-        drafts, rows, verified = found.drafts, found.rows, found.verified
-        lengths, rejected = found.counts.get().numpy()
+    def _learn(self, verification: _Verified) -> None:
+        drafts, rows, verified = verification.drafts, verification.rows, verification.verified
+        lengths, rejected = verification.counts.get().numpy()
         ours = ~drafts.looked_up[rows]
         slots, limits, first = drafts.slots[rows], drafts.limits[rows], drafts.certain[rows].astype(np.int64)
         there = lengths if drafts.drafted is None else np.where(ours, drafts.drafted[rows], lengths)
@@ -119,8 +119,8 @@ class Outcomes:
             refused[ours],
         )
         self._evidence.add_lengths(lengths[ours], limits[ours], accepted[ours])
-        if found.confidence is not None:
-            sure = found.confidence.get().numpy()
+        if verification.confidence is not None:
+            sure = verification.confidence.get().numpy()
             step = np.arange(sure.shape[1])
             seen = (step >= first[:, None]) & (step < (accepted + refused)[:, None]) & ours[:, None]
             self._confidence.add(self._evidence.kind[slots], sure, step < accepted[:, None], seen)

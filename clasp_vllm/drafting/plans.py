@@ -51,12 +51,12 @@ class Plans:
         plan = self._plans.get(key)
         if plan is None:
             masks = self.masks(slots, choice)
-            some, every = masks.any(0).tolist(), masks.all(0).tolist()
+            any_skips, all_skip = masks.any(0).tolist(), masks.all(0).tolist()
             steps = [
-                (layer, part, some[layer][part])
+                (layer, part, any_skips[layer][part])
                 for layer in range(masks.shape[1])
                 for part in range(2)
-                if not every[layer][part]
+                if not all_skip[layer][part]
             ]
             mixed = any(step[2] for step in steps)
             plan = Plan(steps, masks.to(self._device, non_blocking=True) if mixed else None)

@@ -36,16 +36,16 @@ def measure_pass_costs(
     for rows in sizes:
         seconds: list[list[float]] = [[], []]
         for _ in range(repeats):
-            for layers, found in zip((few, num_layers), seconds, strict=True):
+            for layers, times in zip((few, num_layers), seconds, strict=True):
                 synchronize()
                 before = time.perf_counter()
                 forward(rows, layers)
                 synchronize()
-                found.append(time.perf_counter() - before)
-        some, every = (min(found) for found in seconds)
-        one = every if num_layers == few else max(every - some, 0.0) / (num_layers - few)
-        layer.append(one)
-        besides.append(max(every - num_layers * layer[-1], 0.0))
+                times.append(time.perf_counter() - before)
+        with_few, with_all = (min(times) for times in seconds)
+        per_layer = with_all if num_layers == few else max(with_all - with_few, 0.0) / (num_layers - few)
+        layer.append(per_layer)
+        besides.append(max(with_all - num_layers * layer[-1], 0.0))
     return PassCosts(tuple(map(float, sizes)), tuple(layer), tuple(besides))
 
 
@@ -121,10 +121,10 @@ class CostCorrections:
             kind, rows, predicted, start, end = self._pending.pop(0)
             self._learn(kind, rows, end.seconds_since(start) / max(predicted, 1e-9))
 
-    def _learn(self, kind: str, rows: float, found: float) -> None:
+    def _learn(self, kind: str, rows: float, ratio: float) -> None:
         scale, seen = self.scales[kind], self._seen[kind]
         at, near = _neighbours(rows) if kind in STEPS else (np.zeros(1, dtype=np.int64), np.ones(1))
-        off = min(max(found / float(near @ scale[at]), 1 / BELIEVABLE), BELIEVABLE)
+        off = min(max(ratio / float(near @ scale[at]), 1 / BELIEVABLE), BELIEVABLE)
         scale[at] *= off ** (near * np.maximum(RATE, 1 / (4 + seen[at])))
         seen[at] += near
         if kind in STEPS:

@@ -216,17 +216,17 @@ def _first_masks(
         return masks[-1:], (round(items.num_layers - float(items.layers_run(masks).mean())),)
     layers = config.budgets(items.num_layers)
     skipped = (config.skip_layers or evenly_spaced_layers(items.num_layers, number) for number in layers)
-    masks = torch.stack([layers_mask(items.num_layers, some) for some in skipped])
+    masks = torch.stack([layers_mask(items.num_layers, skip_layers) for skip_layers in skipped])
     return masks, tuple(items.units * number for number in layers)
 
 
-def _own(found: Tensor) -> Tensor:
-    return found
+def _own(tensor: Tensor) -> Tensor:
+    return tensor
 
 
-def _share_rank_zero(found: Tensor) -> Tensor:
+def _share_rank_zero(tensor: Tensor) -> Tensor:
     """Rank 0 decides for all tensor-parallel ranks: they must run the same layers or they hang."""
-    shared: Tensor = get_tp_group().broadcast(found, src=0)
+    shared: Tensor = get_tp_group().broadcast(tensor, src=0)
     return shared
 
 

@@ -160,9 +160,10 @@ class DraftGraphs(CudaGraphManager):
         limit = self._attention.max_model_len
         lengths = torch.full((rows,), limit, dtype=torch.int32)
         batch = DraftBatch([], buffers.tokens, buffers.positions, buffers.block_table, lengths)
-        parts = [(layer, part) for layer in range(decoder.num_layers) for part in (0, 1)]
+        sublayers = [(layer, part) for layer in range(decoder.num_layers) for part in (0, 1)]
         # Kernels are compiled and libraries set up by a step that is not captured.
-        passes.head_eagerly(passes.draft_eagerly(batch, Plan([(*one, True) for one in parts], buffers.skips)))
+        plan = Plan([(layer, part, True) for layer, part in sublayers], buffers.skips)
+        passes.head_eagerly(passes.draft_eagerly(batch, plan))
         rotary: Tensor | None = None
 
         def begin() -> None:
@@ -197,9 +198,14 @@ class DraftGraphs(CudaGraphManager):
 
         with ExitStack() as context:
             size.begin = self._record(begin)
-            size.run = {one: self._record(lambda one=one: run(*one)) for one in parts}
+            size.run = {
+                sublayer: self._record(lambda sublayer=sublayer: run(*sublayer)) for sublayer in sublayers
+            }
             if rows > 1:
-                size.keep = {one: self._record(lambda one=one: keep(*one)) for one in parts}
+                size.keep = {
+                    sublayer: self._record(lambda sublayer=sublayer: keep(*sublayer))
+                    for sublayer in sublayers
+                }
             size.end = self._record(end)
         size.head = self._record(head)
         return size
@@ -255,12 +261,12 @@ class DraftGraphs(CudaGraphManager):
                 blocks.to(self.device),
                 torch.full((rows,), self._attention.max_model_len, dtype=torch.int32),
             )
-            every, some = masks.all(0).tolist(), masks.any(0).tolist()
+            all_skip, any_skips = masks.all(0).tolist(), masks.any(0).tolist()
             steps = [
-                (layer, part, some[layer][part])
+                (layer, part, any_skips[layer][part])
                 for layer in range(shape[1])
                 for part in (0, 1)
-                if not every[layer][part]
+                if not all_skip[layer][part]
             ]
             plan = Plan(steps, masks)
             eager = self._passes.draft_eagerly(batch, plan)

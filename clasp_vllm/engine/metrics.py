@@ -60,10 +60,10 @@ def _take(output: ModelRunnerOutput, key: str) -> Any:
     stats = slot.ec_connector_stats if slot is not None else None
     if stats is None or key not in stats.data:
         return None
-    found = stats.data.pop(key)
+    value = stats.data.pop(key)
     if not stats.data:
         slot.ec_connector_stats = None
-    return found
+    return value
 
 
 def send_counts(drafter: Drafter, output: Any, runner: Any) -> Any:
@@ -78,28 +78,28 @@ def send_counts(drafter: Drafter, output: Any, runner: Any) -> Any:
         output = getattr(output, name, output)
     if not isinstance(output, ModelRunnerOutput):
         return outer
-    found: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     counts = drafter.statistics.take()
     if counts:
-        found[KEY] = counts
+        data[KEY] = counts
     tasks = drafter.policy.take_tasks()
     if tasks:
-        found[TASKS] = tasks
+        data[TASKS] = tasks
     kept = drafter.statistics.take_kept()
     if kept:
-        found[KEPT] = kept
+        data[KEPT] = kept
     if counts:
-        found[CHOSEN] = drafter.policy.gauges() | (drafter.adaptive.gauges() if drafter.adaptive else {})
+        data[CHOSEN] = drafter.policy.gauges() | (drafter.adaptive.gauges() if drafter.adaptive else {})
     if drafter.adaptive is not None:
         wanted = drafter.adaptive.take_wanted()
         if wanted is not None:
-            found[WANTED] = wanted
+            data[WANTED] = wanted
     if runner.device.type == "cpu" and not getattr(runner, "use_async_scheduling", True):
         drafts = runner.take_draft_token_ids()
-        found[DRAFTS] = (drafts.req_ids, drafts.draft_token_ids) if drafts is not None else ([], [])
-    if not found:
+        data[DRAFTS] = (drafts.req_ids, drafts.draft_token_ids) if drafts is not None else ([], [])
+    if not data:
         return outer
-    stats = ECConnectorOutput(ec_connector_stats=ECConnectorStats(data=found))
+    stats = ECConnectorOutput(ec_connector_stats=ECConnectorStats(data=data))
     sent = ModelRunnerOutput.with_ec_conn_output(output, stats)
     return sent if outer is output else outer
 

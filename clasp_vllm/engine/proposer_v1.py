@@ -214,8 +214,8 @@ class LayerSkipProposer(DraftModelProposer):
                 # the runner will put in the same place when drafting is done.
                 tokens[row, lengths[row] - 1] = sampled_id = int(next_tokens[row])
                 sampled[row] = [sampled_id]
-        found = self._lookup.propose(self._lookup.k, sampled, lengths, tokens)
-        return NgramMatches.of(found, self._lookup.k)
+        draft_token_ids = self._lookup.propose(self._lookup.k, sampled, lengths, tokens)
+        return NgramMatches.of(draft_token_ids, self._lookup.k)
 
     def _drafted_greedily(self, rows: np.ndarray, metadata: SamplingMetadata) -> np.ndarray:
         """[rows] bool, which sampling requests are not to have drafts drawn, but the likeliest tokens.
@@ -225,8 +225,8 @@ class LayerSkipProposer(DraftModelProposer):
         regard to it.
         """
         requests, names = self.runner.requests, self.runner.input_batch.req_ids
-        params = [requests[names[row]].sampling_params for row in rows]
-        grammars = [one is not None and one.structured_outputs is not None for one in params]
+        all_params = [requests[names[row]].sampling_params for row in rows]
+        grammars = [params is not None and params.structured_outputs is not None for params in all_params]
         return np.array(grammars, dtype=bool) | np.isin(rows, list(metadata.generators))
 
     def _law(self, probs: Tensor, drawn: np.ndarray, tokens: Tensor) -> Tensor:

@@ -234,6 +234,6 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             tokens: [rows, steps] int64.
         """
         assert self.draft_logits is not None
-        rows, steps = (index(found, self.device) for found in np.nonzero(certain))
+        rows, steps = (index(indices, self.device) for indices in np.nonzero(certain))
         self.draft_logits[idx_mapping[rows], steps] = -torch.inf
         self.draft_logits[idx_mapping[rows], steps, tokens[rows, steps]] = 0.0

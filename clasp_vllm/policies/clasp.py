@@ -35,7 +35,7 @@ class Clasp(Policy):
         max_requests: int,
         evidence: SkipEvidence | None = None,
         adaptive: AdaptiveDrafting | None = None,
-        share: Callable[[Tensor], Tensor] = lambda found: found,
+        share: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         """
         Args:
@@ -131,7 +131,7 @@ class Clasp(Policy):
         self._context = before + CONTEXT_RATE * (context - before)
         near = (1.0, 1 - CONTEXT_CHANGE, 1 + CONTEXT_CHANGE)
         items, *others = (self._first_items.reading(self._context * by) for by in near)
-        if any(self._items.costs == one.costs for one in (items, *others)):
+        if any(self._items.costs == candidate.costs for candidate in (items, *others)):
             return
         self._items = items
         if self.evidence is not None:

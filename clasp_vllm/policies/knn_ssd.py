@@ -30,7 +30,7 @@ class KnnSsd(Policy):
         anchors: Anchors,
         masks: Tensor,
         names: Sequence[str],
-        share: Callable[[Tensor], Tensor] = lambda found: found,
+        share: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         """
         Args:
@@ -82,8 +82,8 @@ class KnnSsd(Policy):
         matched, self._matched = self._matched, []
         if self._anchors.vectors.device.type != "cpu":
             matched, self._late = self._late, matched
-        for request_ids, found in matched:
-            tasks = found.get() % len(self._masks)  # -1 is the last
+        for request_ids, matched_tasks in matched:
+            tasks = matched_tasks.get() % len(self._masks)  # -1 is the last
             self._sequences.set_masks(request_ids, self._masks[tasks])
             self._tasks.update(self._names[task] for task in tasks.tolist())
 

@@ -41,7 +41,7 @@ class Anchors:
             cosine: [rows] float32 to that anchor, or to the nearest of all.
         """
         unit = torch.nn.functional.normalize
-        every = unit(embeddings.float(), dim=1) @ unit(self.vectors, dim=1).T
-        near = every >= self.least
-        cosine, nearest = every.masked_fill(~near & near.any(1, keepdim=True), -torch.inf).max(dim=1)
+        cosines = unit(embeddings.float(), dim=1) @ unit(self.vectors, dim=1).T
+        near = cosines >= self.least
+        cosine, nearest = cosines.masked_fill(~near & near.any(1, keepdim=True), -torch.inf).max(dim=1)
         return torch.where(near.any(1), self.tasks[nearest], -1), cosine

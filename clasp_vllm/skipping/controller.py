@@ -96,12 +96,12 @@ class PassCosts:
 
 def _interpolate(rows: Any, sizes: tuple[float, ...], values: tuple[float, ...]) -> Array:
     """Between the sizes measured a line, beyond the last through it and half its rows."""
-    found: Array = np.interp(rows, sizes, values)
+    seconds: Array = np.interp(rows, sizes, values)
     if len(sizes) > 1:
         half = sizes[-1] / 2
         slope = max(0.0, (values[-1] - float(np.interp(half, sizes, values))) / half)
-        found = found + slope * np.maximum(np.asarray(rows) - sizes[-1], 0.0)
-    return found
+        seconds = seconds + slope * np.maximum(np.asarray(rows) - sizes[-1], 0.0)
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ class Ngrams:
     def right(self, longest: int) -> Array:
         """[rows, longest] chance that the first 1, 2, ... tokens are all there and right."""
         step = np.arange(1, longest + 1)
-        found: Array = self.acceptance[:, None] ** step * (step <= self.lengths[:, None])
-        return found
+        chances: Array = self.acceptance[:, None] ** step * (step <= self.lengths[:, None])
+        return chances
 
     def take(self, longest: int) -> tuple[Array, Array]:
         """Tokens that the rows advance by, and tokens to verify, taking 0, 1, ... ``longest`` of each."""
@@ -160,8 +160,8 @@ class Ngrams:
         """The best number of these to verify beside ``others`` rows without drafts."""
         tokens, verified = self.take(longest)
         rows = others + len(self.lengths)
-        every = rows * np.arange(1, longest + 2) if padded else others + verified
-        tokens, seconds = others + tokens[1:], costs.verify(every[1:], num_layers)
+        to_verify = rows * np.arange(1, longest + 2) if padded else others + verified
+        tokens, seconds = others + tokens[1:], costs.verify(to_verify[1:], num_layers)
         rate = tokens / seconds
         at = int(np.argmax(rate))
         ratio = float(rate[at]) / rows * float(costs.plain(rows, num_layers))
@@ -207,8 +207,8 @@ class Batch:
     @cached_property
     def chances(self) -> Array:
         """[kinds, rows, budgets, longest] that a sequence advances by each token."""
-        found: Array = np.cumprod(self.acceptance, axis=-1) * _before(self.going_on[1])
-        return found
+        chances: Array = np.cumprod(self.acceptance, axis=-1) * _before(self.going_on[1])
+        return chances
 
     def advanced(self) -> Array:
         """[kinds, rows, budgets, longest + 1] tokens gained with 0, 1, ... draft tokens."""
@@ -221,9 +221,9 @@ class Batch:
         What is gained must have been drafted, so it is never less than the chance of that.
         """
         gained = self.chances.sum(1) / max(self.rows, 1)
-        found: Array = np.maximum(_before(self.going_on[0]), gained)
-        found[..., 0] = 1.0
-        return found
+        stays: Array = np.maximum(_before(self.going_on[0]), gained)
+        stays[..., 0] = 1.0
+        return stays
 
     def drafting(self) -> Array:
         """[kinds, budgets, longest + 1] seconds of the draft steps."""
@@ -267,7 +267,7 @@ def choose(batch: Batch, ngrams: Ngrams | None = None) -> Choice:
         ngrams: of further rows, for which the context offers something. Some of that is taken and verified
             as it is.
     """
-    rows, some = batch.rows, 0 if ngrams is None else len(ngrams.lengths)
+    rows, ngram_rows = batch.rows, 0 if ngrams is None else len(ngrams.lengths)
     tokens = rows + batch.advanced().sum(1)  # [kinds, budgets, longest + 1]
     extra_tokens, extra_verified = (np.zeros(1),) * 2 if ngrams is None else ngrams.take(batch.longest)
     # [kinds, budgets, longest + 1, taken + 1]
@@ -282,13 +282,13 @@ def choose(batch: Batch, ngrams: Ngrams | None = None) -> Choice:
         allowed[..., 0] = False
         if batch.padded:
             widest = np.maximum(*np.indices(tokens.shape[2:]))  # [longest + 1, taken + 1]
-            verified = (rows + some) * (1 + widest)
+            verified = (rows + ngram_rows) * (1 + widest)
             allowed &= np.isin(widest, batch.lengths)
     seconds = batch.drafting()[..., None] + batch.verify(verified)
-    found = _best(batch, rows + some, tokens, seconds, allowed)
+    choice = _best(batch, rows + ngram_rows, tokens, seconds, allowed)
     if batch.padded and ngrams is not None:  # what is verified anyway may be tokens of the context
-        found = replace(found, ngram=max(found.length, found.ngram))
-    return found
+        choice = replace(choice, ngram=max(choice.length, choice.ngram))
+    return choice
 
 
 def _best(batch: Batch, rows: int, tokens: Array, seconds: Array, allowed: np.ndarray) -> Choice:
@@ -297,8 +297,8 @@ def _best(batch: Batch, rows: int, tokens: Array, seconds: Array, allowed: np.nd
     best = np.unravel_index(np.argmax(rate), rate.shape)
     shared, budget, length, ngram = (int(i) for i in best)
     ratio = float(rate[best]) / (rows / float(batch.costs.plain(rows, batch.num_layers)))
-    found = Choice(budget, length, bool(shared), ngram, ratio, float(seconds[best]), float(tokens[best]))
-    return replace(found, floor=batch.floor(found))
+    choice = Choice(budget, length, bool(shared), ngram, ratio, float(seconds[best]), float(tokens[best]))
+    return replace(choice, floor=batch.floor(choice))
 
 
 def draft_lengths(longest: int) -> list[int]:
@@ -308,9 +308,9 @@ def draft_lengths(longest: int) -> list[int]:
 
 def _between(scale: Any, rows: Any) -> Array:
     """A correction, for so many rows."""
-    one = np.asarray(scale, dtype=np.float64)
-    found: Array = np.interp(rows, SIZES, one) if one.size > 1 else one.reshape(())
-    return found
+    scales = np.asarray(scale, dtype=np.float64)
+    correction: Array = np.interp(rows, SIZES, scales) if scales.size > 1 else scales.reshape(())
+    return correction
 
 
 def _before(going_on: Array) -> Array:
