@@ -118,7 +118,7 @@ class Opponent:
         best: dict[int, tuple[Tensor, frozenset[int]]] = {0: (x, frozenset())}
         for i in range(len(self.layers)):
             x = self._layer(i, x, rotary, past)
-            found = {}
+            best_after = {}
             for j in range(min(i + 1, num_skipped) + 1):
                 options = []
                 if j in best:
@@ -126,6 +126,6 @@ class Opponent:
                 if j - 1 in best:
                     options.append((best[j - 1][0], best[j - 1][1] | {i}))
                 closeness = [float(torch.cosine_similarity(o[0][0], x[0], dim=-1)) for o in options]
-                found[j] = options[closeness.index(max(closeness))]
-            best = found
+                best_after[j] = options[closeness.index(max(closeness))]
+            best = best_after
         return best[num_skipped][1], x

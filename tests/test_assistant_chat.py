@@ -68,7 +68,7 @@ ARGUMENTS += [
 
 def requests() -> list[dict]:
     """Arguments of ``chat.completions.create``."""
-    found: list[dict] = []
+    chat_requests: list[dict] = []
     for kind, questions in ASKED.items():
         for question in questions:
             messages = [{"role": "user", "content": question}]
@@ -77,19 +77,19 @@ def requests() -> list[dict]:
                     {"role": "assistant", "content": "Of course."},
                     {"role": "user", "content": "Shorter."},
                 ]
-            if len(found) % 3 == 0:
+            if len(chat_requests) % 3 == 0:
                 messages.insert(0, SYSTEM)
-            found.append({"messages": messages})
+            chat_requests.append({"messages": messages})
     for name in ("Eve, a baker of 64", "Leo, a pilot of 31", "Ann, who is 7"):
         schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
-        found.append(
+        chat_requests.append(
             {"messages": [{"role": "user", "content": f"As JSON: {name}."}], "response_format": schema}
         )
     for city in ("Oslo", "Rome", "Lima"):
         choice = {"type": "function", "function": {"name": "weather"}}
         messages = [{"role": "user", "content": f"How is the weather in {city}?"}]
-        found.append({"messages": messages, "tools": TOOLS, "tool_choice": choice})
-    return found
+        chat_requests.append({"messages": messages, "tools": TOOLS, "tool_choice": choice})
+    return chat_requests
 
 
 def ask(client: openai.OpenAI, model: str, request: dict, stream: bool) -> str:
@@ -112,17 +112,17 @@ def ask(client: openai.OpenAI, model: str, request: dict, stream: bool) -> str:
 def answers(tmp_path, *arguments: str) -> tuple[dict[str, list[str]], dict[str, float]]:
     """Of all requests, one by one and sixteen at once, whole and streamed; and the server's counters."""
     model = str(assistant("pypi"))
-    found = {}
+    texts = {}
     with serve(model, *ARGUMENTS, *arguments, log=tmp_path / f"log{len(arguments)}", port=8140) as server:
         client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=600)
         for at_once in (1, 16):
             for stream in (False, True):
                 with ThreadPoolExecutor(at_once) as pool:
                     jobs = [pool.submit(ask, client, model, request, stream) for request in requests()]
-                    found[f"{at_once} at once, {'streamed' if stream else 'whole'}"] = [
+                    texts[f"{at_once} at once, {'streamed' if stream else 'whole'}"] = [
                         j.result() for j in jobs
                     ]
-        return found, server.metrics()
+        return texts, server.metrics()
 
 
 @pytest.mark.slow

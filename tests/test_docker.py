@@ -33,7 +33,7 @@ def instructions(name: str) -> list[list[str]]:
 
 
 def arguments(name: str, instruction: str) -> list[str]:
-    return [rest for found, rest in instructions(name) if found == instruction]
+    return [rest for keyword, rest in instructions(name) if keyword == instruction]
 
 
 def copied(name: str) -> set[str]:
@@ -223,7 +223,7 @@ def nodes(source: str, kind: type) -> list:
 
 def our_metrics() -> dict[str, str]:
     """Kind by name."""
-    found = {}
+    kinds = {}
     for call in nodes(OURS, ast.Call):
         kind = getattr(call.func, "id", "").lower()
         if kind in SUFFIXES:
@@ -232,22 +232,22 @@ def our_metrics() -> dict[str, str]:
                 names = [name.value]
             else:  # f"prefix{name}"
                 names = [name.values[0].value + part for part in (COUNTERS if kind == "counter" else GAUGES)]
-            found |= dict.fromkeys(names, kind)
-    return found
+            kinds |= dict.fromkeys(names, kind)
+    return kinds
 
 
 def vllm_metrics() -> dict[str, str]:
     """Kind by name."""
-    found = {}
+    kinds = {}
     for call in nodes(LOGGERS, ast.Call):
         kind = re.fullmatch("_(counter|gauge|histogram)_cls", getattr(call.func, "attr", ""))
         name = next((keyword.value for keyword in call.keywords if keyword.arg == "name"), None)
         if kind and isinstance(name, ast.Constant):
-            found[name.value] = kind[1]
+            kinds[name.value] = kind[1]
     # There the names are in lists, and all are counters.
     assert set(re.findall(r"\w+_cls\b", SPECULATION)) == {"_counter_cls"}
     names = [node.value for node in nodes(SPECULATION, ast.Constant) if isinstance(node.value, str)]
-    return found | {name: "counter" for name in names if re.fullmatch(r"vllm:\w+", name)}
+    return kinds | {name: "counter" for name in names if re.fullmatch(r"vllm:\w+", name)}
 
 
 def exported(metrics: dict[str, str]) -> dict[str, str]:

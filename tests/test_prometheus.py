@@ -75,10 +75,10 @@ def answers(tmp_path_factory) -> dict[str, list[dict]]:
                 assert time.monotonic() < deadline, (counted, expected)
                 time.sleep(1)
                 counted = ask(port, '{__name__=~"vllm:(layer_skip|spec_decode).*_total"}')
-            found = {expression: ask(port, expression) for expression in EXPRESSIONS}
-            found["counters"] = counted
-            found["drafted"] = ask(port, "vllm:layer_skip_kept_layers_count")
-            return found
+            samples = {expression: ask(port, expression) for expression in EXPRESSIONS}
+            samples["counters"] = counted
+            samples["drafted"] = ask(port, "vllm:layer_skip_kept_layers_count")
+            return samples
         finally:
             watching.terminate()
             watching.wait(20)
@@ -86,13 +86,13 @@ def answers(tmp_path_factory) -> dict[str, list[dict]]:
 
 def counters(samples: list[dict]) -> dict[str, float]:
     """Sums over the labels, by name."""
-    found: dict[str, float] = {}
+    sums: dict[str, float] = {}
     for sample in samples:
         labels = sample["metric"]
         name = labels["__name__"].removeprefix("vllm:").removesuffix("_total")
         if "position" not in labels:
-            found[name] = found.get(name, 0) + float(sample["value"][1])
-    return found
+            sums[name] = sums.get(name, 0) + float(sample["value"][1])
+    return sums
 
 
 def generate(url: str) -> None:

@@ -46,16 +46,16 @@ def cluster(monkeypatch, request):
     ):
         monkeypatch.setenv(name, value)
     node = {"num_gpus": 2 // nodes, "num_cpus": 1, "object_store_memory": 128 << 20}
-    found = Cluster(initialize_head=True, head_node_args=node)
+    ray_cluster = Cluster(initialize_head=True, head_node_args=node)
     if nodes == 2:
-        found.second = found.add_node(**node)
-    found.wait_for_nodes()
-    monkeypatch.setenv("RAY_ADDRESS", found.address)
+        ray_cluster.second = ray_cluster.add_node(**node)
+    ray_cluster.wait_for_nodes()
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
     try:
-        yield found
+        yield ray_cluster
     finally:
         ray.shutdown()
-        found.shutdown()
+        ray_cluster.shutdown()
 
 
 def masks_node_and_rounds(worker) -> tuple[list, str, int]:
@@ -151,7 +151,7 @@ def test_the_engine_ends_when_a_node_dies(cluster, tmp_path):
 
     threading.Thread(target=kill, daemon=True).start()
     with engine_process("v1", forked=False) as call:
-        after, found = call(until_a_node_dies, ready, killed)
+        after, error = call(until_a_node_dies, ready, killed)
     assert after
     # What waits for the workers' answer is told that there will be none, or sees the actor's death first.
-    assert found.startswith(("RuntimeError: cancelled", "EngineDeadError", "ActorDiedError")), found
+    assert error.startswith(("RuntimeError: cancelled", "EngineDeadError", "ActorDiedError")), error

@@ -99,18 +99,18 @@ def wait_for(port: int, timeout_s: float = 60) -> None:
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
-    found = Deployment(folder)
+    deployment = Deployment(folder)
     gcs = free_port(6390)
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", "--num-cpus=4"]
-    command += ["--num-gpus=0", f"--dashboard-port={found.dashboard}", "--object-store-memory=134217728"]
+    command += ["--num-gpus=0", f"--dashboard-port={deployment.dashboard}", "--object-store-memory=134217728"]
     replicas = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     with (folder / "ray.log").open("w") as log:
         ray = subprocess.Popen(command, env=os.environ | replicas, stdout=log, stderr=log)
     try:
-        wait_for(found.dashboard)
-        found.deploy(num_speculative_tokens=3)
-        found.wait()
-        yield found
+        wait_for(deployment.dashboard)
+        deployment.deploy(num_speculative_tokens=3)
+        deployment.wait()
+        yield deployment
     finally:
         ray.terminate()  # and with it what it has started
         ray.wait(60)

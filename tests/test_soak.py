@@ -79,7 +79,7 @@ MALFORMED = {
 
 def malformed_answers(server: Server) -> dict[str, tuple[int, object]]:
     """Status and error message of each malformed request."""
-    found = {}
+    answers = {}
     for name, (verb, path, body) in MALFORMED.items():
         content = body.replace(b"MODEL", MODEL.encode())
         response = httpx.request(
@@ -95,8 +95,8 @@ def malformed_answers(server: Server) -> dict[str, tuple[int, object]]:
             answer = response.text
         if isinstance(answer, dict) and "choices" in answer:  # served after all: ids and times differ
             answer = [choice["text"] for choice in answer["choices"]]
-        found[name] = response.status_code, answer
-    return found
+        answers[name] = response.status_code, answer
+    return answers
 
 
 def processes(server: Server) -> list[psutil.Process]:

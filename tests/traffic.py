@@ -25,7 +25,7 @@ class Traffic:
 def shapes(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Arguments of ``completions.create`` for ``count`` random requests; two thirds are greedy."""
     rng = random.Random(seed)
-    found = []
+    requests = []
     for _ in range(count):
         text = " ".join(rng.sample(PROMPTS, rng.randint(1, 4)))
         start = rng.randrange(1 + len(text) // 2)
@@ -44,8 +44,8 @@ def shapes(count: int, seed: int = 0) -> list[dict[str, Any]]:
             shape["logprobs"] = 2
         if rng.random() < 0.2:
             shape["frequency_penalty"] = 0.5
-        found.append(shape)
-    return found
+        requests.append(shape)
+    return requests
 
 
 async def _one(

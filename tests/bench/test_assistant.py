@@ -59,14 +59,14 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
-    random, found = np.random.default_rng(0), {}
+    random, weights = np.random.default_rng(0), {}
     head = HIDDEN // HEADS
 
     def add(name: str, theirs: str, *shape: int, heads: int = 0) -> None:
         weight = random.standard_normal(shape).astype(np.float32)
         if len(shape) == 1:
             writer.add_tensor(name, weight)
-            found[theirs] = weight
+            weights[theirs] = weight
             return
         kind = gguf.GGMLQuantizationType.Q4_1
         packed = gguf.quantize(permuted(weight, heads) if heads else weight, kind)
@@ -74,7 +74,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
         grid = gguf.dequantize(packed, kind)
         if heads:  # back to transformers' order
             grid = grid.reshape(heads, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
-        found[theirs] = grid
+        weights[theirs] = grid
 
     add("token_embd.weight", "model.embed_tokens.weight", len(tokens), HIDDEN)
     add("output_norm.weight", "model.norm.weight", HIDDEN)
@@ -94,7 +94,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return found
+    return weights
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +110,10 @@ def test_weights_are_the_dequantised_ones(converted):
     from safetensors.torch import load_file
 
     folder, weights = converted
-    found = load_file(folder / "model.safetensors")
-    assert found.keys() == weights.keys()
+    loaded = load_file(folder / "model.safetensors")
+    assert loaded.keys() == weights.keys()
     for name, weight in weights.items():
-        assert torch.equal(found[name], torch.from_numpy(weight.copy()).bfloat16()), name
+        assert torch.equal(loaded[name], torch.from_numpy(weight.copy()).bfloat16()), name
 
 
 def test_configuration(converted):
@@ -287,8 +287,8 @@ def test_the_real_one():
         "with running(assistant('pypi')) as llm:\n"
         "    question = [{'role': 'user', 'content': 'What is the capital of France?'}]\n"
         "    answer = llm.chat(question, SamplingParams(temperature=0, max_tokens=200), use_tqdm=False)\n"
-        "    found = answer[0].outputs[0]\n"
-        "    print(found.finish_reason, found.text.strip())\n"
+        "    output = answer[0].outputs[0]\n"
+        "    print(output.finish_reason, output.text.strip())\n"
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     result = subprocess.run(

@@ -30,11 +30,11 @@ def test_command(tmp_path):
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    found = json.loads(path.read_text())
-    costs = costs_by_batch(found)
-    assert found["about"]["model"] == str(DEMO_MODEL)
-    assert found["read_bandwidth"] > 0
-    assert found["bytes_per_token"] == pytest.approx(
+    measured = json.loads(path.read_text())
+    costs = costs_by_batch(measured)
+    assert measured["about"]["model"] == str(DEMO_MODEL)
+    assert measured["read_bandwidth"] > 0
+    assert measured["bytes_per_token"] == pytest.approx(
         2 * DEMO_MODEL.joinpath("model.safetensors").stat().st_size, rel=0.01
     )
     assert costs.keys() == {1, 3}
@@ -44,7 +44,7 @@ def test_command(tmp_path):
         # A layer of this model takes far longer than nothing and far less than a step.
         assert 0 < one.layer < one.step[0]
         assert one.layer < one.optimize
-    for samples in found["samples"]:
+    for samples in measured["samples"]:
         assert all(len(samples[str(("step", k))]) >= 4 for k in (0, 1, 2, 4))
     assert cost_table(list(costs.values())) in result.stdout
     assert break_even_table(list(costs.values()), 24, 4) in result.stdout

@@ -10,17 +10,17 @@ from clasp_vllm.bench.inspection import as_text, draw, kinds, legend
 
 
 def mask(*skipped: tuple[int, int]) -> np.ndarray:
-    found = np.zeros((3, 2), dtype=bool)
+    skips = np.zeros((3, 2), dtype=bool)
     for layer, part in skipped:
-        found[layer, part] = True
-    return found
+        skips[layer, part] = True
+    return skips
 
 
 def test_letters_say_what_was_skipped():
-    found = kinds([None, mask(), mask((0, 0), (1, 1), (2, 0), (2, 1))], 3)
-    assert found.shape == (3, 3)
-    assert as_text(found) == "  0  █▄\n  1  █▀\n  2  █·"
-    assert "'·' skipped" in legend(found)
+    layers_by_round = kinds([None, mask(), mask((0, 0), (1, 1), (2, 0), (2, 1))], 3)
+    assert layers_by_round.shape == (3, 3)
+    assert as_text(layers_by_round) == "  0  █▄\n  1  █▀\n  2  █·"
+    assert "'·' skipped" in legend(layers_by_round)
     assert "attention skipped" not in legend(kinds([mask()], 3))
     assert kinds([], 3).shape == (3, 0)
 

@@ -15,11 +15,11 @@ PUBLISHED = json.loads((ROOT / "tests/bench/data/methods.json").read_text())
 def run_of(methods: list[str], folder: Path) -> Path:
     """What was published, of these methods alone."""
     folder.mkdir()
-    found = PUBLISHED | {
+    results = PUBLISHED | {
         "methods": {name: PUBLISHED["methods"][name] for name in methods},
         "measurements": [row for row in PUBLISHED["measurements"] if row["method"] in methods],
     }
-    (folder / "results.json").write_text(json.dumps(found))
+    (folder / "results.json").write_text(json.dumps(results))
     return folder
 
 
@@ -36,8 +36,8 @@ def test_methods_of_two_runs(tmp_path):
     first, *others = PUBLISHED["methods"]
     runs = [run_of([first], tmp_path / "first"), run_of(others, tmp_path / "others")]
     assert merge(runs, tmp_path / "both").returncode == 0
-    found = json.loads((tmp_path / "both/results.json").read_text())
-    assert ratios(found) == ratios(PUBLISHED)
+    merged = json.loads((tmp_path / "both/results.json").read_text())
+    assert ratios(merged) == ratios(PUBLISHED)
     table = (tmp_path / "both/results.md").read_text()
     assert all(f"| {name} |" in table for name in (first, *others))
     assert (tmp_path / "both/ratio-domain-shift.png").stat().st_size > 1000
@@ -46,9 +46,9 @@ def test_methods_of_two_runs(tmp_path):
 def test_repeats_of_two_runs(tmp_path):
     one = run_of(list(PUBLISHED["methods"])[:1], tmp_path / "one")
     assert merge([one, one], tmp_path / "both").returncode == 0
-    found = json.loads((tmp_path / "both/results.json").read_text())
+    merged = json.loads((tmp_path / "both/results.json").read_text())
     once = ratios(json.loads((one / "results.json").read_text()))
-    assert ratios(found) == {key: sorted(2 * values) for key, values in once.items()}
+    assert ratios(merged) == {key: sorted(2 * values) for key, values in once.items()}
 
 
 def test_one_name_for_two_configurations_is_refused(tmp_path):

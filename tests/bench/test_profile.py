@@ -76,11 +76,11 @@ def test_command(config, tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    found = json.loads(path.read_text())
-    assert found["tokens"] == 16
-    assert sum(found["parts"].values()) == pytest.approx(found["seconds"], rel=0.01)
-    assert found["calls"]["verify: forward"] >= 2
+    profile = json.loads(path.read_text())
+    assert profile["tokens"] == 16
+    assert sum(profile["parts"].values()) == pytest.approx(profile["seconds"], rel=0.01)
+    assert profile["calls"]["verify: forward"] >= 2
     if config:
-        assert found["calls"]["optimise: forward"] > 0
-        assert found["calls"]["draft: forward"] > 0
-        assert found["counters"]["layer_skip_steps"] > 0
+        assert profile["calls"]["optimise: forward"] > 0
+        assert profile["calls"]["draft: forward"] > 0
+        assert profile["counters"]["layer_skip_steps"] > 0

@@ -138,9 +138,9 @@ RESULTS = {
 
 
 def test_ratios_are_of_neighbours():
-    found = {key[0]: [ratio(pair) for pair in both] for key, both in pairs(RESULTS).items()}
-    assert found == {"x": [1.5, 2.0], "y": [0.5]}
-    assert spread(found["x"]) == "1.75 (1.50 to 2.00)"
+    ratios = {key[0]: [ratio(pair) for pair in both] for key, both in pairs(RESULTS).items()}
+    assert ratios == {"x": [1.5, 2.0], "y": [0.5]}
+    assert spread(ratios["x"]) == "1.75 (1.50 to 2.00)"
 
 
 def test_report(tmp_path):
@@ -260,25 +260,25 @@ def test_command(tmp_path):
         capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert len(found["measurements"]) == 12
-    assert all(one["failed"] == 0 for one in found["measurements"])
-    for one in found["measurements"]:
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["measurements"]) == 12
+    assert all(one["failed"] == 0 for one in results["measurements"])
+    for one in results["measurements"]:
         mixed = one["workload"]["task"] == "mixed"
         # Own prompts have answers of set lengths; Spec-Bench's answers end where the model ends them.
         assert one["tokens"] == [8, 18] if mixed else max(one["tokens"]) <= 16
         assert one["tokens_per_second"] == pytest.approx(sum(one["tokens"]) / one["seconds"])
         assert one["answers_before"] > 0
-    first, second = found["spec_bench"]["spec_bench/multi_turn"]
+    first, second = results["spec_bench"]["spec_bench/multi_turn"]
     assert (first["question"], first["turn"], first["answers"]) == ("7", 1, [])
     # Rendered prompts are chat requests: the second turn follows the very answer that was measured.
     assert second["turn"] == 2
-    asked = [one for one in found["measurements"] if one["workload"]["task"] == "spec_bench/multi_turn"]
+    asked = [one for one in results["measurements"] if one["workload"]["task"] == "spec_bench/multi_turn"]
     assert {one["texts"][0].strip() for one in asked} == {second["answers"][0].strip()}
-    assert [one["question"] for one in found["spec_bench"]["spec_bench/qa"]] == ["0", "1"]
-    clasp = next(m for m in found["measurements"] if "clasp" in m["method"] and not m["plain"])
+    assert [one["question"] for one in results["spec_bench"]["spec_bench/qa"]] == ["0", "1"]
+    clasp = next(m for m in results["measurements"] if "clasp" in m["method"] and not m["plain"])
     assert clasp["accepted_length"] > 1
-    assert found["about"]["vllm"].startswith("0.32")
+    assert results["about"]["vllm"].startswith("0.32")
     report = (tmp_path / "results.md").read_text()
     assert "2 of 2" in report
     assert "| method | at once | temperature | multi_turn | qa | mean |" in report

@@ -19,12 +19,12 @@ def accepted_one_by_one(prompt: str, num_tokens: int, skipped: frozenset[int]) -
     tokens = AutoTokenizer.from_pretrained(DEMO_MODEL).encode(prompt)
     with torch.inference_mode():
         past, token = opponent._read(tokens)
-        found = []
+        accepted = []
         for _ in range(num_tokens - 1):
             draft, _ = opponent._choose(opponent._step(Past(past.keys, past.values), token, skipped))
             token, _ = opponent._choose(opponent._step(past, token, frozenset()))
-            found.append(draft == token)
-    return found
+            accepted.append(draft == token)
+    return accepted
 
 
 def test_all_positions_at_once_are_those_one_by_one():
@@ -64,6 +64,6 @@ def test_command(tmp_path, capsys):
     config = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert config["method"] == "layer_skip"
     assert len(config["skip_layers"]) == 12
-    found = json.loads(path.read_text())
-    assert len(found["trials"]) == 6
-    assert found["best"] >= found["evenly_spaced"]
+    search = json.loads(path.read_text())
+    assert len(search["trials"]) == 6
+    assert search["best"] >= search["evenly_spaced"]

@@ -32,14 +32,14 @@ def folder(tmp_path_factory):
 
 
 def test_what_it_writes(folder):
-    found = Calibration(folder)
-    manifest = found.manifest
+    calibration = Calibration(folder)
+    manifest = calibration.manifest
     assert [task.name for task in manifest.tasks] == ["sql", "prose", EVERYTHING]
     assert (manifest.num_layers, manifest.hidden_size) == (24, 192)
     assert manifest.silhouette > 0
-    assert found.masks().shape == (3, 24, 2)
-    assert found.masks().any(dim=(1, 2)).all()
-    assert found.anchors.vectors.shape == (4, 192)
+    assert calibration.masks().shape == (3, 24, 2)
+    assert calibration.masks().any(dim=(1, 2)).all()
+    assert calibration.anchors.vectors.shape == (4, 192)
     assert all(len((folder / f"trials-{t.name}.jsonl").read_text().splitlines()) == 5 for t in manifest.tasks)
     assert (folder / "anchors.png").read_bytes().startswith(b"\x89PNG")
     assert "vllm" in json.loads((folder / "about.json").read_text())
@@ -110,14 +110,14 @@ def test_bad_options(folder, options, part, capsys):
 def test_a_damaged_calibration(folder, tmp_path):
     with pytest.raises(ConfigError, match="clasp-vllm calibrate MODEL"):
         Calibration(tmp_path / "nowhere")
-    found = json.loads((folder / "manifest.json").read_text())
-    beyond = [found["tasks"][0] | {"skip_mlp": [24]}, *found["tasks"][1:]]
+    intact = json.loads((folder / "manifest.json").read_text())
+    beyond = [intact["tasks"][0] | {"skip_mlp": [24]}, *intact["tasks"][1:]]
     for damage in (
         {"format": 9},
         {"tasks": "none"},
         {"tasks": []},
         {"tasks": beyond},
-        {"tasks": found["tasks"][:2]},
+        {"tasks": intact["tasks"][:2]},
         {"surplus": 1},
         {"hidden_size": 64},
         {"fingerprint": 3},
@@ -134,13 +134,13 @@ def test_a_damaged_calibration(folder, tmp_path):
 
 
 def test_a_calibration_of_another_model(folder):
-    found = Calibration(folder)
-    found.check_shape(24, 192)
+    calibration = Calibration(folder)
+    calibration.check_shape(24, 192)
     with pytest.raises(ConfigError, match="24 layers of width 192; this one has 32 of 4096"):
-        found.check_shape(32, 4096)
-    found.check_model([norm.half() for norm in found.norms])
+        calibration.check_shape(32, 4096)
+    calibration.check_model([norm.half() for norm in calibration.norms])
     with pytest.raises(ConfigError, match="other weights"):
-        found.check_model([norm * 1.1 for norm in found.norms])
+        calibration.check_model([norm * 1.1 for norm in calibration.norms])
 
 
 def test_the_norms_are_the_models(folder):

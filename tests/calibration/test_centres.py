@@ -15,11 +15,11 @@ def blobs(spread: float = 0.1) -> list[torch.Tensor]:
 
 
 def test_centres_are_those_of_k_means_on_unit_vectors():
-    found = find_anchors(blobs(), count=4, seed=3)
-    assert found.tasks.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    anchors = find_anchors(blobs(), count=4, seed=3)
+    assert anchors.tasks.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     unit = torch.nn.functional.normalize(blobs()[1], dim=1).numpy()
     expected = KMeans(4, random_state=3, n_init=10).fit(unit).cluster_centers_
-    torch.testing.assert_close(found.vectors[found.tasks == 1], torch.from_numpy(expected).float())
+    torch.testing.assert_close(anchors.vectors[anchors.tasks == 1], torch.from_numpy(expected).float())
 
 
 def test_own_prompts_are_matched_and_foreign_ones_are_not():
@@ -30,8 +30,8 @@ def test_own_prompts_are_matched_and_foreign_ones_are_not():
 
 
 def test_fewer_prompts_than_anchors():
-    found = find_anchors([torch.eye(4)[:2], torch.eye(4)[2:3]], count=10, seed=0)
-    assert found.tasks.tolist() == [0, 0, 1]
+    anchors = find_anchors([torch.eye(4)[:2], torch.eye(4)[2:3]], count=10, seed=0)
+    assert anchors.tasks.tolist() == [0, 0, 1]
 
 
 def test_whether_the_tasks_lie_apart(tmp_path):

@@ -26,18 +26,18 @@ def verify(
 
 
 def test_the_first_guess_falls_with_the_budget():
-    found = evidence().acceptance(np.array([0, 1]))
-    assert found.shape == (2, 2, 4, LONGEST)
-    assert (np.diff(found, axis=2) < 0).all()
+    acceptance = evidence().acceptance(np.array([0, 1]))
+    assert acceptance.shape == (2, 2, 4, LONGEST)
+    assert (np.diff(acceptance, axis=2) < 0).all()
 
 
 def test_passes_tell_which_budgets_are_worth_trying():
     learnt = evidence()
     for _ in range(100):
         learnt.add_pass(np.array([[True, True, True, False]]))
-    found = learnt.acceptance(np.array([0]))[0, 0, :, 0]
-    assert (found[:3] > 0.95).all()
-    assert found[3] < 0.05
+    acceptance = learnt.acceptance(np.array([0]))[0, 0, :, 0]
+    assert (acceptance[:3] > 0.95).all()
+    assert acceptance[3] < 0.05
 
 
 def test_skipping_more_is_never_thought_better():
@@ -264,8 +264,8 @@ def test_a_certain_token_is_no_evidence():
 
 def test_tokens_that_only_fill_up_are_no_evidence():
     """Verified in full length although drafting stopped after one token."""
-    found = outcome([1, 4], [False, False], [4, 4], [3, 2])[0][0]
-    assert found == ([5, 7], [0, 0], [1, 2], [False, True])
+    call = outcome([1, 4], [False, False], [4, 4], [3, 2])[0][0]
+    assert call == ([5, 7], [0, 0], [1, 2], [False, True])
 
 
 def test_the_engine_may_have_cut_drafts_or_lost_requests():

@@ -14,21 +14,21 @@ LAYERS, BUDGETS = 8, (2, 4)
 
 def controller(choices: tuple[str, ...], padded: bool = False, draft_cost: float = 1e-3) -> AdaptiveDrafting:
     """One that finds drafts almost free, unless told what a layer of them costs of one of the target."""
-    found = AdaptiveDrafting(
+    adaptive = AdaptiveDrafting(
         16, BUDGETS, Items.layers(LAYERS), 4, None, choices, padded=padded, narrows=not padded, ranks=1
     )
-    found.costs = PassCosts(tuple(map(float, SIZES)), (1e-3,) * len(SIZES), (0.0,) * len(SIZES))
-    found.corrections.scales["draft_scale"][:] = draft_cost
-    return found
+    adaptive.costs = PassCosts(tuple(map(float, SIZES)), (1e-3,) * len(SIZES), (0.0,) * len(SIZES))
+    adaptive.corrections.scales["draft_scale"][:] = draft_cost
+    return adaptive
 
 
-def chosen(found: AdaptiveDrafting, rows: int, rounds: int, room: bool = False) -> list[int]:
+def chosen(adaptive: AdaptiveDrafting, rows: int, rounds: int, room: bool = False) -> list[int]:
     """The draft lengths of so many rounds; with ``room`` as many tokens are allowed as were wanted before."""
     masks = torch.zeros(16, len(BUDGETS), LAYERS, 2, dtype=torch.bool)
     lengths, allowed = [], 4
     for _ in range(rounds):
-        choice = found.choose(np.arange(rows), masks, masks[0], allowed)
-        allowed = found.wanted if room else 4
+        choice = adaptive.choose(np.arange(rows), masks, masks[0], allowed)
+        allowed = adaptive.wanted if room else 4
         lengths.append(choice.length)
     return lengths
 
@@ -44,11 +44,11 @@ def test_one_round_of_many(rows):
 
 
 def test_each_size_has_its_own():
-    found = controller(("length", "speculation"))
-    assert 0 in chosen(found, 1, PLAIN_FIRST)
-    assert 0 not in chosen(found, 16, PLAIN_FIRST - 1)
-    assert chosen(found, 16, 1) == [0]
-    assert 0 not in chosen(found, 1, PLAIN_EVERY - 1)
+    adaptive = controller(("length", "speculation"))
+    assert 0 in chosen(adaptive, 1, PLAIN_FIRST)
+    assert 0 not in chosen(adaptive, 16, PLAIN_FIRST - 1)
+    assert chosen(adaptive, 16, 1) == [0]
+    assert 0 not in chosen(adaptive, 1, PLAIN_EVERY - 1)
 
 
 def test_not_where_speculation_is_always_on():
@@ -62,19 +62,19 @@ def test_where_room_is_made_ahead_the_next_round_has_none():
 
 def test_after_it_the_round_is_thought_over():
     """What is chosen next goes by the batch as it is then, as in any round of speculation."""
-    found = controller(("length", "speculation"))
-    assert chosen(found, 1, PLAIN_FIRST)[-1] == 0
-    assert found._off_steps == 0
+    adaptive = controller(("length", "speculation"))
+    assert chosen(adaptive, 1, PLAIN_FIRST)[-1] == 0
+    assert adaptive._off_steps == 0
 
 
 # Where it does not seem to pay, what is not known counts for it.
 
 
 def worth_drafting(rows: int, draft_cost: float, known: bool = False) -> bool:
-    found = controller(("length", "speculation"), draft_cost=draft_cost)
+    adaptive = controller(("length", "speculation"), draft_cost=draft_cost)
     if known:
-        found.evidence.drafts.variance[:] = 0.0
-    return chosen(found, rows, 1) != [0]
+        adaptive.evidence.drafts.variance[:] = 0.0
+    return chosen(adaptive, rows, 1) != [0]
 
 
 def test_new_sequences_are_given_a_chance():
@@ -90,50 +90,50 @@ def test_new_sequences_are_given_a_chance():
 
 def test_hope_ends_with_what_tokens_can_tell():
     """A sequence of which much has been seen gets none."""
-    found = controller(("length", "speculation"))
+    adaptive = controller(("length", "speculation"))
     one, won = np.array([0]), np.array([[True, False, True, False]])
     for _ in range(100):
-        found.evidence.drafts.add(one, one, np.full((1, 4), 0.5), won, np.ones((1, 4), dtype=bool))
-    assert (found.evidence.acceptance(one, hope=3.0) == found.evidence.acceptance(one)).all()
-    assert (found.evidence.acceptance(one + 1, hope=3.0) > found.evidence.acceptance(one + 1)).all()
+        adaptive.evidence.drafts.add(one, one, np.full((1, 4), 0.5), won, np.ones((1, 4), dtype=bool))
+    assert (adaptive.evidence.acceptance(one, hope=3.0) == adaptive.evidence.acceptance(one)).all()
+    assert (adaptive.evidence.acceptance(one + 1, hope=3.0) > adaptive.evidence.acceptance(one + 1)).all()
 
 
 @pytest.mark.parametrize("draft_cost", [0.5, 0.73])
 def test_hope_says_whether_and_not_how(draft_cost):
     """What is done and promised is what is thought best, though hope alone makes it worth a try."""
-    found, known = (controller(("length", "speculation"), draft_cost=draft_cost) for _ in range(2))
+    uncertain, known = (controller(("length", "speculation"), draft_cost=draft_cost) for _ in range(2))
     known.evidence.drafts.variance[:] = 0.0
     always = controller(("length",), draft_cost=draft_cost)
-    for one in (found, known, always):
+    for one in (uncertain, known, always):
         chosen(one, 1, 1)
-    assert found.last == known.last == always.last
-    assert found._hoped == (draft_cost > 0.7)
+    assert uncertain.last == known.last == always.last
+    assert uncertain._hoped == (draft_cost > 0.7)
     assert not known._hoped
     assert not always._hoped
 
 
 def test_while_off_new_sequences_are_thought_of_at_once():
-    found = controller(("length", "speculation"), draft_cost=0.5)
-    found.evidence.drafts.offset[:] = found.evidence.drafts.mean[:] = -2.0
-    assert chosen(found, 4, 2) == [0, 0]
-    found.evidence.drafts.mean[:] = 2.0
-    found.evidence.start(0)
-    assert chosen(found, 4, 1) == [0]  # one of four
-    found.evidence.start(1)
-    assert chosen(found, 4, 1) != [0]
+    adaptive = controller(("length", "speculation"), draft_cost=0.5)
+    adaptive.evidence.drafts.offset[:] = adaptive.evidence.drafts.mean[:] = -2.0
+    assert chosen(adaptive, 4, 2) == [0, 0]
+    adaptive.evidence.drafts.mean[:] = 2.0
+    adaptive.evidence.start(0)
+    assert chosen(adaptive, 4, 1) == [0]  # one of four
+    adaptive.evidence.start(1)
+    assert chosen(adaptive, 4, 1) != [0]
 
 
 def test_without_its_requests_it_still_knows_what_passes_cost():
-    found = controller(("length", "speculation"), draft_cost=9.0)
-    fresh = found.evidence.acceptance(np.arange(2))
-    off = chosen(found, 2, 3)
-    found.learn(np.zeros(20 * len(BUDGETS)))
-    assert (found.evidence.acceptance(np.arange(2)) < fresh).all()
-    assert found.last is not None
-    found.reset()
-    assert (found.evidence.acceptance(np.arange(2)) == fresh).all()
-    assert found.last is None
-    assert chosen(found, 2, 3) == off == [0, 0, 0]
+    adaptive = controller(("length", "speculation"), draft_cost=9.0)
+    fresh = adaptive.evidence.acceptance(np.arange(2))
+    off = chosen(adaptive, 2, 3)
+    adaptive.learn(np.zeros(20 * len(BUDGETS)))
+    assert (adaptive.evidence.acceptance(np.arange(2)) < fresh).all()
+    assert adaptive.last is not None
+    adaptive.reset()
+    assert (adaptive.evidence.acceptance(np.arange(2)) == fresh).all()
+    assert adaptive.last is None
+    assert chosen(adaptive, 2, 3) == off == [0, 0, 0]
 
 
 # While speculation is off, most steps cost nothing.
@@ -141,22 +141,22 @@ def test_without_its_requests_it_still_knows_what_passes_cost():
 
 def off_controller() -> tuple[AdaptiveDrafting, list[str]]:
     """One that has just found that drafts do not pay, and the requests of that round."""
-    found = controller(("length", "speculation"), draft_cost=1e3)
-    found.evidence.drafts.variance[:] = 0.0
-    assert chosen(found, 2, 1) == [0]
-    found.drafted(["a", "b"], None, Mark(torch.device("cpu")))
-    return found, ["a", "b"]
+    adaptive = controller(("length", "speculation"), draft_cost=1e3)
+    adaptive.evidence.drafts.variance[:] = 0.0
+    assert chosen(adaptive, 2, 1) == [0]
+    adaptive.drafted(["a", "b"], None, Mark(torch.device("cpu")))
+    return adaptive, ["a", "b"]
 
 
 def test_most_steps_are_left_out_while_off():
-    found, requests = off_controller()
-    assert [found.idles(requests) for _ in range(OFF_CHECK)] == [True] * (OFF_CHECK - 1) + [False]
-    assert found._is_due(2)
+    adaptive, requests = off_controller()
+    assert [adaptive.idles(requests) for _ in range(OFF_CHECK)] == [True] * (OFF_CHECK - 1) + [False]
+    assert adaptive._is_due(2)
 
 
 def test_no_step_is_left_out_when_the_batch_changes_or_speculation_is_on():
-    found, requests = off_controller()
-    assert not found.idles([*requests, "c"])
+    adaptive, requests = off_controller()
+    assert not adaptive.idles([*requests, "c"])
     on = controller(("length", "speculation"))
     assert chosen(on, 2, 1) != [0]
     on.drafted(requests, None, Mark(torch.device("cpu")))
@@ -164,7 +164,7 @@ def test_no_step_is_left_out_when_the_batch_changes_or_speculation_is_on():
 
 
 def test_speculation_that_has_lost_what_it_may_is_off():
-    found = controller(("length", "speculation"))
-    found.budget.balance = 0.0
-    assert chosen(found, 1, 1) == [0]
+    adaptive = controller(("length", "speculation"))
+    adaptive.budget.balance = 0.0
+    assert chosen(adaptive, 1, 1) == [0]
     assert chosen(controller(("length",)), 1, 1) != [0]

@@ -6,8 +6,8 @@ import torch
 from clasp_vllm.drafting.offers import Offers
 
 
-def expect(offers: Offers, slots: list[int], found: list[int], started: tuple[int, ...] = ()) -> list[int]:
-    return offers.expect(np.array(slots), started, torch.tensor(found)).tolist()
+def expect(offers: Offers, slots: list[int], offered: list[int], started: tuple[int, ...] = ()) -> list[int]:
+    return offers.expect(np.array(slots), started, torch.tensor(offered)).tolist()
 
 
 def test_on_the_host_it_is_what_there_is():

@@ -64,9 +64,9 @@ def test_sizes_and_kinds_of_steps_have_corrections_of_their_own(clock):
     assert corrections.scales["plain_scale"][at_four] == pytest.approx(0.5, rel=1e-3)
     assert corrections.scales["verify_scale"][at_eight] == pytest.approx(1.5, rel=1e-3)
     see(clock, corrections, "verify_scale", 7, 0.6, times=100)  # between six and eight
-    found = PassCosts((1.0,), (0.2,), (0.0,)).scaled(corrections.scales)
-    assert float(found.verify(7, 1)) == pytest.approx(0.6, rel=1e-2)
-    assert float(found.plain(4, 1)) == pytest.approx(0.1, rel=1e-2)
+    costs = PassCosts((1.0,), (0.2,), (0.0,)).scaled(corrections.scales)
+    assert float(costs.verify(7, 1)) == pytest.approx(0.6, rel=1e-2)
+    assert float(costs.plain(4, 1)) == pytest.approx(0.1, rel=1e-2)
     assert corrections.scales["verify_scale"][at_eight] > 2.0
 
 

@@ -19,14 +19,14 @@ def served(prompts: list[str]) -> list[tuple[list[int], list[int], int, int]]:
         "optimization_interval": SETTINGS.interval,
         "mask_memory": 0.0,
     }
-    found = []
+    per_prompt = []
     with running(DEMO_MODEL, config) as llm:
         tokenizer = llm.get_tokenizer()
         for prompt in prompts:
             outcome = generate(llm, [prompt], max_tokens=TOKENS)
             counts = outcome.num_drafts, outcome.num_accepted_tokens
-            found.append((tokenizer.encode(prompt), outcome.token_ids[0], *counts))
-    return found
+            per_prompt.append((tokenizer.encode(prompt), outcome.token_ids[0], *counts))
+    return per_prompt
 
 
 def test_accepted_length_is_the_slow_loops():

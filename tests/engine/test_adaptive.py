@@ -65,12 +65,12 @@ def test_masks_are_shared_when_that_pays(call, plain):
 
 
 def with_odd_settings(configs: list[dict]) -> list[list[list[int]]]:
-    found = []
+    token_ids = []
     for config in configs:
         with running(speculative_config=config, max_num_seqs=1) as llm:
             change_costs(llm, every=3)
-            found.append(generate(llm, PROMPTS[:2], max_tokens=24).token_ids)
-    return found
+            token_ids.append(generate(llm, PROMPTS[:2], max_tokens=24).token_ids)
+    return token_ids
 
 
 def test_nothing_to_choose_from():
@@ -83,8 +83,8 @@ def test_nothing_to_choose_from():
     ]
     with engine_process("v1") as call:
         plain = call(plain_outcome).token_ids
-        for found in call(with_odd_settings, configs):
-            assert found == [ids[:24] for ids in plain[:2]]
+        for token_ids in call(with_odd_settings, configs):
+            assert token_ids == [ids[:24] for ids in plain[:2]]
 
 
 def never_drafting(config: object) -> tuple[list[list[int]], int]:
@@ -140,18 +140,18 @@ def looked_up(config: object, how: str = "as they are", tokens: int = 48) -> tup
         params = SamplingParams(temperature=1.0, max_tokens=tokens // 2, ignore_eos=True)
         sampled = llm.generate([REPEATING] * 4, params, use_tqdm=False)
         assert all(len(output.outputs[0].token_ids) == tokens // 2 for output in sampled)
-        found = drafter(llm).statistics.total if config else None
-        return outcome, found.ngrams if found else 0, both
+        total = drafter(llm).statistics.total if config else None
+        return outcome, total.ngrams if total else 0, both
 
 
 def test_drafts_looked_up_in_the_context():
     with engine_process("v1") as call:
         plain, *_ = call(looked_up, None)
-        without, none_found, *_ = call(looked_up, CLASP)
-        cascade, found, _ = call(looked_up, CLASP | {"ngram_cascade": True})
+        without, num_ngrams_without, *_ = call(looked_up, CLASP)
+        cascade, num_ngrams, _ = call(looked_up, CLASP | {"ngram_cascade": True})
     assert cascade.token_ids == without.token_ids == plain.token_ids
-    assert found > 10
-    assert none_found == 0
+    assert num_ngrams > 10
+    assert num_ngrams_without == 0
     assert cascade.num_accepted_tokens > 0
 
 
@@ -160,9 +160,9 @@ def test_drafts_looked_up_where_tokens_are_on_the_device():
     config = CLASP | {"ngram_cascade": True, "prompt_lookup_min": 1, "draft_sample_method": "probabilistic"}
     with engine_process("v2") as call:
         plain, *_ = call(looked_up, None, "", 24)
-        cascade, found, both = call(looked_up, config, "beside", 24)
+        cascade, num_ngrams, both = call(looked_up, config, "beside", 24)
     assert cascade.token_ids == plain.token_ids
-    assert found > 10
+    assert num_ngrams > 10
     assert sum(both) > 3
     assert cascade.num_accepted_tokens > 0
 

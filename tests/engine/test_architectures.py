@@ -102,7 +102,7 @@ def outcomes(kind: str, folder: str, quantised: bool = False, **settings) -> tup
     path = save(kind, SUPPORTED[kind], folder)
     if quantised:
         quantise(path)
-    found = []
+    generated = []
     for spec in (
         None,
         CLASP,
@@ -110,8 +110,8 @@ def outcomes(kind: str, folder: str, quantised: bool = False, **settings) -> tup
         {"method": "layer_skip", "skip_layers": [], "num_speculative_tokens": 3},
     ):
         with running(path, spec, **(ENGINE | settings)) as llm:
-            found.append(generate(llm, PROMPTS, max_tokens=24, detokenize=False))
-    return tuple(found)
+            generated.append(generate(llm, PROMPTS, max_tokens=24, detokenize=False))
+    return tuple(generated)
 
 
 def refusal(kind: str, folder: str) -> str:
@@ -131,8 +131,8 @@ def call():
         yield call
 
 
-def check(found: tuple) -> None:
-    plain, clasp, optimising, nothing_skipped = found
+def check(generated: tuple) -> None:
+    plain, clasp, optimising, nothing_skipped = generated
     assert len({tuple(ids) for ids in plain.token_ids}) == len(PROMPTS)
     assert clasp.token_ids == plain.token_ids
     assert optimising.token_ids == plain.token_ids
@@ -148,9 +148,9 @@ def test_supported(call, kind, tmp_path):
 
 def test_quantised_weights(call, tmp_path):
     """The CPU's integer kernel wants bfloat16, in which rounding may change a token here and there."""
-    found = call(outcomes, "llama", str(tmp_path), quantised=True, dtype="bfloat16")
-    plain, nothing_skipped = found[0], found[-1]
-    for other in found[1:]:
+    generated = call(outcomes, "llama", str(tmp_path), quantised=True, dtype="bfloat16")
+    plain, nothing_skipped = generated[0], generated[-1]
+    for other in generated[1:]:
         same = [a == b for a, b in zip(plain.token_ids, other.token_ids, strict=True)]
         assert sum(same) >= len(PROMPTS) - 2
     assert nothing_skipped.num_accepted_tokens > 0.9 * nothing_skipped.num_draft_tokens > 0

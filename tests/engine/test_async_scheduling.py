@@ -36,7 +36,7 @@ def outcomes(speculative_config: object) -> tuple[list[Outcome], float]:
         assert type(core.scheduler).__name__ == "AsyncScheduler"
         if speculative_config and speculative_config["adaptive"]:
             change_costs(llm)
-        found = [
+        generated = [
             generate(llm, [*PROMPTS[:9], LONG], max_tokens=40),
             generate(llm, [LONG, *PROMPTS[8:12]], max_tokens=30, ignore_eos=False, stop=["\n"]),
         ]
@@ -45,7 +45,7 @@ def outcomes(speculative_config: object) -> tuple[list[Outcome], float]:
             total = drafter(llm).statistics.total.rounds
             assert total - 2 <= rounds <= total, (rounds, total)  # the last step's output is not waited for
             assert (drafter(llm).statistics.total.plain_steps > 0) == speculative_config["adaptive"]
-        return found, core.scheduler.kv_cache_manager.usage
+        return generated, core.scheduler.kv_cache_manager.usage
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

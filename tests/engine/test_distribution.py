@@ -215,16 +215,16 @@ def test_drafts_looked_up_keep_the_law(runner, draft, how, tmp_path):
         got, accepted = call(sample, folder, samples, 3, spec, 1.0, 1.0, 0, how)
     law = exact_law(folder, 3, 1.0, 1.0, 0)
     if runner == "v2":  # whose first drafts are not looked up: the last two tokens, for there are few samples
-        got, law = [found[1:] for found in got], _without_first(law)
+        got, law = [tokens[1:] for tokens in got], _without_first(law)
     assert accepted > samples / 10
     assert p_value(got, law) > 1e-3
 
 
 def _without_first(law: dict[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
-    found: dict[tuple[int, ...], float] = {}
+    marginal: dict[tuple[int, ...], float] = {}
     for tokens, probability in law.items():
-        found[tokens[1:]] = found.get(tokens[1:], 0.0) + probability
-    return found
+        marginal[tokens[1:]] = marginal.get(tokens[1:], 0.0) + probability
+    return marginal
 
 
 def structured(samples: int, speculative_config: object) -> tuple[Counter, int, int]:
@@ -248,10 +248,10 @@ def structured(samples: int, speculative_config: object) -> tuple[Counter, int, 
                 return has_grammar
 
             def law(probs, drawn, tokens):
-                found = original(probs, drawn, tokens)
+                probabilities = original(probs, drawn, tokens)
                 for row, of in enumerate(has_grammar):
-                    uncertain[0 if of else 1] += int((found[row].amax(-1) < 1).any())
-                return found
+                    uncertain[0 if of else 1] += int((probabilities[row].amax(-1) < 1).any())
+                return probabilities
 
             proposer._drafted_greedily, proposer._law = drafted_greedily, law
         grammar = StructuredOutputsParams(regex="[0-4]{4}")
@@ -283,7 +283,7 @@ def test_the_law_under_a_grammar_is_plain_vllms():
         plain, *_ = call(structured, 3000, None)
         ours, *_ = call(structured, 3000, DRAWN)
     kinds = sorted(set(plain) | set(ours))
-    assert chi2_contingency([[found[kind] for kind in kinds] for found in (plain, ours)]).pvalue > 1e-3
+    assert chi2_contingency([[counts[kind] for kind in kinds] for counts in (plain, ours)]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])

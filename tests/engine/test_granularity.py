@@ -70,12 +70,12 @@ def test_the_controller_over_sublayers():
 def long_contexts(config: dict | None) -> tuple[list, list[tuple[int, ...]]]:
     """Short prompts, then some that begin alike with a long text, and short ones again."""
     with running(speculative_config=config, max_num_seqs=4, max_model_len=1024) as llm:
-        found, costs = [], []
+        token_ids, costs = [], []
         for prompts in (PROMPTS[:2], [LONG + prompt for prompt in PROMPTS[:4]], PROMPTS[4:6]):
-            found.append(generate(llm, prompts, max_tokens=64).token_ids)
+            token_ids.append(generate(llm, prompts, max_tokens=64).token_ids)
             if config is not None:
                 costs.append(drafter(llm).policy._items.costs)
-        return found, costs
+        return token_ids, costs
 
 
 @pytest.mark.slow

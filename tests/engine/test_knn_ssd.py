@@ -58,9 +58,9 @@ def served(speculative_config: object, prompts: list[str], tokens: int) -> tuple
 def test_lossless_with_masks_of_sublayers(runner, count, tokens, config):
     with engine_process(runner) as call:
         plain, _ = call(served, None, PROMPTS[-count:], tokens)
-        found, masks = call(served, config | {"adaptive": False}, PROMPTS[-count:], tokens)
-    assert found.token_ids == plain.token_ids
-    assert found.num_accepted_tokens > 0
+        knn_ssd, masks = call(served, config | {"adaptive": False}, PROMPTS[-count:], tokens)
+    assert knn_ssd.token_ids == plain.token_ids
+    assert knn_ssd.num_accepted_tokens > 0
     assert len(masks) > 1
     assert any(attention != mlp for mask in masks for attention, mlp in mask)
 
@@ -73,9 +73,9 @@ def mismatch(worker) -> None:
         share = policy._share
 
         def other(tasks):
-            found = share((tasks + 1) % len(policy._masks))
-            policy.mismatches += int((found == tasks).sum())
-            return found
+            shared = share((tasks + 1) % len(policy._masks))
+            policy.mismatches += int((shared == tasks).sum())
+            return shared
 
         policy._share = other
 
@@ -102,17 +102,17 @@ def test_tensor_parallel_ranks_skip_alike(config, monkeypatch):
     prompts = [prompt for task in TASKS for prompt in task_prompts(task)[:1]]
     with two_ranks("v1", monkeypatch) as call:
         plain, *_ = call(on_two_ranks, None, prompts)
-        found, masks, mismatches = call(on_two_ranks, config | {"adaptive": False}, prompts)
+        knn_ssd, masks, mismatches = call(on_two_ranks, config | {"adaptive": False}, prompts)
     assert mismatches == [0, len(prompts)]
-    assert found.token_ids == plain.token_ids
-    assert found.num_accepted_tokens > 0
+    assert knn_ssd.token_ids == plain.token_ids
+    assert knn_ssd.num_accepted_tokens > 0
     assert masks[0] == masks[1]
     assert len({str(mask) for mask in masks[0]}) > 1
 
 
 def tasks_by_prompt(config: dict, prompts: list[str], **settings) -> list[tuple[int, list[float], int]]:
     """The task that each prompt is taken for, its embedding, and of how many tokens. One by one."""
-    found, lengths = [], []
+    by_prompt, lengths = [], []
     with running(speculative_config=config, max_num_seqs=2, **settings) as llm:
         policy = drafter(llm).policy
         anchors = policy._anchors
@@ -125,7 +125,7 @@ def tasks_by_prompt(config: dict, prompts: list[str], **settings) -> list[tuple[
 
             def match(self, embeddings):
                 tasks, cosine = anchors.match(embeddings)
-                found.append((int(tasks[0]), embeddings[0].tolist()))
+                by_prompt.append((int(tasks[0]), embeddings[0].tolist()))
                 return tasks, cosine
 
         policy._anchors = Spy()
@@ -139,19 +139,19 @@ def tasks_by_prompt(config: dict, prompts: list[str], **settings) -> list[tuple[
         for i, prompt in enumerate(prompts):
             lengths.clear()
             generate(llm, [prompt], max_tokens=3)
-            found[i] = *found[i], sum(lengths)
+            by_prompt[i] = *by_prompt[i], sum(lengths)
         metrics = [m for m in llm.get_metrics() if m.name == "vllm:layer_skip_prompts"]
         assert sum(metric.value for metric in metrics) == len(prompts)
-    return found
+    return by_prompt
 
 
 def test_a_prompt_of_each_domain_gets_its_own_anchor_and_a_foreign_one_none(config):
     prompts = [prompt for task in TASKS for prompt in task_prompts(task)[:HELD_OUT]]
     with engine_process("v1") as call:
-        found = [task for task, *_ in call(tasks_by_prompt, config, prompts + FOREIGN)]
-    found, foreign = found[: len(prompts)], found[len(prompts) :]
-    right = [task == i // HELD_OUT for i, task in enumerate(found)]
-    assert sum(right) >= len(right) - 2, found
+        tasks = [task for task, *_ in call(tasks_by_prompt, config, prompts + FOREIGN)]
+    tasks, foreign = tasks[: len(prompts)], tasks[len(prompts) :]
+    right = [task == i // HELD_OUT for i, task in enumerate(tasks)]
+    assert sum(right) >= len(right) - 2, tasks
     assert foreign == [-1] * len(FOREIGN)
     for domain in range(len(TASKS)):
         assert any(right[domain * HELD_OUT : (domain + 1) * HELD_OUT])

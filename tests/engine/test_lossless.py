@@ -164,7 +164,7 @@ def calls_for_drafts(speculative_config: object) -> tuple[Outcome, int]:
 
 
 def test_drafts_come_with_the_output_where_they_can(call, plain, request):
-    found, calls = call(calls_for_drafts, HALF)
-    assert found.num_accepted_tokens > 0
-    assert [ids[:16] for ids in plain.token_ids[:4]] == found.token_ids
+    half, calls = call(calls_for_drafts, HALF)
+    assert half.num_accepted_tokens > 0
+    assert [ids[:16] for ids in plain.token_ids[:4]] == half.token_ids
     assert (calls == 0) == ("[v1]" in request.node.name)

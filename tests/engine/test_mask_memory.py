@@ -22,7 +22,7 @@ def passes(
 
     The margins of pass number ``broken`` are made NaN; ``late``: masks come a round late, as on a GPU.
     """
-    found: list[dict] = []
+    recorded_passes: list[dict] = []
     with running(speculative_config=config) as llm:
         ours = drafter(llm)
         ours.policy._new_masks.always_late = late
@@ -30,16 +30,18 @@ def passes(
 
         def run_programme(batch, prior):
             programme, hidden = original(batch, prior)
-            if len(found) == broken:
+            if len(recorded_passes) == broken:
                 programme = replace(programme, margins=programme.margins * float("nan"))
-            found.append({"requests": list(batch.request_ids), "margins": programme.margins, "prior": prior})
+            recorded_passes.append(
+                {"requests": list(batch.request_ids), "margins": programme.margins, "prior": prior}
+            )
             return programme, hidden
 
         ours.policy.run_programme = run_programme
         tokens = [generate(llm, [prompt], max_tokens=24).token_ids[0] for prompt in PROMPTS[:3]]
         tokens += generate(llm, PROMPTS[3:7], max_tokens=24).token_ids
         initial = ours.sequences.initial_mask[0, :, 0].tolist()
-    return found, tokens, initial
+    return recorded_passes, tokens, initial
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +58,11 @@ def remembered(call):
 def test_the_prior_is_what_the_passes_before_have_left(remembered):
     import torch
 
-    found, _, _ = remembered
-    assert found[0]["prior"] is None
+    recorded_passes, _, _ = remembered
+    assert recorded_passes[0]["prior"] is None
     last: dict[str, torch.Tensor] = {}
-    overall, known = found[0]["margins"].mean(2), 0
-    for number, one in enumerate(found):
+    overall, known = recorded_passes[0]["margins"].mean(2), 0
+    for number, one in enumerate(recorded_passes):
         for row, request in enumerate(one["requests"]):
             if number:
                 expected = last.get(request, overall)
@@ -70,30 +72,30 @@ def test_the_prior_is_what_the_passes_before_have_left(remembered):
         if number:
             alone = (one["margins"] - 0.8 * one["prior"]) / 0.2
             overall = overall.lerp(alone.mean(2), max(1 / (number + 1), 0.05))
-    assert 3 < known < len(found)  # passes of both kinds
+    assert 3 < known < len(recorded_passes)  # passes of both kinds
 
 
 def test_new_requests_start_from_what_all_have_found(call, remembered):
     _, tokens, initial = remembered
-    found, same_tokens, evenly = call(passes, CLASP | {"mask_memory": 0.0})
-    assert all(one["prior"] is None for one in found)
+    recorded_passes, same_tokens, evenly = call(passes, CLASP | {"mask_memory": 0.0})
+    assert all(one["prior"] is None for one in recorded_passes)
     assert tokens == same_tokens  # lossless, whatever the masks
     assert sum(initial) == sum(evenly) == 12
     assert initial != evenly
 
 
 def test_masks_a_round_late(call, remembered):
-    found, tokens, initial = call(passes, CLASP, late=True)
+    recorded_passes, tokens, initial = call(passes, CLASP, late=True)
     assert tokens == remembered[1]
-    assert len(found) > 4
+    assert len(recorded_passes) > 4
     assert sum(a != b for a, b in zip(initial, remembered[2], strict=True)) <= 6
 
 
 def test_a_broken_pass_is_forgotten(call, remembered):
     """Not-a-numbers must not stay in the averages; they would make every later choice a bad one."""
-    found, tokens, initial = call(passes, CLASP, 1)
+    recorded_passes, tokens, initial = call(passes, CLASP, 1)
     assert tokens == remembered[1]
-    assert not any(one["prior"].isnan().any() for one in found[1:])
-    assert len(found) > 4
+    assert not any(one["prior"].isnan().any() for one in recorded_passes[1:])
+    assert len(recorded_passes) > 4
     assert sum(initial) == 12
     assert sum(a != b for a, b in zip(initial, remembered[2], strict=True)) <= 6

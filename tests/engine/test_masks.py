@@ -37,19 +37,19 @@ def forced_drafts() -> list[tuple[list[list[int]], Drafts]]:
             names = [int(r.split("-")[0]) % len(masks) for r in batch.request_ids]
             ours.sequences.slots(batch.request_ids)
             ours.sequences.set_masks(batch.request_ids, torch.stack([masks[n] for n in names])[:, None])
-            found = original(batch, num_tokens, sample)
+            drafted = original(batch, num_tokens, sample)
             for row, name in enumerate(names):
-                drafts[name].append((int(batch.positions[row]), tuple(found.tokens[row].tolist())))
-            return found
+                drafts[name].append((int(batch.positions[row]), tuple(drafted.tokens[row].tolist())))
+            return drafted
 
         ours.draft = draft
         prompts = PROMPTS[1 : 1 + 2 * len(masks) : 2]
-        found = []
+        runs = []
         for asked in [prompts], [[prompt] for prompt in prompts]:
             drafts = [[] for _ in masks]
             outputs = [ids for some in asked for ids in generate(llm, some, max_tokens=24).token_ids]
-            found.append((outputs, drafts))
-    return found
+            runs.append((outputs, drafts))
+    return runs
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])

@@ -62,10 +62,10 @@ def build_configs(tmp: str) -> dict[str, str]:
         json.dump(settings, file)
 
     def config(args: EngineArgs) -> str:
-        found = args.create_engine_config().speculative_config
-        assert found.method == "draft_model"
-        assert found.draft_model_config is found.target_model_config
-        return repr(found.layer_skip)
+        speculative_config = args.create_engine_config().speculative_config
+        assert speculative_config.method == "draft_model"
+        assert speculative_config.draft_model_config is speculative_config.target_model_config
+        return repr(speculative_config.layer_skip)
 
     def cli(args_class, *arguments: str) -> str:
         parser = args_class.add_cli_args(FlexibleArgumentParser())
@@ -90,9 +90,9 @@ def call():
 
 
 def test_every_way_means_the_same(call, tmp_path):
-    found = call(build_configs, str(tmp_path))
-    assert len(set(found.values())) == 1, found
-    assert "num_speculative_tokens=6" in found["LLM, dict"]
+    configs = call(build_configs, str(tmp_path))
+    assert len(set(configs.values())) == 1, configs
+    assert "num_speculative_tokens=6" in configs["LLM, dict"]
 
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}

@@ -140,15 +140,15 @@ def call():
 @pytest.mark.parametrize("case", CASES)
 def test_refused_before_loading(call, case, tmp_path):
     kind, arguments, parts = CASES[case]
-    found = call(message, str(tmp_path), kind, arguments)
+    error = call(message, str(tmp_path), kind, arguments)
     for part in parts:
-        assert part in found
-    assert "\n" not in found
+        assert part in error
+    assert "\n" not in error
 
 
 def test_other_versions_of_vllm(call):
-    found = call(message, "", None, {}, version="0.99.1")
-    assert "supports vLLM 0.32.*, but vLLM 0.99.1 is installed" in found
+    error = call(message, "", None, {}, version="0.99.1")
+    assert "supports vLLM 0.32.*, but vLLM 0.99.1 is installed" in error
 
 
 def start(settings: dict) -> str:
@@ -160,9 +160,9 @@ def start(settings: dict) -> str:
 
 
 def test_too_small_a_cache(call):
-    found = call(start, {"speculative_config": CLASP, "num_gpu_blocks_override": 50, "block_size": 32})
+    error = call(start, {"speculative_config": CLASP, "num_gpu_blocks_override": 50, "block_size": 32})
     for part in ("50 blocks of 32 tokens", "64 are scratch", "512 tokens", "max_optimized_requests"):
-        assert part in found
+        assert part in error
 
 
 # What vLLM itself will not configure on a CPU, or no small model has: the check alone.
@@ -201,5 +201,5 @@ def message_for(which: str, attribute: str) -> str:
 
 @pytest.mark.parametrize("feature", ASKED_OF_A_STAND_IN)
 def test_refused_by_the_check(call, feature):
-    found = call(message_for, *ASKED_OF_A_STAND_IN[feature])
-    assert f"does not support {feature}: leave out --" in found or "autoregressive" in found
+    error = call(message_for, *ASKED_OF_A_STAND_IN[feature])
+    assert f"does not support {feature}: leave out --" in error or "autoregressive" in error

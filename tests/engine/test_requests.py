@@ -107,7 +107,7 @@ def both(request) -> tuple[dict, dict]:
 def test_answer_is_plain_vllms(both, name):
     if name not in both[0]:
         pytest.skip("not to be had on this runner without a GPU")
-    plain, clasp = (found[name] for found in both)
+    plain, clasp = (by_name[name] for by_name in both)
     for key in ("tokens", "texts", "reasons"):
         assert clasp[key] == plain[key]
     for key in ("logprobs", "prompt_logprobs"):
@@ -163,20 +163,20 @@ def beams(speculative_config: object) -> list[list[list[int]]]:
 
 def test_beam_search():
     with engine_process("v1") as call:
-        found = call(beams, CLASP)
-        assert found == call(beams, None)
-    assert len(found[0]) == 3
+        sequences = call(beams, CLASP)
+        assert sequences == call(beams, None)
+    assert len(sequences[0]) == 3
 
 
 def seeded(speculative_config: object) -> list[list[list[int]]]:
     """Several sampled answers to one prompt, twice with one seed and once with another."""
-    found = []
+    token_ids = []
     with running(speculative_config=speculative_config, enable_prefix_caching=False) as llm:
         for seed in (1, 1, 2):
             params = sampling({"n": 4, "seed": seed, "temperature": 1.0, "max_tokens": 16})
             outputs = llm.generate([PROMPTS[6]], params, use_tqdm=False)
-            found.append([list(c.token_ids) for c in outputs[0].outputs])
-    return found
+            token_ids.append([list(c.token_ids) for c in outputs[0].outputs])
+    return token_ids
 
 
 def test_seeds_give_the_same_answers_again():

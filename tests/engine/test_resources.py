@@ -17,7 +17,7 @@ def resources(speculative_config: object) -> dict:
         runner = model_runner(llm)
         core = llm.llm_engine.engine_core.engine_core
         config = llm.llm_engine.vllm_config
-        found = {
+        measured = {
             "parameters": sum(p.numel() for p in runner.model.parameters()),
             "layers": sorted(n for g in runner.kv_cache_config.kv_cache_groups for n in g.layer_names),
             "worker_blocks": runner.kv_cache_config.num_blocks,
@@ -26,12 +26,12 @@ def resources(speculative_config: object) -> dict:
         }
         if speculative_config:
             ours = runner.speculator if hasattr(runner, "speculator") else runner.drafter
-            found["same_model"] = ours.model is runner.model
-            found["scratch"] = drafter(llm).passes.scratch._ids
-            found["compute_hash"] = config.speculative_config.compute_hash()
+            measured["same_model"] = ours.model is runner.model
+            measured["scratch"] = drafter(llm).passes.scratch._ids
+            measured["compute_hash"] = config.speculative_config.compute_hash()
             generate(llm, PROMPTS[:6], max_tokens=8)
-        found["usage"] = core.scheduler.kv_cache_manager.usage
-    return found
+        measured["usage"] = core.scheduler.kv_cache_manager.usage
+    return measured
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])

@@ -29,31 +29,31 @@ def first_drafts() -> tuple[list[tuple[bool, bool]], int]:
         def draft(batch, num_tokens, sample):
             nonlocal mixed_rounds
             before = len(optimised)
-            found = original_draft(batch, num_tokens, sample)
+            drafted = original_draft(batch, num_tokens, sample)
             mixed_rounds += 0 < len(optimised) - before < len(batch)
             keys = zip(batch.request_ids, batch.positions.tolist(), strict=True)
-            drafts.update(zip(keys, found.tokens[:, 0].tolist(), strict=True))
-            return found
+            drafts.update(zip(keys, drafted.tokens[:, 0].tolist(), strict=True))
+            return drafted
 
         ours.policy.run_programme, ours.draft = run_programme, draft
         tokenizer = llm.get_tokenizer()
         outcome = generate(llm, PROMPTS[:8], max_tokens=40)
         texts = [tokenizer.encode(p) + ids for p, ids in zip(PROMPTS, outcome.token_ids, strict=False)]
-    found = []
+    flags = []
     for (request, position), token in drafts.items():
         text = texts[int(request.split("-")[0])]
         if position + 1 < len(text):
-            found.append(((request, position) in optimised, text[position + 1] == token))
-    return found, mixed_rounds
+            flags.append(((request, position) in optimised, text[position + 1] == token))
+    return flags, mixed_rounds
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_column_zero_is_certain_in_mixed_rounds(runner):
     with engine_process(runner) as call:
-        found, mixed_rounds = call(first_drafts)
+        flags, mixed_rounds = call(first_drafts)
     assert mixed_rounds > 5
-    exact = [accepted for was_optimised, accepted in found if was_optimised]
-    drafted = [accepted for was_optimised, accepted in found if not was_optimised]
+    exact = [accepted for was_optimised, accepted in flags if was_optimised]
+    drafted = [accepted for was_optimised, accepted in flags if not was_optimised]
     assert len(exact) > 20
     assert all(exact)
     assert not all(drafted)  # so the other rows' drafts are of another kind
@@ -94,12 +94,12 @@ def stopped_early(drop: bool) -> tuple[list, int]:
         original_draft, original_step = ours.draft, ours._draft_step
 
         def draft(batch, num_tokens, sample):
-            found = original_draft(batch, num_tokens, sample)
+            drafted = original_draft(batch, num_tokens, sample)
             for request, row, length in zip(
-                batch.request_ids, found.tokens.tolist(), found.lengths.tolist(), strict=True
+                batch.request_ids, drafted.tokens.tolist(), drafted.lengths.tolist(), strict=True
             ):
                 drafts.append((request.split("-")[0], row[:length]))
-            return found
+            return drafted
 
         def step(batch, slots):
             nonlocal rows

@@ -83,20 +83,20 @@ def test_what_cannot_gain_is_not_worth_it(alpha, rows):
 
 def test_drafts_as_dear_as_the_model_never_pay():
     layers = np.full((2, 1), float(NUM_LAYERS))
-    found = choose(batch(np.full((2, 1, 1), 0.999), layers))
-    assert found.ratio < WORTH_IT
+    choice = choose(batch(np.full((2, 1, 1), 0.999), layers))
+    assert choice.ratio < WORTH_IT
 
 
 @given(probability, row_counts, st.integers(1, 8))
 def test_the_ratio_is_that_of_tokens_per_second(alpha, rows, longest):
-    found = decide(alpha, rows, longest=longest)
-    assert 1 <= found.length <= longest
-    assert rows < found.tokens <= rows * (1 + found.length)
-    drafting = found.length * COSTS.draft(rows, NUM_LAYERS - BUDGETS[found.budget])
-    seconds = drafting + COSTS.verify(rows * (1 + found.length), NUM_LAYERS)
-    assert found.seconds == pytest.approx(float(seconds))
+    choice = decide(alpha, rows, longest=longest)
+    assert 1 <= choice.length <= longest
+    assert rows < choice.tokens <= rows * (1 + choice.length)
+    drafting = choice.length * COSTS.draft(rows, NUM_LAYERS - BUDGETS[choice.budget])
+    seconds = drafting + COSTS.verify(rows * (1 + choice.length), NUM_LAYERS)
+    assert choice.seconds == pytest.approx(float(seconds))
     plain = float(COSTS.plain(rows, NUM_LAYERS))
-    assert found.ratio == pytest.approx(found.tokens / rows * plain / found.seconds)
+    assert choice.ratio == pytest.approx(choice.tokens / rows * plain / choice.seconds)
 
 
 @pytest.mark.parametrize("ngrams", [None, Ngrams(np.array([0.3]), np.array([2]))])
@@ -131,10 +131,10 @@ def test_it_is_the_best_of_all(rows, ngrams):
     ways = [
         (s, budget, k, m) for s in (0, 1) for budget in range(3) for k in range(7) for m in taken if k + m
     ]
-    found = choose(Batch(COSTS, NUM_LAYERS, acceptance, layers, going_on, range(1, 7)), ngrams)
+    choice = choose(Batch(COSTS, NUM_LAYERS, acceptance, layers, going_on, range(1, 7)), ngrams)
     best = max(ways, key=lambda way: ratio(*way))
-    assert (int(found.shared), found.budget, found.length, found.ngram) == best
-    assert found.ratio == pytest.approx(ratio(*best))
+    assert (int(choice.shared), choice.budget, choice.length, choice.ngram) == best
+    assert choice.ratio == pytest.approx(ratio(*best))
 
 
 def test_what_the_context_offers_is_taken_when_it_is_good():
@@ -161,14 +161,14 @@ def test_where_all_are_verified_in_full_the_context_costs_all_rows(alpha, others
         np.full((1, others, 1), 0.7), np.full((1, 1), 8.0), longest=6, lengths=lengths, padded=True
     )
     ngrams = Ngrams(np.full(some, alpha), np.full(some, length))
-    found = choose(everyone, ngrams)
-    widest = max(found.length, found.ngram)
+    choice = choose(everyone, ngrams)
+    widest = max(choice.length, choice.ngram)
     assert widest in lengths
-    assert found.ngram
-    assert bool(found.length) <= bool(others)
-    drafting = sum(float(COSTS.draft(others, 8.0)) for _ in range(found.length))
+    assert choice.ngram
+    assert bool(choice.length) <= bool(others)
+    drafting = sum(float(COSTS.draft(others, 8.0)) for _ in range(choice.length))
     verified = float(COSTS.verify((others + some) * (1 + widest), NUM_LAYERS))
-    assert found.seconds == pytest.approx(drafting + verified)
+    assert choice.seconds == pytest.approx(drafting + verified)
     padded, rows = ngrams.best(COSTS, NUM_LAYERS, others, 6, padded=True).ratio, others + some
     plain = float(COSTS.plain(rows, NUM_LAYERS)) / rows
     assert padded == pytest.approx(
@@ -207,10 +207,10 @@ def test_the_floor_rises_with_what_a_token_costs(alpha, rows, factor):
 
 def test_the_floor_is_where_a_further_token_pays():
     """One row: at that chance of all tokens, one more gains at the rate of the whole round."""
-    found = decide(0.8, budgets=np.array([16]))
+    choice = decide(0.8, budgets=np.array([16]))
     step = float(COSTS.draft(1, NUM_LAYERS - 16))
-    verify = float(COSTS.verify(2 + found.length, NUM_LAYERS) - COSTS.verify(1 + found.length, NUM_LAYERS))
-    assert 0.8 * found.floor / (step + verify) == pytest.approx(found.tokens / found.seconds)
+    verify = float(COSTS.verify(2 + choice.length, NUM_LAYERS) - COSTS.verify(1 + choice.length, NUM_LAYERS))
+    assert 0.8 * choice.floor / (step + verify) == pytest.approx(choice.tokens / choice.seconds)
 
 
 @given(st.floats(0.5, 200), st.integers(0, 32))
@@ -246,9 +246,9 @@ def test_passes_take_their_share_of_the_time():
 @given(probability, st.integers(1, 3), st.integers(1, 6))
 def test_ngrams_alone_are_priced_as_beside_nobody(alpha, some, length):
     ngrams = Ngrams(np.full(some, alpha), np.full(some, length))
-    found = choose(batch(np.full((1, 0, 1), 0.7), np.full((1, 1), 8.0), longest=6), ngrams)
+    choice = choose(batch(np.full((1, 0, 1), 0.7), np.full((1, 1), 8.0), longest=6), ngrams)
     alone = ngrams.best(COSTS, NUM_LAYERS, 0, 6, padded=False)
-    assert (alone.length, alone.ngram) == (0, found.ngram)
+    assert (alone.length, alone.ngram) == (0, choice.ngram)
     assert (alone.ratio, alone.seconds, alone.tokens) == pytest.approx(
-        (found.ratio, found.seconds, found.tokens)
+        (choice.ratio, choice.seconds, choice.tokens)
     )

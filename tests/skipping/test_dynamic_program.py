@@ -173,7 +173,7 @@ def test_close_to_brute_force(budget, record_property):
     gaps, ranks = [], []
     for seed in range(12):
         model = ToyModel(8, 16, seed)
-        found = skip_sets(model.run(budget).mask(budget))
+        chosen_sets = skip_sets(model.run(budget).mask(budget))
         for row, x0 in enumerate(model.x0):
             full = model.forward(x0, frozenset())
             cosine = {
@@ -181,8 +181,8 @@ def test_close_to_brute_force(budget, record_property):
                 for skipped in map(frozenset, combinations(range(8), budget))
             }
             best = max(cosine.values())
-            gaps.append(best - cosine[found[row]])
-            ranks.append(sum(c > cosine[found[row]] for c in cosine.values()) / len(cosine))
+            gaps.append(best - cosine[chosen_sets[row]])
+            ranks.append(sum(c > cosine[chosen_sets[row]] for c in cosine.values()) / len(cosine))
     assert min(gaps) >= 0
     mean_gap, mean_rank = sum(gaps) / len(gaps), sum(ranks) / len(ranks)
     record_property("mean_gap", mean_gap)
@@ -211,5 +211,5 @@ def test_all_budgets_backtracked_at_once():
     choices = torch.rand(7, 5, 3, generator=torch.Generator().manual_seed(0)) > 0.5
     choices[:, 0] = False
     choices |= torch.arange(5).view(1, -1, 1) > torch.arange(7).view(-1, 1, 1)
-    found = backtrack_all(choices, torch.tensor([1, 2, 4]))
-    assert torch.equal(found, torch.stack([backtrack(choices, budget) for budget in (1, 2, 4)], dim=1))
+    masks = backtrack_all(choices, torch.tensor([1, 2, 4]))
+    assert torch.equal(masks, torch.stack([backtrack(choices, budget) for budget in (1, 2, 4)], dim=1))
