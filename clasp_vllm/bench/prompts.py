@@ -66,9 +66,9 @@ def mix_ratio(task: str) -> float | None:
     name, slash, text = task.partition("/")
     if name != "mixed":
         return None
-    text = float(text) if slash else 1.0
-    if not 0 <= text <= 1:
-        raise ValueError(f"{text} is not from 0 to 1")
+    ratio = float(text) if slash else 1.0
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"{ratio} is not from 0 to 1")
     return ratio
 
 

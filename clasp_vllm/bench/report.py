@@ -191,7 +191,7 @@ def predicted_ratio(costs: Costs, counters: dict[str, float]) -> float:
 def _profiles(profiles: list[dict[str, Any]]) -> list[str]:
     """Shares of wall time by method; they add up."""
     lines = [
-        "Continuous batches of profile process, without a server.",
+        "Continuous batches of one process, without a server.",
         "",
         "| method | batch | tokens/s | verify | draft | optimise | everything else |",
         "|---|---|---|---|---|---|---|",
@@ -250,7 +250,7 @@ def _plot_shift(all_pairs: Pairs, folder: Path) -> None:
         lines.setdefault(name, {})[mix_ratio(task) or 0.0] = [ratio(pair) for pair in repeats]
     for name, points in lines.items():
         _line(axis, points, name)
-    axis.set(xlabel="prompts points another task than the one before")
+    axis.set(xlabel="prompts of another task than the one before")
     _finish(figure, [axis], folder / "ratio-domain-shift.png")
 
 

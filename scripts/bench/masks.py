@@ -257,7 +257,7 @@ def main() -> None:
         judge_sublayers(drafts, results, args)
     print(results.table(drafts.num_layers))
     if args.output:
-        facts = {"about": about(args.model), "alone": alone, "results": results.scores}
+        facts = {"about": about(args.model), "alone": alone, "scores": results.scores}
         facts["table"] = results.table(drafts.num_layers).splitlines()
         args.output.write_text(json.dumps(facts, indent=1) + "\n")
 
