@@ -11,10 +11,11 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from clasp_vllm import __version__
-from clasp_vllm.bench import assistant, costs, inspection, profile, serving
-from clasp_vllm.bench.options import split_arguments
+from clasp_vllm.bench import costs, inspection, profile, serving
 from clasp_vllm.calibration import calibrate, fixed_mask
 from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
+from clasp_vllm.tools import assistant
+from clasp_vllm.tools.options import split_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

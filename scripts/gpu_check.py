@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clasp_vllm.bench.processes import Engine, generate
+from clasp_vllm.tools.processes import Engine, generate
 
 PARTS = ("equality", "speed", "segments", "kernels", "profile")
 LLAMA_3_8B = {
@@ -59,9 +59,9 @@ def segments(llm: Any, rows: int) -> dict[str, Any]:
     """Milliseconds of a draft step of all and of half of the layers, by eager calls and by CUDA graphs."""
     import torch
 
-    from clasp_vllm.bench import engine
     from clasp_vllm.drafting.batch import DraftBatch
     from clasp_vllm.drafting.plans import Plan
+    from clasp_vllm.tools import engine
 
     passes = engine.drafter(llm).passes
     num_layers = engine.drafter(llm).decoder.num_layers

@@ -216,8 +216,8 @@ def change_costs(llm: Any, every: int = 6) -> list[tuple[bool, Any]]:
     Every second time that they cost nothing, skipping much seems as good as skipping little. Returns a list
     that grows with what the controller chooses: (whether drafts were dear, the choice).
     """
-    import clasp_vllm.drafting.adaptive as module
-    from clasp_vllm.skipping.controller import PassCosts
+    import clasp_vllm.control.controller as module
+    from clasp_vllm.control.costs import PassCosts
 
     module.OFF_CHECK = 1  # it thinks in every round, though speculation is off
     chosen: list[tuple[bool, Any]] = []

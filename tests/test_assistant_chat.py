@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from clasp_vllm.bench.assistant import assistant
-from clasp_vllm.bench.servers import serve
+from clasp_vllm.tools.assistant import assistant
+from clasp_vllm.tools.servers import serve
 
 SYSTEM = {"role": "system", "content": "You answer in one short paragraph."}
 ARTICLE = (

@@ -8,7 +8,7 @@ import openai
 import pytest
 from engines import DEMO_MODEL, PROMPTS, engine_process, generate, running
 
-from clasp_vllm.bench.servers import serve
+from clasp_vllm.tools.servers import serve
 
 pytestmark = pytest.mark.slow
 

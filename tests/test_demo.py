@@ -12,7 +12,7 @@ import psutil
 import pytest
 from engines import DEMO_MODEL, ROOT
 
-from clasp_vllm.bench.servers import ServerError, free_port, serve
+from clasp_vllm.tools.servers import ServerError, free_port, serve
 
 DEMO = str(ROOT / "scripts" / "demo" / "demo.py")
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from engines import DEMO_MODEL, PROMPTS, ROOT
 
-from clasp_vllm.bench.servers import free_port, serve
+from clasp_vllm.tools.servers import free_port, serve
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from engines import DEMO_MODEL, PROMPTS, ROOT, engine_process, generate, running
 
-from clasp_vllm.bench.servers import free_port
+from clasp_vllm.tools.servers import free_port
 
 ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
 BIN = Path(sys.executable).parent

@@ -9,7 +9,7 @@ import pytest
 from engines import DEMO_MODEL, PROMPTS, engine_process, generate, running
 from traffic import drive, shapes
 
-from clasp_vllm.bench.servers import Server, serve
+from clasp_vllm.tools.servers import Server, serve
 
 MODEL = str(DEMO_MODEL)
 ARGUMENTS = [
@@ -161,7 +161,7 @@ def test_random_traffic_with_clients_that_leave(server):
     assert metrics["layer_skip_optimized"] >= metrics["layer_skip_passes"] > 0
     assert metrics["layer_skip_optimized"] >= metrics["layer_skip_changed"] > 0
     assert metrics["layer_skip_pass_seconds"] > 0
-    assert metrics["layer_skip_spared"] > 0
+    assert metrics["layer_skip_early_exit_tokens"] > 0
     assert 0.5 < metrics["layer_skip_similarity"] < 1
     with urllib.request.urlopen(server.url.replace("/v1", "/metrics"), timeout=30) as response:
         text = response.read().decode()

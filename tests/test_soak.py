@@ -16,7 +16,7 @@ import pytest
 from engines import DEMO_MODEL, PROMPTS, ROOT
 from traffic import Traffic, drive, shapes
 
-from clasp_vllm.bench.servers import Server, serve
+from clasp_vllm.tools.servers import Server, serve
 
 pytestmark = pytest.mark.slow
 

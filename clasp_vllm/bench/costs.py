@@ -19,12 +19,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from clasp_vllm.bench.about import about
-from clasp_vllm.bench.cost_model import Costs, break_even
-from clasp_vllm.bench.engine import model_runner, stay_in_process
-from clasp_vllm.bench.options import engine_settings, number, numbers
-from clasp_vllm.bench.prompts import mixed_prompts
 from clasp_vllm.config import ConfigError, parse_config
+from clasp_vllm.tools.cost_model import Costs, break_even
+from clasp_vllm.tools.engine import model_runner, stay_in_process
+from clasp_vllm.tools.options import engine_settings, number, numbers
+from clasp_vllm.tools.prompts import mixed_prompts
+from clasp_vllm.tools.provenance import about
 
 LENGTHS = (0, 1, 2, 4, 8)  # of made-up drafts
 MASKS_AT_ONCE = 4  # as by default
@@ -58,9 +58,9 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
     import torch
     from vllm import SamplingParams
 
-    from clasp_vllm.drafting.draft import Draft
-    from clasp_vllm.policies.base import Policy
-    from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
+    from clasp_vllm.drafting.draft import DraftOutput
+    from clasp_vllm.drafting.policy import Policy
+    from clasp_vllm.skipping.skip_mask import evenly_spaced_layers, layers_mask
 
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     timings = Timings(synchronize)
@@ -119,7 +119,7 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
         tokens = torch.zeros(len(drafts), num_tokens, dtype=torch.int64, device=drafts.tokens.device)
         worth = torch.full_like(drafts.positions, max(verified, 0))
         in_drafter += time.perf_counter() - started
-        return Draft(tokens, worth, np.full(tokens.shape, -1))
+        return DraftOutput(tokens, worth, np.full(tokens.shape, -1))
 
     def propose(*args: Any, **kwargs: Any) -> Any:
         nonlocal in_proposer
@@ -259,7 +259,7 @@ def cost_table(all_costs: list[Costs]) -> str:
     """Milliseconds of the parts, a row for each size of the batch."""
     lengths = sorted(all_costs[0].step)
     head = ["at once", "plain step", *(f"verify {k}" for k in lengths if k), "a draft layer"]
-    head += ["a draft step besides", "head", "a round besides", "a mask"]
+    head += ["fixed part of a draft step", "head", "fixed part of a round", "a mask"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for c in all_costs:
         seconds = [*(c.step[k] for k in lengths), c.layer, c.draft, c.head, c.drafting, c.optimize]

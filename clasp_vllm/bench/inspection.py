@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from clasp_vllm.bench import engine
-from clasp_vllm.bench.options import engine_settings, number
-from clasp_vllm.bench.prompts import TASKS, task_prompts
 from clasp_vllm.config import ConfigError, read_settings
+from clasp_vllm.tools import engine
+from clasp_vllm.tools.options import engine_settings, number
+from clasp_vllm.tools.prompts import TASKS, task_prompts
 
 # What a round did with a layer, as a letter of the text and a colour of the picture.
 KINDS = (

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clasp_vllm.bench import engine
-from clasp_vllm.bench.about import about
-from clasp_vllm.bench.options import engine_settings, number
-from clasp_vllm.bench.processes import counters
-from clasp_vllm.bench.prompts import mixed_prompts
 from clasp_vllm.config import read_settings
+from clasp_vllm.tools import engine
+from clasp_vllm.tools.options import engine_settings, number
+from clasp_vllm.tools.processes import counters
+from clasp_vllm.tools.prompts import mixed_prompts
+from clasp_vllm.tools.provenance import about
 
 
 @dataclass

@@ -7,9 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from clasp_vllm.bench.cost_model import Costs, costs_by_batch
-from clasp_vllm.bench.prompts import mix_ratio
-from clasp_vllm.bench.spec_bench import GROUPS, TASK
+from clasp_vllm.tools.cost_model import Costs, costs_by_batch
+from clasp_vllm.tools.prompts import mix_ratio
+from clasp_vllm.tools.spec_bench import GROUPS, TASK
 
 Row = dict[str, Any]
 # (plain, method) measurements by method, task, load and temperature. A load that rises and falls is text.

@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clasp_vllm.bench.about import about
-from clasp_vllm.bench.cost_model import costs_by_batch
-from clasp_vllm.bench.options import levels, loads, number, numbers
-from clasp_vllm.bench.prompts import (
+from clasp_vllm.bench.report import write_report
+from clasp_vllm.tools.cost_model import costs_by_batch
+from clasp_vllm.tools.options import levels, loads, number, numbers
+from clasp_vllm.tools.prompts import (
     HELD_OUT,
     TASKS,
     WARM_UP,
@@ -36,9 +36,9 @@ from clasp_vllm.bench.prompts import (
     number_of_prompts,
     questions_of,
 )
-from clasp_vllm.bench.report import write_report
-from clasp_vllm.bench.servers import Server, ServerError, serve
-from clasp_vllm.bench.spec_bench import GROUPS, ServedChat, asked, chat_tokenizer, is_spec_bench
+from clasp_vllm.tools.provenance import about
+from clasp_vllm.tools.servers import Server, ServerError, serve
+from clasp_vllm.tools.spec_bench import GROUPS, ServedChat, asked, chat_tokenizer, is_spec_bench
 
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clasp_vllm.skipping.anchors import Anchors
+from clasp_vllm.policies.anchors import Anchors
 
 MARGIN = 1.5  # times as far from a task's anchors as its farthest prompt: not of the task
 

@@ -15,13 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clasp_vllm.bench.about import about
-from clasp_vllm.bench.cost_model import expected_tokens
-from clasp_vllm.bench.engine import stay_in_process
-from clasp_vllm.bench.options import engine_settings, number
-from clasp_vllm.bench.prompts import HELD_OUT, TASKS, read_prompts, task_prompts
 from clasp_vllm.calibration.fingerprint import fingerprint
 from clasp_vllm.calibration.search import SEARCHES, SkipSet, Trials
+from clasp_vllm.tools.cost_model import expected_tokens
+from clasp_vllm.tools.engine import stay_in_process
+from clasp_vllm.tools.options import engine_settings, number
+from clasp_vllm.tools.prompts import HELD_OUT, TASKS, read_prompts, task_prompts
+from clasp_vllm.tools.provenance import about
 
 WEIGHTS = "weights", "weights to search with"  # fingerprints of the models, among the settings
 EVERYTHING = "everything"  # the task of prompts that are of no task known: the best set for all together
@@ -256,7 +256,7 @@ def search(
 
 def first_set(num_items: int) -> SkipSet:
     """Where a search starts: half of the layers, evenly spaced."""
-    from clasp_vllm.skipping.mask import evenly_spaced_layers
+    from clasp_vllm.skipping.skip_mask import evenly_spaced_layers
 
     layers = evenly_spaced_layers(num_items // 2, num_items // 4)
     return frozenset(2 * layer + part for layer in layers for part in (0, 1))

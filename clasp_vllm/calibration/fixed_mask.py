@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from clasp_vllm.bench.about import about
-from clasp_vllm.bench.options import number
-from clasp_vllm.bench.prompts import HELD_OUT, TASKS, read_prompts, task_prompts
 from clasp_vllm.calibration.search import SEARCHES, Trials
-from clasp_vllm.skipping.mask import evenly_spaced_layers
+from clasp_vllm.skipping.skip_mask import evenly_spaced_layers
+from clasp_vllm.tools.options import number
+from clasp_vllm.tools.prompts import HELD_OUT, TASKS, read_prompts, task_prompts
+from clasp_vllm.tools.provenance import about
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

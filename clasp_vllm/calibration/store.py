@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clasp_vllm.config import ConfigError
-from clasp_vllm.skipping.anchors import Anchors
+from clasp_vllm.policies.anchors import Anchors
 
 FORMAT = 2
 SAME_NORMS = 0.005  # mean difference, relative, up to which norms are the same in another precision

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clasp_vllm.device import to_device
+
 
 class PagedAttention(Protocol):
     """What drafting needs of the engine's attention."""
@@ -124,7 +126,7 @@ class DraftBatch:
         """The given rows."""
         if len(rows) == len(self) and (rows == np.arange(len(self))).all():
             return self
-        on_device = index(rows, self.tokens.device)
+        on_device = to_device(rows, self.tokens.device)
         return DraftBatch(
             [self.request_ids[row] for row in rows],
             self.tokens[on_device],
@@ -134,8 +136,3 @@ class DraftBatch:
             None if self.sampling is None else self.sampling[rows],
             None if self.ngrams is None else self.ngrams.select(on_device),
         )
-
-
-def index(rows: np.ndarray, device: torch.device) -> Tensor:
-    """Rows, or anything else of the host, on the device."""
-    return torch.from_numpy(rows).to(device, non_blocking=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clasp_vllm.skipping.dynamic_program import State
-from clasp_vllm.skipping.mask import ATTENTION
+from clasp_vllm.skipping.skip_mask import ATTENTION
 
 LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from clasp_vllm.drafting.timing import Mark
-from clasp_vllm.drafting.tokens import DraftTokens
+from clasp_vllm.device import DeviceEvent
+from clasp_vllm.drafting.tokens import DraftTokenBuffer
 
 # sample(hidden_states [n, hidden_size], positions [n], step, rows [n] of the batch) -> tokens [n] int64 and,
 # where the drafter asks for it, the probability [n] float32 of the most likely one under the draft.
@@ -33,7 +33,7 @@ class DrafterOptions:
     draft_exit_threshold: float | None
 
 
-class Draft(NamedTuple):
+class DraftOutput(NamedTuple):
     """A round's drafts.
 
     Attributes:
@@ -50,7 +50,7 @@ class Draft(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Drafted:
+class LayerSkipDraft:
     """Drafts made by skipping layers.
 
     Attributes:
@@ -59,6 +59,6 @@ class Drafted:
         marks: the start of the round, the end of its optimisation pass, and its end.
     """
 
-    draft: DraftTokens
+    draft: DraftTokenBuffer
     due: np.ndarray
-    marks: tuple[Mark, Mark, Mark]
+    marks: tuple[DeviceEvent, DeviceEvent, DeviceEvent]

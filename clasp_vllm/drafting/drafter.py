@@ -16,20 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clasp_vllm.drafting.adaptive import AdaptiveDrafting
-from clasp_vllm.drafting.batch import DraftBatch, PromptTokens, index
+from clasp_vllm.control.controller import Controller
+from clasp_vllm.control.costs import measure_steps
+from clasp_vllm.control.early_exit import Exit, FixedExit
+from clasp_vllm.control.planner import Choice
+from clasp_vllm.control.verification import UnverifiedDrafts
+from clasp_vllm.device import DeviceEvent, to_device
+from clasp_vllm.drafting.batch import DraftBatch, PromptTokens
 from clasp_vllm.drafting.decoder import Decoder
-from clasp_vllm.drafting.draft import Draft, Drafted, DrafterOptions, Sample
-from clasp_vllm.drafting.early_exit import Exit, FixedExit
-from clasp_vllm.drafting.outcomes import Drafts
+from clasp_vllm.drafting.draft import DrafterOptions, DraftOutput, LayerSkipDraft, Sample
 from clasp_vllm.drafting.passes import Passes
 from clasp_vllm.drafting.plans import Plan, Plans
+from clasp_vllm.drafting.policy import Policy
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.drafting.statistics import DraftStatistics
-from clasp_vllm.drafting.timing import Mark, measure_steps
-from clasp_vllm.drafting.tokens import DraftTokens
-from clasp_vllm.policies.base import Policy
-from clasp_vllm.skipping.controller import Choice
+from clasp_vllm.drafting.tokens import DraftTokenBuffer
 
 Result = TypeVar("Result")
 
@@ -44,7 +45,7 @@ class Drafter:
         sequences: SequenceTable,
         policy: Policy,
         options: DrafterOptions,
-        adaptive: AdaptiveDrafting | None = None,
+        adaptive: Controller | None = None,
         share: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         on_failure: Callable[[Exception, int], None] | None = None,
     ) -> None:
@@ -70,7 +71,7 @@ class Drafter:
         self._plans: Plans | None = None
         self._predicted = 0.0  # seconds of the draft steps of this round
 
-    def draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> Draft | None:
+    def draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> DraftOutput | None:
         """Draft up to ``num_tokens`` tokens for every sequence of the batch.
 
         Returns None if that failed and the engine can go on: a draft writes nothing that verification
@@ -121,31 +122,31 @@ class Drafter:
             self.guarded(lambda: self.policy.read(prompts))
 
     @property
-    def _controlled(self) -> AdaptiveDrafting | None:
+    def _controlled(self) -> Controller | None:
         """The controller, once it knows what passes cost."""
         return self.adaptive if self.adaptive is not None and self.adaptive.costs is not None else None
 
-    def _draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> Draft:
+    def _draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> DraftOutput:
         rows, device = len(batch), batch.tokens.device
         sampling = np.zeros(rows, dtype=bool) if batch.sampling is None else batch.sampling
         slots, started = self._slots(batch.request_ids, sampling)
         self.policy.apply()
-        choice, offered = Choice(len(self.options.budgets) - 1, num_tokens, False), None
+        choice, match_lengths = Choice(len(self.options.budgets) - 1, num_tokens, False), None
         if self._controlled is not None:
             masks = self.sequences.masks, self.sequences.shared_mask
             self._controlled.share_scales(self._share, device)
             if batch.ngrams is not None:
-                offered = self._controlled.offers.expect(slots, started, batch.ngrams.lengths)
-            choice = self._controlled.choose(slots, *masks, num_tokens, offered, self.sequences.version)
+                match_lengths = self._controlled.ngram_lengths.predict(slots, started, batch.ngrams.lengths)
+            choice = self._controlled.choose(slots, *masks, num_tokens, match_lengths, self.sequences.version)
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         drawn, looked_up = np.full((rows, num_tokens), -1), np.zeros(rows, dtype=bool)
-        if choice.ngram and batch.ngrams is not None and offered is not None:
-            looked_up = offered > 0
+        if choice.ngram and batch.ngrams is not None and match_lengths is not None:
+            looked_up = match_lengths > 0
             self.statistics.total.ngrams += int(looked_up.sum())
-            at = index(np.flatnonzero(looked_up), device)
+            at = to_device(np.flatnonzero(looked_up), device)
             drafted[at, : choice.ngram] = batch.ngrams.tokens[at, : choice.ngram]
-            lengths[at] = index(np.minimum(offered[looked_up], choice.ngram), device)
+            lengths[at] = to_device(np.minimum(match_lengths[looked_up], choice.ngram), device)
         skipping = np.flatnonzero(~looked_up) if choice.length else np.empty(0, dtype=np.int64)
         skip_drafts = None
         if skipping.size:
@@ -163,7 +164,7 @@ class Drafter:
         self.statistics.total.plain_steps += not choice.length and not choice.ngram
         if self._controlled is not None:
             self._remember(batch.request_ids, slots, skipping, looked_up, lengths, skip_drafts, choice)
-        return Draft(drafted, lengths, drawn)
+        return DraftOutput(drafted, lengths, drawn)
 
     def _remember(
         self,
@@ -172,18 +173,18 @@ class Drafter:
         skipping: np.ndarray,
         looked_up: np.ndarray,
         lengths: Tensor,
-        skip_drafts: Drafted | None,
+        skip_drafts: LayerSkipDraft | None,
         choice: Choice,
     ) -> None:
         """Tell the controller of a round. ``skipping``: rows drafted for by skipping."""
         assert self._controlled is not None
         rows, device = len(slots), lengths.device
         if skip_drafts is None and not looked_up.any():
-            self._controlled.drafted(request_ids, None, Mark(device))
+            self._controlled.drafted(request_ids, None, DeviceEvent(device))
             return
         certain, limits, sure = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=np.int64), None
         drafted = None
-        ended = Mark(device)
+        ended = DeviceEvent(device)
         if skip_drafts is not None:
             certain[skipping[skip_drafts.due]] = True
             limits[skipping] = choice.length
@@ -195,7 +196,9 @@ class Drafter:
                 sure[_rows(skipping, rows)] = skip_drafts.draft.confidence
             self._controlled.timed(rows, skip_drafts.marks, self._predicted, skip_drafts.due.size)
             ended = skip_drafts.marks[-1]
-        drafts = Drafts(request_ids, slots, looked_up, certain, lengths, drafted, limits, sure, choice)
+        drafts = UnverifiedDrafts(
+            request_ids, slots, looked_up, certain, lengths, drafted, limits, sure, choice
+        )
         self._controlled.drafted(request_ids, drafts, ended)
 
     def _draft_by_skipping(
@@ -205,23 +208,23 @@ class Drafter:
         running: np.ndarray,
         choice: Choice,
         sample: Sample,
-    ) -> Drafted:
+    ) -> LayerSkipDraft:
         """Draft for the rows with layers left out, after choosing these anew where that is due.
 
         ``running``: slots of all sequences of the round.
         """
         rows, device = len(batch), batch.tokens.device
-        started = Mark(device)
+        started = DeviceEvent(device)
         due = self.policy.due(slots, self._interval(choice, len(running)))
         exact = None
         if due.size:
             context = int(batch.max_lengths.sum())
             exact = self.policy.optimize(batch.select(due), slots[due], running, context)
-        optimized = Mark(device)
+        optimized = DeviceEvent(device)
         if self._plans is None:
             self._plans = Plans(self.sequences, device)
         rule = self._exit(slots, choice, device)
-        draft = DraftTokens(rows, choice.length, rule, self.drop_stopped, device)
+        draft = DraftTokenBuffer(rows, choice.length, rule, self.drop_stopped, device)
         self._predicted = 0.0
         draft_steps = sampled = 0
         for step in range(choice.length):
@@ -235,7 +238,7 @@ class Drafter:
                 on, hidden = batch, self._first_hidden(batch, slots, due, exact, choice)
             tokens, confidence = sample(hidden, on.positions, step, left)
             if not step and confidence is not None and due.size and self.options.draft_exit_threshold is None:
-                confidence = confidence.index_fill(0, index(due, device), 1.0)  # no doubt there
+                confidence = confidence.index_fill(0, to_device(due, device), 1.0)  # no doubt there
             draft.take(left, tokens, confidence, sampled + np.arange(left.size))
             sampled += left.size
             draft_steps += bool(step) or due.size < rows
@@ -245,8 +248,8 @@ class Drafter:
         if due.size:
             self.statistics.count_pass(started, optimized)
         self.statistics.total.changed = self.sequences.changed
-        self.statistics.total.spared += int((choice.length - draft.count).sum())
-        return Drafted(draft, due, (started, optimized, Mark(device)))
+        self.statistics.total.early_exit_tokens += int((choice.length - draft.count).sum())
+        return LayerSkipDraft(draft, due, (started, optimized, DeviceEvent(device)))
 
     def _exit(self, slots: np.ndarray, choice: Choice, device: torch.device) -> Exit | None:
         """When to stop drafting for the sequences of a round; None: never early."""
@@ -284,11 +287,11 @@ class Drafter:
         if exact is None:
             return self._draft_step(batch, self._plans.plan(slots, choice))
         hidden = exact.new_empty(len(batch), exact.shape[1])
-        hidden[index(due, exact.device)] = exact
+        hidden[to_device(due, exact.device)] = exact
         rest = np.setdiff1d(np.arange(len(batch)), due)
         if rest.size:
             plan = self._plans.plan(slots[rest], choice)
-            hidden[index(rest, exact.device)] = self._draft_step(batch.select(rest), plan)
+            hidden[to_device(rest, exact.device)] = self._draft_step(batch.select(rest), plan)
         return hidden
 
     def _draft_step(self, batch: DraftBatch, plan: Plan) -> Tensor:
@@ -318,8 +321,8 @@ class Drafter:
         ):  # so small a cache is refused next
             return
         costs = self.passes.measure(device)
-        shared = self._share(torch.tensor([costs.layer, costs.besides], device=device)).tolist()
-        costs = replace(costs, layer=tuple(shared[0]), besides=tuple(shared[1]))
+        shared = self._share(torch.tensor([costs.layer, costs.fixed], device=device)).tolist()
+        costs = replace(costs, layer=tuple(shared[0]), fixed=tuple(shared[1]))
         if steps:
             seconds = torch.tensor(measure_steps(steps, device), device=device)
             step = tuple(self._share(seconds).tolist())

@@ -9,15 +9,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from clasp_vllm.control.costs import PassCosts, measure_pass_costs
+from clasp_vllm.device import synchronize
 from clasp_vllm.drafting.batch import DraftBatch, PagedAttention
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.plans import Plan
 from clasp_vllm.drafting.scratch import ScratchBlocks
-from clasp_vllm.drafting.timing import measure_pass_costs, synchronize
-from clasp_vllm.skipping.controller import PassCosts
 from clasp_vllm.skipping.dynamic_program import Programme, State, run_programme
-from clasp_vllm.skipping.items import Items
-from clasp_vllm.skipping.mask import ATTENTION, evenly_spaced_layers
+from clasp_vllm.skipping.skip_mask import ATTENTION, evenly_spaced_layers
+from clasp_vllm.skipping.skip_units import Items
 
 CHUNK = 128  # rows
 LARGEST_MEASURED = {"cpu": 64, "cuda": 512}  # rows of a pass; costs of larger ones lie on a line

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clasp_vllm.control.planner import Choice
 from clasp_vllm.drafting.sequences import SequenceTable
-from clasp_vllm.skipping.controller import Choice
 
 MAX_PLANS = 256  # kept; there is one for every set of sequences drafted for
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from clasp_vllm.drafting.timing import Mark
+from clasp_vllm.device import DeviceEvent
 
 # What the controller chooses, and what it means on /metrics.
 GAUGES = {
@@ -27,7 +27,7 @@ COUNTERS = {
     "plain_steps": "Engine steps after which nothing was drafted: it would not have paid, or what a step "
     "without drafts costs was to be known.",
     "ngrams": "Drafts looked up in the context, one per sequence and round.",
-    "spared": "Draft tokens left undrafted because drafting for a sequence stopped early.",
+    "early_exit_tokens": "Draft tokens left undrafted because drafting for a sequence stopped early.",
     "passes": "Optimisation passes of the batch.",
     "pass_seconds": "Time that optimisation passes took.",
     "optimized": "Skip masks found, one per sequence and optimisation pass.",
@@ -48,7 +48,7 @@ class DraftCounts:
         plain_steps: engine steps after which nothing was drafted: it would not have paid, or what a step
             without drafts costs was to be known.
         ngrams: drafts looked up in the context, one per sequence and round, or expected to be there.
-        spared: draft tokens left undrafted because drafting for a sequence stopped early.
+        early_exit_tokens: draft tokens left undrafted because drafting for a sequence stopped early.
         passes: optimisation passes of the batch.
         pass_seconds: that these took; on a GPU those that have ended.
         optimized: masks found, one per sequence and optimisation pass.
@@ -63,7 +63,7 @@ class DraftCounts:
     sublayers: int
     plain_steps: int
     ngrams: int
-    spared: int
+    early_exit_tokens: int
     passes: int
     pass_seconds: float
     optimized: int
@@ -81,7 +81,7 @@ class DraftStatistics:
         self._reported = self._copy()
         self._taken: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self._reported_at = time.monotonic()
-        self._passes: list[tuple[Mark, Mark]] = []
+        self._passes: list[tuple[DeviceEvent, DeviceEvent]] = []
         self._kept: Counter[float] = Counter()
 
     def _copy(self) -> DraftCounts:
@@ -97,7 +97,7 @@ class DraftStatistics:
         self.total.skips += skips.sum(0)
         self._kept.update((masks.shape[1] - skips.sum(1)).tolist())
 
-    def count_pass(self, started: Mark, ended: Mark) -> None:
+    def count_pass(self, started: DeviceEvent, ended: DeviceEvent) -> None:
         """An optimisation pass between two moments of the device."""
         self.total.passes += 1
         self._passes.append((started, ended))

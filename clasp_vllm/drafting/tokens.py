@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clasp_vllm.drafting.batch import DraftBatch, index
-from clasp_vllm.drafting.early_exit import Exit
-from clasp_vllm.drafting.host import HostFlag
+from clasp_vllm.control.early_exit import Exit
+from clasp_vllm.device import HostFlag, to_device
+from clasp_vllm.drafting.batch import DraftBatch
 
 SHORT = 4  # draft tokens, for which asking the device whether to go on costs more than going on
 
 
-class DraftTokens:
+class DraftTokenBuffer:
     """Tokens drafted so far, of every row of a batch.
 
     Where the host knows at once which rows stop (``drop``), these leave the round, and rows may be
@@ -39,7 +39,7 @@ class DraftTokens:
         self.left = np.arange(rows)
         self.count = np.zeros(rows, dtype=np.int64)
         self._width, self._exit, self._drop = width, exit, drop
-        self._going_on = HostFlag(device) if drop or width > SHORT or device.type == "cpu" else None
+        self._continue = HostFlag(device) if drop or width > SHORT or device.type == "cpu" else None
 
     def take(self, rows: np.ndarray, tokens: Tensor, confidence: Tensor | None, drawn: np.ndarray) -> None:
         """A further token of some rows that are left.
@@ -66,7 +66,7 @@ class DraftTokens:
         elif stops is not None:
             count = int(self.count[0])  # all alike
             self.lengths = torch.where(stops, self.lengths.clamp(max=count), self.lengths)
-            if self._going_on is not None and not self._going_on.update((self.lengths > count).any()):
+            if self._continue is not None and not self._continue.update((self.lengths > count).any()):
                 self.tokens[:, count:] = tokens.unsqueeze(1)
                 self.left = self.left[:0]
 
@@ -90,9 +90,9 @@ class DraftTokens:
         offset = self._offset(column)
         if len(rows) == len(self.count) and isinstance(offset, int):
             return slice(None), offset
-        return index(rows, self.tokens.device), offset
+        return to_device(rows, self.tokens.device), offset
 
     def _offset(self, column: np.ndarray) -> int | Tensor:
         if len(column) and (column == column[0]).all():
             return int(column[0])
-        return index(column, self.tokens.device)
+        return to_device(column, self.tokens.device)

@@ -18,22 +18,22 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from clasp_vllm.calibration.fingerprint import fingerprint
 from clasp_vllm.calibration.store import Calibration
 from clasp_vllm.config import ConfigError, LayerSkipConfig
-from clasp_vllm.drafting.adaptive import AdaptiveDrafting
+from clasp_vllm.control.controller import Controller
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.draft import DrafterOptions
 from clasp_vllm.drafting.drafter import Drafter
-from clasp_vllm.drafting.evidence import SkipEvidence
 from clasp_vllm.drafting.passes import DraftRunner, Passes
+from clasp_vllm.drafting.policy import Policy
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.engine.attention import TargetAttention
 from clasp_vllm.engine.eager import eager_view
 from clasp_vllm.engine.speculative_config import layer_skip_config
-from clasp_vllm.policies.base import Policy
 from clasp_vllm.policies.clasp import Clasp
+from clasp_vllm.policies.evidence import SkipEvidence
 from clasp_vllm.policies.knn_ssd import KnnSsd
-from clasp_vllm.skipping.items import Items
-from clasp_vllm.skipping.mask import evenly_spaced_layers, layers_mask
+from clasp_vllm.skipping.skip_mask import evenly_spaced_layers, layers_mask
+from clasp_vllm.skipping.skip_units import Items
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings hold
 
@@ -142,14 +142,14 @@ def build_drafter(
     decoder: Decoder,
     device: torch.device,
     padded: bool,
-    narrows: bool = False,
+    drop_stopped: bool = False,
     graphs: Callable[[], DraftRunner | None] = lambda: None,
 ) -> tuple[Drafter, TargetAttention]:
     """A drafter over the target's layers and KV cache, and the attention it uses.
 
     Args:
         padded: whether the runner verifies drafts in full length, however short they are.
-        narrows: whether rows that stop early may leave the batch of the draft (``Drafter.drop_stopped``).
+        drop_stopped: see ``Drafter``.
         graphs: see ``Passes``.
     """
     config = layer_skip_config(vllm_config)
@@ -178,7 +178,7 @@ def build_drafter(
     share = _share_rank_zero if get_tp_group().world_size > 1 else _own
     adaptive = None
     if config.is_adaptive:
-        adaptive = AdaptiveDrafting(
+        adaptive = Controller(
             max_num_seqs,
             budgets,
             items,
@@ -186,7 +186,7 @@ def build_drafter(
             config.optimization_interval,
             config.open_choices,
             padded=padded,
-            narrows=narrows,
+            drop_stopped=drop_stopped,
             ranks=get_tp_group().world_size,
             log=lambda line: logger.debug("Layer skipping: %s", line),
         )
@@ -203,7 +203,7 @@ def build_drafter(
     drafter = Drafter(
         decoder, passes, sequences, policy, options, adaptive, share, on_failure=_go_on_without_drafts
     )
-    drafter.drop_stopped = narrows
+    drafter.drop_stopped = drop_stopped
     return drafter, attention
 
 

@@ -91,7 +91,7 @@ def send_counts(drafter: Drafter, output: Any, runner: Any) -> Any:
     if counts:
         data[CHOSEN] = drafter.policy.gauges() | (drafter.adaptive.gauges() if drafter.adaptive else {})
     if drafter.adaptive is not None:
-        wanted = drafter.adaptive.take_wanted()
+        wanted = drafter.adaptive.take_requested_draft_length()
         if wanted is not None:
             data[WANTED] = wanted
     if runner.device.type == "cpu" and not getattr(runner, "use_async_scheduling", True):

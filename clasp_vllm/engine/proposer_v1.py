@@ -16,7 +16,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from clasp_vllm.config import ConfigError
-from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, index, prompt_tokens
+from clasp_vllm.device import to_device
+from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, prompt_tokens
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.passes import top_probability
 from clasp_vllm.engine.build import (
@@ -68,7 +69,8 @@ class LayerSkipProposer(DraftModelProposer):
             self.decoder,
             self.device,
             padded=self.runner.use_async_scheduling,
-            narrows=self.device.type == "cpu" and self.vllm_config.parallel_config.tensor_parallel_size == 1,
+            drop_stopped=self.device.type == "cpu"
+            and self.vllm_config.parallel_config.tensor_parallel_size == 1,
         )
         self.draft_attn_groups = [g for groups in attention.attn_groups for g in groups]
         self.kv_cache_gid = 0
@@ -171,7 +173,7 @@ class LayerSkipProposer(DraftModelProposer):
             if step_probs is not None:
                 probs.append(step_probs)
                 if greedily.any():
-                    likeliest = index(greedily[of], self.device)
+                    likeliest = to_device(greedily[of], self.device)
                     tokens = torch.where(likeliest, step_probs.argmax(-1), tokens)
             return tokens, confidence
 
@@ -181,7 +183,7 @@ class LayerSkipProposer(DraftModelProposer):
             # With async scheduling the verification is under way: any tokens will do.
             return drafts if self.runner.use_async_scheduling else short
         tokens, lengths, drawn = drafted
-        on_device = index(rows, self.device)
+        on_device = to_device(rows, self.device)
         drafts[on_device] = tokens
         if probs:
             drawn[greedily] = -1
@@ -238,8 +240,8 @@ class LayerSkipProposer(DraftModelProposer):
                 they were looked up, fill up a draft stopped early, or are of requests drafted for greedily.
             tokens: [rows, num_tokens] int64.
         """
-        law = probs[index(drawn.clip(0), probs.device)]
-        certain = index(drawn < 0, probs.device).unsqueeze(-1)
+        law = probs[to_device(drawn.clip(0), probs.device)]
+        certain = to_device(drawn < 0, probs.device).unsqueeze(-1)
         return law.masked_fill_(certain, 0.0).scatter_add_(2, tokens.unsqueeze(-1), certain.float())
 
 
@@ -249,4 +251,4 @@ def _select_rows(
     """The sampling metadata of some rows, as far as drafting reads it (the temperature)."""
     if metadata.temperature is None or np.array_equal(rows, np.arange(num_reqs)):
         return metadata
-    return replace(metadata, temperature=metadata.temperature[index(rows, device)])
+    return replace(metadata, temperature=metadata.temperature[to_device(rows, device)])

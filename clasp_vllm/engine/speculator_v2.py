@@ -18,7 +18,8 @@ from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, index, prompt_tokens
+from clasp_vllm.device import to_device
+from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, prompt_tokens
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import (
     build_decoder,
@@ -181,7 +182,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             input_batch.seq_lens_cpu_upper_bound[:num_reqs] + 1,
             ngrams=self.drafter.guarded(lambda: self._looked_up(input_batch, num_sampled)),
         ).select(rows)
-        on_device = index(rows, self.device)
+        on_device = to_device(rows, self.device)
         idx_mapping = input_batch.idx_mapping[on_device]
 
         def sample(
@@ -190,7 +191,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             tokens = self.sample_draft(
                 hidden,
                 positions,
-                idx_mapping if len(of) == len(rows) else idx_mapping[index(of, self.device)],
+                idx_mapping if len(of) == len(rows) else idx_mapping[to_device(of, self.device)],
                 self.temperature,
                 self.seeds,
                 self._step.fill_(step),
@@ -234,6 +235,6 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             tokens: [rows, steps] int64.
         """
         assert self.draft_logits is not None
-        rows, steps = (index(indices, self.device) for indices in np.nonzero(certain))
+        rows, steps = (to_device(indices, self.device) for indices in np.nonzero(certain))
         self.draft_logits[idx_mapping[rows], steps] = -torch.inf
         self.draft_logits[idx_mapping[rows], steps, tokens[rows, steps]] = 0.0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from clasp_vllm.skipping.controller import SIZES
+from clasp_vllm.control.costs import SIZES
 
 
 def engine_steps(runner: Any) -> dict[int, Callable[[], None]]:

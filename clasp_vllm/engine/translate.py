@@ -13,8 +13,8 @@ from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_
 
 from clasp_vllm.calibration.store import Calibration
 from clasp_vllm.config import ConfigError, parse_config
+from clasp_vllm.control.planner import draft_lengths
 from clasp_vllm.engine.speculative_config import LayerSkipSpeculativeConfig
-from clasp_vllm.skipping.controller import draft_lengths
 
 # Quantised caches with scales of their own beside the values are left out: nobody has tried to copy
 # their blocks.

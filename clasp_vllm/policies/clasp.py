@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clasp_vllm.drafting.adaptive import AdaptiveDrafting
-from clasp_vllm.drafting.batch import DraftBatch, index
-from clasp_vllm.drafting.evidence import SkipEvidence
-from clasp_vllm.drafting.host import HostCopy, HostMasks
+from clasp_vllm.control.controller import Controller
+from clasp_vllm.device import HostCopy, HostMasks, to_device
+from clasp_vllm.drafting.batch import DraftBatch
 from clasp_vllm.drafting.passes import Passes
+from clasp_vllm.drafting.policy import Policy
 from clasp_vllm.drafting.sequences import SequenceTable
-from clasp_vllm.policies.base import Policy
+from clasp_vllm.policies.evidence import SkipEvidence
 from clasp_vllm.skipping.dynamic_program import Programme, backtrack_all
-from clasp_vllm.skipping.items import Items
+from clasp_vllm.skipping.skip_units import Items
 
 ENOUGH_PASSES = 8  # until the average over all is trusted with new sequences
 CONTEXT_RATE = 0.1  # of a pass in the average of what contexts are read
@@ -34,7 +34,7 @@ class Clasp(Policy):
         budgets: Sequence[int],
         max_requests: int,
         evidence: SkipEvidence | None = None,
-        adaptive: AdaptiveDrafting | None = None,
+        adaptive: Controller | None = None,
         share: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         """
@@ -100,7 +100,7 @@ class Clasp(Policy):
         prior, device = None, batch.tokens.device
         self._weigh(context)
         if self.evidence is not None:
-            on_device, fresh = index(slots, device), index(~self._sequences.has_own[slots], device)
+            on_device, fresh = to_device(slots, device), to_device(~self._sequences.has_own[slots], device)
             prior = self.evidence.prior(on_device, fresh)
         programme, hidden = self.run_programme(batch, prior)
         chosen = self._adaptive.last.budget if self._adaptive is not None and self._adaptive.last else -1
@@ -113,7 +113,7 @@ class Clasp(Policy):
         if self.evidence is not None:
             self.evidence.update(on_device, margins, prior, programme.means)
             known = self._sequences.has_own[running] | np.isin(running, slots)
-            shared = self.evidence.shared_choices(index(running, device), index(~known, device))
+            shared = self.evidence.shared_choices(to_device(running, device), to_device(~known, device))
             choices = torch.cat((choices, self.evidence.overall_choices(), shared), dim=2)
         self._budgets = self._budgets.to(device)  # and there it stays: a copy would wait for it
         skipped = backtrack_all(choices, self._budgets, self._items.costs)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from clasp_vllm.device import HostCopy
 from clasp_vllm.drafting.batch import PromptTokens
-from clasp_vllm.drafting.host import HostCopy
+from clasp_vllm.drafting.policy import Policy
 from clasp_vllm.drafting.sequences import SequenceTable
-from clasp_vllm.policies.base import Policy
-from clasp_vllm.skipping.anchors import Anchors
+from clasp_vllm.policies.anchors import Anchors
 
 
 class KnnSsd(Policy):

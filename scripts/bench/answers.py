@@ -23,11 +23,11 @@ from typing import Any
 
 from rich.progress import track
 
-from clasp_vllm.bench import spec_bench
-from clasp_vllm.bench.about import about
-from clasp_vllm.bench.options import engine_settings, number, split_arguments
-from clasp_vllm.bench.processes import Engine, generate
 from clasp_vllm.config import read_settings
+from clasp_vllm.tools import spec_bench
+from clasp_vllm.tools.options import engine_settings, number, split_arguments
+from clasp_vllm.tools.processes import Engine, generate
+from clasp_vllm.tools.provenance import about
 
 PLAIN = "plain"
 FIRST = 20  # answers

@@ -14,11 +14,11 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from clasp_vllm.bench.about import about
-from clasp_vllm.bench.options import number, numbers, split_arguments
-from clasp_vllm.bench.prompts import datasets
-from clasp_vllm.bench.servers import serve
 from clasp_vllm.bench.serving import Workload, measure
+from clasp_vllm.tools.options import number, numbers, split_arguments
+from clasp_vllm.tools.prompts import datasets
+from clasp_vllm.tools.provenance import about
+from clasp_vllm.tools.servers import serve
 
 
 def environment(text: str) -> tuple[str, dict[str, str]]:

@@ -22,15 +22,15 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from clasp_vllm.bench import spec_bench
-from clasp_vllm.bench.about import about
-from clasp_vllm.bench.options import number, numbers
 from clasp_vllm.calibration.acceptance import Acceptance, Text
 from clasp_vllm.calibration.search import Trials, swaps
-from clasp_vllm.drafting.evidence import SkipEvidence
+from clasp_vllm.policies.evidence import SkipEvidence
 from clasp_vllm.skipping.dynamic_program import Programme, State, backtrack, run_programme
-from clasp_vllm.skipping.items import Items
-from clasp_vllm.skipping.mask import evenly_spaced_layers
+from clasp_vllm.skipping.skip_mask import evenly_spaced_layers
+from clasp_vllm.skipping.skip_units import Items
+from clasp_vllm.tools import spec_bench
+from clasp_vllm.tools.options import number, numbers
+from clasp_vllm.tools.provenance import about
 
 Masks = Callable[[int, int, int], Tensor]  # text, positions, budget -> [positions, sub-layers] bool
 

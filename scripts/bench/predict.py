@@ -9,7 +9,7 @@ a public measurement of vLLM on an H100 (a draft that skips nothing, 0.89 to 0.9
 
 import argparse
 
-from clasp_vllm.bench.cost_model import Costs, best_ratio, break_even
+from clasp_vllm.tools.cost_model import Costs, best_ratio, break_even
 
 BANDWIDTH = 4.8e12  # bytes per second, NVIDIA's data sheet of the H200
 GB = 1e9

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from clasp_vllm.bench import engine as ours
-from clasp_vllm.bench import spec_bench
-from clasp_vllm.bench.about import about
-from clasp_vllm.bench.options import engine_settings, number, numbers, split_arguments
-from clasp_vllm.bench.prompts import HELD_OUT, TASKS, number_of_prompts, prompts_of, task_prompts
+from clasp_vllm.tools import engine as ours
+from clasp_vllm.tools import spec_bench
+from clasp_vllm.tools.options import engine_settings, number, numbers, split_arguments
+from clasp_vllm.tools.prompts import HELD_OUT, TASKS, number_of_prompts, prompts_of, task_prompts
+from clasp_vllm.tools.provenance import about
 
 WAVE = {1: 2, 8: 2, 16: 1}  # levels of the load 1-8-16-8-1, and how often each
 PARTS = ("n-grams", "length", "sharing", "exit", "speculation", "layers")
@@ -41,8 +41,8 @@ MIXED = "mixed"  # all tasks in turn
 @contextmanager
 def changed(controller: Any, name: str) -> Iterator[None]:
     """The controller doing what the setting says."""
-    import clasp_vllm.drafting.adaptive as module
-    from clasp_vllm.skipping.controller import Choice
+    import clasp_vllm.control.controller as module
+    from clasp_vllm.control.planner import Choice
 
     real, lengths, opened, best = controller.choose, controller._lengths, controller._open, module.choose
     kind, _, detail = name.partition(" ")
@@ -264,7 +264,7 @@ def main() -> None:
         "--variants",
         type=lambda text: text.split(",") if text else [],
         default=[],
-        help=f"of fixed settings, besides (of {','.join(VARIANTS)})",
+        help=f"of fixed settings, in addition (of {','.join(VARIANTS)})",
     )
     parser.add_argument(
         "--parts",

@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 
-from clasp_vllm.bench.assistant import ModelError, assistant, source_of
-from clasp_vllm.bench.options import number, split_arguments
 from clasp_vllm.bench.report import spread
-from clasp_vllm.bench.servers import Server, ServerError, serve
+from clasp_vllm.tools.assistant import ModelError, assistant, source_of
+from clasp_vllm.tools.options import number, split_arguments
+from clasp_vllm.tools.servers import Server, ServerError, serve
 
 PLAIN, CLASP = "plain vLLM", "CLaSp"
 ROOT = Path(__file__).parents[2]

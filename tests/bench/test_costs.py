@@ -7,9 +7,9 @@ import sys
 import pytest
 from engines import DEMO_MODEL
 
-from clasp_vllm.bench.cost_model import costs_by_batch
 from clasp_vllm.bench.costs import Timings, break_even_table, cost_table
 from clasp_vllm.cli import main
+from clasp_vllm.tools.cost_model import costs_by_batch
 
 
 def test_timings_leave_out_the_warm_up():

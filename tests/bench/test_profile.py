@@ -10,7 +10,7 @@ import pytest
 from engines import DEMO_MODEL
 
 from clasp_vllm.bench.profile import Stopwatch
-from clasp_vllm.bench.prompts import mixed_prompts, task_prompts
+from clasp_vllm.tools.prompts import mixed_prompts, task_prompts
 
 
 def test_exclusive_times_add_up():

@@ -9,8 +9,11 @@ from itertools import pairwise
 import pytest
 from engines import DEMO_MODEL
 
-from clasp_vllm.bench.cost_model import costs_by_batch
-from clasp_vllm.bench.prompts import (
+from clasp_vllm.bench.report import pairs, predicted_ratio, ratio, spread, write_report
+from clasp_vllm.bench.serving import METHODS, accepted, add_arguments, fill_in, read_costs, workloads
+from clasp_vllm.config import is_ours, parse_config
+from clasp_vllm.tools.cost_model import costs_by_batch
+from clasp_vllm.tools.prompts import (
     HELD_OUT,
     TASKS,
     WARM_UP,
@@ -20,9 +23,6 @@ from clasp_vllm.bench.prompts import (
     number_of_prompts,
     task_prompts,
 )
-from clasp_vllm.bench.report import pairs, predicted_ratio, ratio, spread, write_report
-from clasp_vllm.bench.serving import METHODS, accepted, add_arguments, fill_in, read_costs, workloads
-from clasp_vllm.config import is_ours, parse_config
 
 # Two rounds of two sequences: 5 drafts each, 6 steps of 3 layers in all, one mask found.
 COUNTERS = {

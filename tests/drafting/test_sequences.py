@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from clasp_vllm.drafting.sequences import SequenceTable
-from clasp_vllm.skipping.mask import layers_mask
+from clasp_vllm.skipping.skip_mask import layers_mask
 
 INITIAL = layers_mask(4, [1])[None]
 FOUND = layers_mask(4, [2, 3])[None]

@@ -2,11 +2,11 @@
 
 import torch
 
-from clasp_vllm.drafting import timing
+from clasp_vllm.control import costs as timing
+from clasp_vllm.device import DeviceEvent
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.drafting.statistics import DraftStatistics
-from clasp_vllm.drafting.timing import Mark
-from clasp_vllm.skipping.mask import layers_mask
+from clasp_vllm.skipping.skip_mask import layers_mask
 
 
 def test_counts_are_taken_once(monkeypatch):
@@ -14,7 +14,7 @@ def test_counts_are_taken_once(monkeypatch):
     statistics = DraftStatistics(4)
     with monkeypatch.context() as clock:
         clock.setattr(timing.time, "perf_counter", lambda: next(now))
-        started, ended = Mark(torch.device("cpu")), Mark(torch.device("cpu"))
+        started, ended = DeviceEvent(torch.device("cpu")), DeviceEvent(torch.device("cpu"))
     masks = torch.stack((layers_mask(4, [1]), layers_mask(4, [1, 2])))
     masks[1, 3, 0] = True
     statistics.count_round(masks, steps=3, optimized=2)
@@ -26,14 +26,14 @@ def test_counts_are_taken_once(monkeypatch):
 
 
 def test_a_pass_counts_when_the_device_has_ended_it():
-    class Late(Mark):
+    class Late(DeviceEvent):
         done = False
 
         def reached(self):
             return self.done
 
     statistics = DraftStatistics(4)
-    started, late = Mark(torch.device("cpu")), Late(torch.device("cpu"))
+    started, late = DeviceEvent(torch.device("cpu")), Late(torch.device("cpu"))
     statistics.count_pass(started, late)
     assert statistics.take() == {"passes": 1}
     late.done = True

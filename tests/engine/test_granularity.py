@@ -3,7 +3,7 @@
 import pytest
 from engines import PROMPTS, Outcome, change_costs, drafter, engine_process, generate, running
 
-from clasp_vllm.skipping.items import UNITS
+from clasp_vllm.skipping.skip_units import UNITS
 
 CLASP = {
     "method": "clasp",

@@ -137,7 +137,7 @@ def forced_drafts(graphs: bool) -> tuple[list[list[int]], list[list[tuple]], lis
     """Outputs and drafts of requests with masks of their own, and the steps that were replayed."""
     import torch
 
-    from clasp_vllm.skipping.mask import layers_mask
+    from clasp_vllm.skipping.skip_mask import layers_mask
 
     chosen = [random.Random(i).sample(range(24), count) for i, count in enumerate([0, 4, 8, 12, 16])]
     masks = [layers_mask(24, some) for some in chosen]

@@ -18,7 +18,7 @@ from engines import (
     two_ranks,
 )
 
-from clasp_vllm.bench.prompts import HELD_OUT, TASKS, task_prompts
+from clasp_vllm.tools.prompts import HELD_OUT, TASKS, task_prompts
 
 ENGINE = ["--dtype=float32", "--enforce-eager", "--max-model-len=512", "--kv-cache-memory-bytes=67108864"]
 FOREIGN = [

@@ -20,7 +20,7 @@ def forced_drafts() -> list[tuple[list[list[int]], Drafts]]:
     """Outputs and drafts of six requests, each with a mask of its own: all together, and one by one."""
     import torch
 
-    from clasp_vllm.skipping.mask import layers_mask
+    from clasp_vllm.skipping.skip_mask import layers_mask
 
     masks = [
         layers_mask(24, random.Random(i).sample(range(24), count))

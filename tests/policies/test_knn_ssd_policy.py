@@ -3,8 +3,8 @@
 import torch
 
 from clasp_vllm.drafting.sequences import SequenceTable
+from clasp_vllm.policies.anchors import Anchors
 from clasp_vllm.policies.knn_ssd import KnnSsd
-from clasp_vllm.skipping.anchors import Anchors
 
 TASKS = torch.zeros(3, 4, 2, dtype=torch.bool)
 TASKS[0, 1] = TASKS[1, 2] = True  # the third skips nothing: for prompts of no task

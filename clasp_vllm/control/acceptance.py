@@ -1,0 +1,217 @@
+"""How often draft tokens are accepted: by budget, by sequence and by position. It costs nothing to know.
+
+Every optimisation pass ends with one state for each budget. Whether the head makes the same token of
+it as of the full model's scores all budgets at once. Verification scores the budget in use, for each
+sequence and position. They meet in a logistic model, in which the chance that a token of a draft is
+accepted, if those before it were, is the sum, in logits, of
+
+- the curve over budgets. A pass judges masks by the token they were found on, so it is too good;
+- an offset of the sequence, which verification corrects, fast at first and more slowly as more of it has
+  been seen. New sequences inherit the mean;
+- an offset of the token's position in the draft, the same for all: what follows an accepted token is
+  not as likely to be accepted as that was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from clasp_vllm.control.costs import Array
+
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
+
+SPREAD = 1.0  # variance of the offsets of sequences, before anything is known of one
+DRIFT = 0.005  # what one token adds to it
+KNOWN = 0.16  # where it ends up after many tokens
+MEAN_RATE = 0.02  # how far one token moves the mean to the offsets
+POSITION_SPREAD, POSITION_DRIFT = 0.5, 2e-4  # the same of the offsets of positions
+ENOUGH_TOKENS = 16.0  # at a position, for its own offset to count half; else the one before it does
+SHARING_RATE = 0.04
+FORGET_ROUND = 1e-3  # of what may not be in use, each round
+FORGET = 1 / 64  # what passes forget of the curve, for each sequence optimised
+PRIOR_PASSES = 8.0  # how many the first guess of the curve counts for
+LENGTHS_MEMORY = 200.0  # tokens that the estimate of drafting going on remembers
+LIMIT = 6.0  # of the offsets
+# Of n-grams, until there is evidence, for greedy and for sampling sequences: a token that is certain is
+# accepted as often as the target draws it.
+NGRAM_GUESS = (0.0, -1.0)
+
+
+class SequenceOffsets:
+    """An offset in logits for each sequence, by slot: a filter that knows how sure it is of each.
+
+    One step of Newton's method on the logistic likelihood, with the variance as the prior's.
+    """
+
+    def __init__(self, capacity: int, guess: tuple[float, float] = (0.0, 0.0)) -> None:
+        """``guess``: the mean of greedy and of sampling sequences, until there is evidence."""
+        self.offset = np.zeros(capacity)
+        self.variance = np.full(capacity, SPREAD)
+        self._guess = np.array(guess)
+        self.mean = self._guess.copy()
+
+    def start(self, slot: int, kind: int) -> None:
+        """A new sequence has got the slot."""
+        self.offset[slot], self.variance[slot] = self.mean[kind], SPREAD
+
+    def forget(self, kinds: np.ndarray, share: float) -> None:
+        """Go back to the guess by this share of the way; ``kinds``: [capacity]."""
+        self.mean += share * (self._guess - self.mean)
+        self.offset += share * (self._guess[kinds] - self.offset)
+
+    def add(self, slots: np.ndarray, kinds: np.ndarray, expected: Array, won: Flags, seen: Flags) -> None:
+        """Take in outcomes: [rows, tokens] each, chances and what became of those ``seen``."""
+        tokens = seen.sum(1)
+        error = ((won - expected) * seen).sum(1)
+        information = (expected * (1 - expected) * seen).sum(1)
+        variance = self.variance[slots] / (1 + self.variance[slots] * information)
+        self.offset[slots] = (self.offset[slots] + variance * error).clip(-LIMIT, LIMIT)
+        self.variance[slots] = np.minimum(variance + DRIFT * tokens, SPREAD)
+        for kind in (0, 1):
+            rows = kinds == kind
+            if rows.any():
+                share = 1 - (1 - MEAN_RATE) ** float(tokens[rows].sum())
+                self.mean[kind] += share * (self.offset[slots[rows]].mean() - self.mean[kind])
+
+
+class AcceptanceEvidence:
+    """Decaying averages, on the host. Sequences go by the slots of the ``SequenceTable``."""
+
+    def __init__(self, capacity: int, skipped: Sequence[float], num_layers: int, longest: int) -> None:
+        """
+        Args:
+            skipped: [budgets] the layers that each budget skips, ascending.
+            longest: draft tokens of a round at most.
+        """
+        # A guess, until there is evidence: a token is lost for sure when every layer is skipped.
+        self._curve = 0.95 - 0.6 * np.asarray(skipped, dtype=np.float64) / num_layers
+        self._trials = PRIOR_PASSES
+        self.kind = np.zeros(capacity, dtype=np.int64)  # 1 for sampling sequences
+        self.started = 0  # sequences
+        self.drafts = SequenceOffsets(capacity)
+        self.ngrams = SequenceOffsets(capacity, NGRAM_GUESS)
+        self._position = np.zeros((2, longest))  # by kind; the first stays 0
+        self._position_variance = np.full((2, longest), POSITION_SPREAD)
+        self._position_tokens = np.zeros((2, longest))
+        self.sharing = 0.0
+        self.continuation_prob = np.full((2, longest), 0.95)  # of all drafts, and of those right so far
+        self._lengths = np.ones((2, longest))
+        self._steps = np.arange(longest)
+
+    def start(self, slot: int, sampling: bool = False) -> None:
+        """A new sequence has got the slot."""
+        self.kind[slot] = int(sampling)
+        self.started += 1
+        for offsets in (self.drafts, self.ngrams):
+            offsets.start(slot, int(sampling))
+
+    def add_pass(self, agree: np.ndarray) -> None:
+        """``agree``: [rows, budgets] bool, the budget's state predicts the full model's token."""
+        for row in agree.astype(np.float64):
+            self._trials = min(self._trials + 1, 1 / FORGET)
+            self._curve += (row - self._curve) / self._trials
+
+    def add_verified(
+        self,
+        slots: np.ndarray,
+        budget: int,
+        shared: bool,
+        first: np.ndarray,
+        accepted: np.ndarray,
+        refused: np.ndarray,
+    ) -> None:
+        """What verification said of drafts made by skipping.
+
+        Args:
+            slots: [rows] int64.
+            budget: the one in use.
+            shared: whether a shared mask was.
+            first: [rows] int64 tokens that a draft begins with and that are no evidence.
+            accepted: [rows] int64 draft tokens accepted, those included.
+            refused: [rows] bool, whether a token was refused after these.
+        """
+        if not len(slots):
+            return
+        seen, won = self._outcomes(first, accepted, refused)
+        expected = self.acceptance(slots)[int(shared), :, budget]
+        kinds, error = self.kind[slots], (won - expected) * seen
+        self.drafts.add(slots, kinds, expected, won, seen)
+        for kind in (0, 1):
+            self._add_positions(
+                kind, error[kinds == kind], (expected * seen)[kinds == kind], seen[kinds == kind]
+            )
+        if shared:
+            self.sharing = min(max(self.sharing + SHARING_RATE * float(error.sum()), -LIMIT), 1.0)
+
+    def _add_positions(self, kind: int, error: Array, expected: Array, seen: Flags) -> None:
+        information, tokens = (expected * (1 - expected)).sum(0), seen.sum(0)
+        variance = self._position_variance[kind] / (1 + self._position_variance[kind] * information)
+        step = variance * error.sum(0)
+        step[0] = 0.0  # the first is what the others are measured by
+        self._position[kind] = (self._position[kind] + step).clip(-LIMIT, LIMIT)
+        self._position_variance[kind] = np.minimum(variance + POSITION_DRIFT * tokens, POSITION_SPREAD)
+        self._position_tokens[kind] += tokens
+
+    def add_ngrams(self, slots: np.ndarray, accepted: np.ndarray, refused: np.ndarray) -> None:
+        """What became of n-grams of the context; arguments as above."""
+        if not len(slots):
+            return
+        seen, won = self._outcomes(np.zeros_like(accepted), accepted, refused)
+        expected = np.broadcast_to(self.ngram_acceptance(slots)[:, None], seen.shape)
+        self.ngrams.add(slots, self.kind[slots], expected, won, seen)
+
+    def _outcomes(self, first: np.ndarray, accepted: np.ndarray, refused: np.ndarray) -> tuple[Flags, Flags]:
+        """[rows, longest] each: which tokens are evidence, and which of them were accepted."""
+        won = self._steps < accepted[:, None]
+        seen = (self._steps < (accepted + refused)[:, None]) & (self._steps >= first[:, None])
+        return seen, won
+
+    def forget(self, rounds: int = 1) -> None:
+        """Count rounds: what is not in use is not tried either, so verdicts on it do not last for ever."""
+        kept = (1 - FORGET_ROUND) ** rounds
+        self.sharing *= kept
+        self.ngrams.forget(self.kind, 1 - kept)
+        self._position_tokens *= kept
+
+    def ngram_acceptance(self, slots: np.ndarray) -> Array:
+        """[rows], of a token of an n-gram of the context."""
+        return _probability(self.ngrams.offset[slots])
+
+    def add_lengths(self, lengths: np.ndarray, limits: np.ndarray, accepted: np.ndarray) -> None:
+        """Where drafts ended: [rows] int64 tokens drafted, allowed and accepted of each."""
+        there = self._steps < np.minimum(lengths, limits - 1)[:, None]  # another might have followed
+        candidates = np.stack((there, there & (self._steps < accepted[:, None])))
+        count, went_on = candidates.sum(1), (candidates & (self._steps < lengths[:, None] - 1)).sum(1)
+        self._lengths = np.maximum(np.minimum(self._lengths + count, LENGTHS_MEMORY), count)
+        self.continuation_prob += (went_on - count * self.continuation_prob) / self._lengths
+
+    def positions(self) -> Array:
+        """[kinds, longest] offset of each position: as far as it has not been seen, that before it."""
+        offset = self._position.copy()
+        trust = self._position_tokens / (self._position_tokens + ENOUGH_TOKENS)
+        for step in self._steps[1:]:
+            offset[:, step] = offset[:, step - 1] + trust[:, step] * (offset[:, step] - offset[:, step - 1])
+        return offset
+
+    def acceptance(self, slots: np.ndarray, optimism: float = 0.0) -> Array:
+        """[2, rows, budgets, longest]: that a token is accepted if those before it were.
+
+        With its own mask, and with a shared one.
+
+        Args:
+            optimism: standard deviations of what is not yet known of a sequence, added to its estimate.
+        """
+        curve = np.minimum.accumulate(np.clip(self._curve, 0.02, 0.98))  # skipping more is never better
+        unknown = np.maximum(self.drafts.variance[slots] - KNOWN, 0.0)
+        offset = self.drafts.offset[slots] + optimism * np.sqrt(unknown)
+        own = np.log(curve / (1 - curve)) + offset[:, None]
+        own = own[..., None] + self.positions()[self.kind[slots]][:, None]
+        return _probability(np.stack((own, own + self.sharing)))
+
+
+def _probability(logit: Array) -> Array:
+    probability: Array = 1 / (1 + np.exp(-logit))
+    return probability

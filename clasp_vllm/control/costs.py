@@ -1,0 +1,198 @@
+"""What forward passes cost: measured once at start-up, corrected while serving."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from clasp_vllm.device import DeviceEvent, synchronize
+from clasp_vllm.skipping.skip_units import Items
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows, to know costs of
+RATE = 0.1  # of a correction, once there have been some
+BELIEVABLE = 2.0  # a measurement further off than this counts as this
+_SIZES = np.array(SIZES, dtype=np.float64)
+STEPS = "plain_scale", "verify_scale"  # corrections of the engine's steps, by size
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """Seconds of a forward pass, by how many rows it has.
+
+    Attributes:
+        rows: [sizes] ascending, those measured.
+        layer: [sizes] of one layer.
+        fixed: [sizes] of all else: embedding, head, metadata, choosing a token.
+        step_rows, step: [sizes] tokens, ascending, and seconds of the engine's own step of so many, where
+            that is not a pass like a draft's; empty: it is.
+        plain_scale, verify_scale: corrections, learnt while serving, of engine steps without and with
+            drafts to verify: one, or one for each of ``SIZES``.
+        draft_scale, pass_scale: of draft steps and optimisation passes.
+    """
+
+    rows: tuple[float, ...]
+    layer: tuple[float, ...]
+    fixed: tuple[float, ...]
+    step_rows: tuple[float, ...] = ()
+    step: tuple[float, ...] = ()
+    plain_scale: Any = 1.0
+    verify_scale: Any = 1.0
+    draft_scale: Any = 1.0
+    pass_scale: Any = 1.0
+
+    def scaled(self, scales: Mapping[str, Any]) -> PassCosts:
+        """With other corrections, by name."""
+        return replace(self, **scales)
+
+    def _at(self, values: tuple[float, ...], rows: Any) -> Array:
+        return _interpolate(rows, self.rows, values)
+
+    def forward(self, rows: Any, layers: Any) -> Array:
+        """Seconds of a pass of ``rows`` rows through ``layers`` layers; both may be arrays."""
+        return self._at(self.fixed, rows) + np.asarray(layers) * self._at(self.layer, rows)
+
+    def plain(self, rows: Any, num_layers: int) -> Array:
+        """Seconds of an engine step that decodes ``rows`` sequences and verifies nothing."""
+        return _between(self.plain_scale, rows) * self.engine_step(rows, num_layers)
+
+    def verify(self, tokens: Any, num_layers: int) -> Array:
+        """Seconds of an engine step that decodes and verifies ``tokens`` tokens in all."""
+        return _between(self.verify_scale, tokens) * self.engine_step(tokens, num_layers)
+
+    def engine_step(self, tokens: Any, num_layers: int) -> Array:
+        """Seconds of a step of the engine of ``tokens`` tokens, without correction."""
+        if self.step:
+            return _interpolate(tokens, self.step_rows, self.step)
+        return self.forward(tokens, num_layers)
+
+    def draft(self, rows: Any, layers: Any) -> Array:
+        """Seconds of a draft step."""
+        return _between(self.draft_scale, 1) * self.forward(rows, layers)
+
+    def optimize(self, rows: int, items: Items, budget: int) -> float:
+        """Seconds of an optimisation pass of ``rows`` sequences."""
+        columns = rows * np.array(items.columns(budget))
+        fixed = float(self._at(self.fixed, columns[-1]))
+        layers = float((self._at(self.layer, columns) * items.costs).sum()) / items.units
+        return float(_between(self.pass_scale, 1)) * (fixed + layers)
+
+
+def _interpolate(rows: Any, sizes: tuple[float, ...], values: tuple[float, ...]) -> Array:
+    """Between the sizes measured a line, beyond the last through it and half its rows."""
+    seconds: Array = np.interp(rows, sizes, values)
+    if len(sizes) > 1:
+        half = sizes[-1] / 2
+        slope = max(0.0, (values[-1] - float(np.interp(half, sizes, values))) / half)
+        seconds = seconds + slope * np.maximum(np.asarray(rows) - sizes[-1], 0.0)
+    return seconds
+
+
+def _between(scale: Any, rows: Any) -> Array:
+    """A correction, for so many rows."""
+    scales = np.asarray(scale, dtype=np.float64)
+    correction: Array = np.interp(rows, SIZES, scales) if scales.size > 1 else scales.reshape(())
+    return correction
+
+
+def measure_pass_costs(
+    forward: Callable[[int, int], None],
+    num_layers: int,
+    longest: int,
+    synchronize: Callable[[], None],
+    repeats: int = 4,
+) -> PassCosts:
+    """Time ``forward(rows, layers)`` for all ``SIZES`` up to ``longest`` rows, all layers and half of them.
+
+    Of the repeats the fastest counts: whatever else the machine does only ever makes them slower. More rows
+    may cost less: kernels are made for some sizes.
+    """
+    few = max(num_layers // 2, 1)
+    sizes = [size for size in SIZES if size <= longest]
+    layer: list[float] = []
+    fixed: list[float] = []
+    for rows in sizes:
+        seconds: list[list[float]] = [[], []]
+        for _ in range(repeats):
+            for layers, times in zip((few, num_layers), seconds, strict=True):
+                synchronize()
+                before = time.perf_counter()
+                forward(rows, layers)
+                synchronize()
+                times.append(time.perf_counter() - before)
+        with_few, with_all = (min(times) for times in seconds)
+        per_layer = with_all if num_layers == few else max(with_all - with_few, 0.0) / (num_layers - few)
+        layer.append(per_layer)
+        fixed.append(max(with_all - num_layers * layer[-1], 0.0))
+    return PassCosts(tuple(map(float, sizes)), tuple(layer), tuple(fixed))
+
+
+def measure_steps(
+    steps: Mapping[int, Callable[[], None]], device: torch.device, repeats: int = 4
+) -> list[float]:
+    """Seconds of each step, the fastest of some repeats."""
+    seconds = []
+    for step in steps.values():
+        times = []
+        for _ in range(repeats):
+            synchronize(device)
+            before = time.perf_counter()
+            step()
+            synchronize(device)
+            times.append(time.perf_counter() - before)
+        seconds.append(min(times))
+    return seconds
+
+
+class CostCorrections:
+    """Learns how far off the costs measured at start-up are, from the rounds as they are served.
+
+    Plain steps and those that verify drafts each have a correction for every one of ``SIZES``: the engine
+    may run them by other kernels and graphs than drafts, and each size by others. Sizes of which nothing has
+    been seen yet lie on lines between those that have, and a kind of step never seen is like the other.
+
+    Attributes:
+        scales: by the names of the corrections of ``PassCosts``; [sizes] float64, or [1].
+    """
+
+    def __init__(self) -> None:
+        self.scales: dict[str, Array] = {name: np.ones(len(SIZES)) for name in STEPS}
+        self.scales |= {"draft_scale": np.ones(1), "pass_scale": np.ones(1)}
+        self._seen = {name: np.zeros(len(scale)) for name, scale in self.scales.items()}
+        self._pending: list[tuple[str, float, float, DeviceEvent, DeviceEvent]] = []
+
+    def add(self, kind: str, rows: float, predicted: float, start: DeviceEvent, end: DeviceEvent) -> None:
+        """``predicted``: seconds without correction of ``rows`` rows between the marks."""
+        self._pending.append((kind, rows, predicted, start, end))
+
+    def settle(self) -> None:
+        """Learn from what the device has finished."""
+        while self._pending and self._pending[0][-1].reached():
+            kind, rows, predicted, start, end = self._pending.pop(0)
+            self._learn(kind, rows, end.seconds_since(start) / max(predicted, 1e-9))
+
+    def _learn(self, kind: str, rows: float, ratio: float) -> None:
+        scale, seen = self.scales[kind], self._seen[kind]
+        at, near = _neighbours(rows) if kind in STEPS else (np.zeros(1, dtype=np.int64), np.ones(1))
+        off = min(max(ratio / float(near @ scale[at]), 1 / BELIEVABLE), BELIEVABLE)
+        scale[at] *= off ** (near * np.maximum(RATE, 1 / (4 + seen[at])))
+        seen[at] += near
+        if kind in STEPS:
+            known = seen >= 0.5
+            scale[~known] = np.interp(_SIZES[~known], _SIZES[known], scale[known])
+            for other in STEPS:
+                if not self._seen[other].any():
+                    self.scales[other][:] = scale
+
+
+def _neighbours(rows: float) -> tuple[Array, Array]:
+    """The indices of the two sizes that a number of rows lies between, and how near it is to each."""
+    low = min(max(int(np.searchsorted(_SIZES, rows, side="right")) - 1, 0), len(SIZES) - 2)
+    share = (min(max(rows, SIZES[0]), SIZES[-1]) - SIZES[low]) / (SIZES[low + 1] - SIZES[low])
+    return np.array([low, low + 1]), np.array([1 - share, share])

@@ -1,0 +1,170 @@
+"""What the controller of a drafter does from round to round, its costs in numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from clasp_vllm.control.controller import OFF_CHECK, PLAIN_EVERY, PLAIN_FIRST, Controller
+from clasp_vllm.control.costs import SIZES, PassCosts
+from clasp_vllm.device import DeviceEvent
+from clasp_vllm.skipping.skip_units import Items
+
+LAYERS, BUDGETS = 8, (2, 4)
+
+
+def controller(choices: tuple[str, ...], padded: bool = False, draft_cost: float = 1e-3) -> Controller:
+    """One that finds drafts almost free, unless told what a layer of them costs of one of the target."""
+    adaptive = Controller(
+        16, BUDGETS, Items.layers(LAYERS), 4, None, choices, padded=padded, drop_stopped=not padded, ranks=1
+    )
+    adaptive.costs = PassCosts(tuple(map(float, SIZES)), (1e-3,) * len(SIZES), (0.0,) * len(SIZES))
+    adaptive.corrections.scales["draft_scale"][:] = draft_cost
+    return adaptive
+
+
+def chosen(adaptive: Controller, rows: int, rounds: int, room: bool = False) -> list[int]:
+    """The draft lengths of so many rounds; with ``room`` as many tokens are allowed as were wanted before."""
+    masks = torch.zeros(16, len(BUDGETS), LAYERS, 2, dtype=torch.bool)
+    lengths, allowed = [], 4
+    for _ in range(rounds):
+        choice = adaptive.choose(np.arange(rows), masks, masks[0], allowed)
+        allowed = adaptive.requested_draft_length if room else 4
+        lengths.append(choice.length)
+    return lengths
+
+
+# Where speculation pays, a round goes without drafts now and then, to learn what that costs.
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_one_round_of_many(rows):
+    lengths = chosen(controller(("length", "speculation")), rows, PLAIN_FIRST + 3 * PLAIN_EVERY)
+    plain = [round_ for round_, length in enumerate(lengths, start=1) if not length]
+    assert plain == [PLAIN_FIRST + i * PLAIN_EVERY for i in range(4)]
+
+
+def test_each_size_has_its_own():
+    adaptive = controller(("length", "speculation"))
+    assert 0 in chosen(adaptive, 1, PLAIN_FIRST)
+    assert 0 not in chosen(adaptive, 16, PLAIN_FIRST - 1)
+    assert chosen(adaptive, 16, 1) == [0]
+    assert 0 not in chosen(adaptive, 1, PLAIN_EVERY - 1)
+
+
+def test_not_where_speculation_is_always_on():
+    assert 0 not in chosen(controller(("length",)), 1, 2 * PLAIN_EVERY)
+
+
+def test_where_room_is_made_ahead_the_next_round_has_none():
+    lengths = chosen(controller(("length", "speculation"), padded=True), 1, PLAIN_FIRST + 4, room=True)
+    assert [round_ for round_, length in enumerate(lengths, start=1) if not length] == [PLAIN_FIRST + 1]
+
+
+def test_after_it_the_round_is_thought_over():
+    """What is chosen next goes by the batch as it is then, as in any round of speculation."""
+    adaptive = controller(("length", "speculation"))
+    assert chosen(adaptive, 1, PLAIN_FIRST)[-1] == 0
+    assert adaptive._off_steps == 0
+
+
+# Where it does not seem to pay, what is not known counts for it.
+
+
+def worth_drafting(rows: int, draft_cost: float, known: bool = False) -> bool:
+    adaptive = controller(("length", "speculation"), draft_cost=draft_cost)
+    if known:
+        adaptive.evidence.drafts.variance[:] = 0.0
+    return chosen(adaptive, rows, 1) != [0]
+
+
+def test_new_sequences_are_given_a_chance():
+    """What is known of a mean over many is more, so they are given less of it."""
+    dear = {
+        (rows, known): max(cost for cost in np.linspace(0.1, 3, 100) if worth_drafting(rows, cost, known))
+        for rows in (1, 16)
+        for known in (False, True)
+    }
+    assert dear[1, False] > dear[16, False] > dear[16, True]
+    assert dear[1, True] == pytest.approx(dear[16, True])
+
+
+def test_hope_ends_with_what_tokens_can_tell():
+    """A sequence of which much has been seen gets none."""
+    adaptive = controller(("length", "speculation"))
+    one, won = np.array([0]), np.array([[True, False, True, False]])
+    for _ in range(100):
+        adaptive.evidence.drafts.add(one, one, np.full((1, 4), 0.5), won, np.ones((1, 4), dtype=bool))
+    assert (adaptive.evidence.acceptance(one, optimism=3.0) == adaptive.evidence.acceptance(one)).all()
+    assert (adaptive.evidence.acceptance(one + 1, optimism=3.0) > adaptive.evidence.acceptance(one + 1)).all()
+
+
+@pytest.mark.parametrize("draft_cost", [0.5, 0.73])
+def test_hope_says_whether_and_not_how(draft_cost):
+    """What is done and promised is what is thought best, though optimism alone makes it worth a try."""
+    uncertain, known = (controller(("length", "speculation"), draft_cost=draft_cost) for _ in range(2))
+    known.evidence.drafts.variance[:] = 0.0
+    always = controller(("length",), draft_cost=draft_cost)
+    for one in (uncertain, known, always):
+        chosen(one, 1, 1)
+    assert uncertain.last == known.last == always.last
+    assert uncertain._optimistic == (draft_cost > 0.7)
+    assert not known._optimistic
+    assert not always._optimistic
+
+
+def test_while_off_new_sequences_are_thought_of_at_once():
+    adaptive = controller(("length", "speculation"), draft_cost=0.5)
+    adaptive.evidence.drafts.offset[:] = adaptive.evidence.drafts.mean[:] = -2.0
+    assert chosen(adaptive, 4, 2) == [0, 0]
+    adaptive.evidence.drafts.mean[:] = 2.0
+    adaptive.evidence.start(0)
+    assert chosen(adaptive, 4, 1) == [0]  # one of four
+    adaptive.evidence.start(1)
+    assert chosen(adaptive, 4, 1) != [0]
+
+
+def test_without_its_requests_it_still_knows_what_passes_cost():
+    adaptive = controller(("length", "speculation"), draft_cost=9.0)
+    fresh = adaptive.evidence.acceptance(np.arange(2))
+    off = chosen(adaptive, 2, 3)
+    adaptive.learn(np.zeros(20 * len(BUDGETS)))
+    assert (adaptive.evidence.acceptance(np.arange(2)) < fresh).all()
+    assert adaptive.last is not None
+    adaptive.reset()
+    assert (adaptive.evidence.acceptance(np.arange(2)) == fresh).all()
+    assert adaptive.last is None
+    assert chosen(adaptive, 2, 3) == off == [0, 0, 0]
+
+
+# While speculation is off, most steps cost nothing.
+
+
+def off_controller() -> tuple[Controller, list[str]]:
+    """One that has just found that drafts do not pay, and the requests of that round."""
+    adaptive = controller(("length", "speculation"), draft_cost=1e3)
+    adaptive.evidence.drafts.variance[:] = 0.0
+    assert chosen(adaptive, 2, 1) == [0]
+    adaptive.drafted(["a", "b"], None, DeviceEvent(torch.device("cpu")))
+    return adaptive, ["a", "b"]
+
+
+def test_most_steps_are_left_out_while_off():
+    adaptive, requests = off_controller()
+    assert [adaptive.idles(requests) for _ in range(OFF_CHECK)] == [True] * (OFF_CHECK - 1) + [False]
+    assert adaptive._is_due(2)
+
+
+def test_no_step_is_left_out_when_the_batch_changes_or_speculation_is_on():
+    adaptive, requests = off_controller()
+    assert not adaptive.idles([*requests, "c"])
+    on = controller(("length", "speculation"))
+    assert chosen(on, 2, 1) != [0]
+    on.drafted(requests, None, DeviceEvent(torch.device("cpu")))
+    assert not on.idles(requests)
+
+
+def test_speculation_that_has_lost_what_it_may_is_off():
+    adaptive = controller(("length", "speculation"))
+    adaptive.budget.balance = 0.0
+    assert chosen(adaptive, 1, 1) == [0]
+    assert chosen(controller(("length",)), 1, 1) != [0]

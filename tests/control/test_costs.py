@@ -1,0 +1,98 @@
+"""Costs of passes: measured with a clock that the test sets."""
+
+import pytest
+import torch
+
+from clasp_vllm.control import costs as timing
+from clasp_vllm.control.costs import SIZES, CostCorrections, PassCosts, measure_pass_costs
+from clasp_vllm.device import DeviceEvent
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 0.0
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+def test_costs_are_those_of_the_passes(clock):
+    def forward(rows: int, layers: int) -> None:
+        clock.now += 0.5 + 0.01 * rows + layers * (0.2 + 0.1 * rows)
+
+    costs = measure_pass_costs(forward, 6, 20, lambda: None)
+    assert costs.rows == (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+    assert costs.layer == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4, 1.8])
+    assert costs.fixed == pytest.approx([0.51, 0.52, 0.53, 0.54, 0.56, 0.58, 0.62, 0.66])
+    assert float(costs.forward(5, 2)) == pytest.approx(0.55 + 2 * 0.7)
+    assert float(costs.forward(20, 1)) == pytest.approx(0.7 + 2.2)
+
+
+def test_more_rows_may_cost_less(clock):
+    def forward(rows: int, layers: int) -> None:
+        clock.now += layers * (0.2 if rows < 4 else 0.1)
+
+    assert measure_pass_costs(forward, 6, 4, lambda: None).layer == pytest.approx([0.2, 0.2, 0.2, 0.1])
+
+
+def see(clock, corrections: CostCorrections, kind: str, rows: float, took: float, times: int = 1) -> None:
+    """Something that should have taken 0.2 s took longer or less."""
+    for _ in range(times):
+        start = DeviceEvent(torch.device("cpu"))
+        clock.now += took
+        corrections.add(kind, rows, 0.2, start, DeviceEvent(torch.device("cpu")))
+        corrections.settle()
+
+
+def test_corrections_come_to_what_is_seen(clock):
+    corrections = CostCorrections()
+    see(clock, corrections, "draft_scale", 1, 0.3, times=100)
+    assert corrections.scales["draft_scale"] == pytest.approx([1.5], rel=1e-3)
+    assert (corrections.scales["pass_scale"] == 1.0).all()
+    assert (corrections.scales["verify_scale"] == 1.0).all()
+
+
+def test_sizes_and_kinds_of_steps_have_corrections_of_their_own(clock):
+    corrections = CostCorrections()
+    see(clock, corrections, "verify_scale", 8, 0.3, times=100)
+    # What has not been seen follows.
+    assert corrections.scales["verify_scale"] == pytest.approx([1.5] * len(SIZES), rel=1e-3)
+    assert corrections.scales["plain_scale"] == pytest.approx([1.5] * len(SIZES), rel=1e-3)
+    see(clock, corrections, "plain_scale", 4, 0.1, times=100)
+    at_four, at_eight = SIZES.index(4), SIZES.index(8)
+    assert corrections.scales["plain_scale"][at_four] == pytest.approx(0.5, rel=1e-3)
+    assert corrections.scales["verify_scale"][at_eight] == pytest.approx(1.5, rel=1e-3)
+    see(clock, corrections, "verify_scale", 7, 0.6, times=100)  # between six and eight
+    costs = PassCosts((1.0,), (0.2,), (0.0,)).scaled(corrections.scales)
+    assert float(costs.verify(7, 1)) == pytest.approx(0.6, rel=1e-2)
+    assert float(costs.plain(4, 1)) == pytest.approx(0.1, rel=1e-2)
+    assert corrections.scales["verify_scale"][at_eight] > 2.0
+
+
+def test_sizes_not_seen_lie_between_those_seen(clock):
+    """However often the machine becomes slower and faster, and at however many sizes that is seen."""
+    corrections = CostCorrections()
+    for took in (0.2, 0.3, 0.15, 0.3, 0.2, 0.3):
+        for rows in (1, 2, 3, 4, 6, 8):
+            see(clock, corrections, "verify_scale", rows, took, times=40)
+    for name in ("verify_scale", "plain_scale"):
+        assert corrections.scales[name] == pytest.approx([1.5] * len(SIZES), rel=0.02)
+    see(clock, corrections, "verify_scale", 16, 0.1, times=100)
+    at = [SIZES.index(size) for size in (8, 12, 16, 512)]
+    assert corrections.scales["verify_scale"][at] == pytest.approx([1.5, 1.0, 0.5, 0.5], rel=0.05)
+
+
+def test_one_measurement_moves_a_correction_little(clock):
+    corrections = CostCorrections()
+    see(clock, corrections, "draft_scale", 1, 100.0)
+    assert 1.0 < corrections.scales["draft_scale"].item() < 1.2
+    see(clock, corrections, "verify_scale", 5, 100.0)
+    assert 1.0 < corrections.scales["verify_scale"].max() < 1.2
+
+
+def test_a_model_of_one_layer(clock):
+    def forward(rows: int, layers: int) -> None:
+        clock.now += 0.1 * rows * layers
+
+    assert measure_pass_costs(forward, 1, 2, lambda: None).layer == pytest.approx([0.1, 0.2])
