@@ -31,12 +31,12 @@ from clasp_vllm.skipping.skip_units import Items
 MAX_BATCHES = 256  # sets of sequences, of which what draft steps run is kept
 PLAIN_EVERY = 128  # rounds of a batch's size, one goes without drafts, to know what it costs;
 PLAIN_FIRST = 8  # the first of them comes sooner
-OFF_CHECK = 32  # steps without speculation until it is thought over again,
+OFF_CHECK = 32  # steps without speculation until the next decision,
 OFF_CHANGE = 0.25  # unless the number of rows has changed by this share, or as many are new
-SKIPPING_EVERY = 8  # rounds with n-grams, that drafts by skipping are priced anew
-PATIENCE = 6  # steps that a probe waits for room in
-# Drafts that pay only if the batch's mean acceptance is so many standard deviations better than thought are
-# tried too: what is wrongly thought worth it shows in a few rounds, the opposite only by rare probes.
+SKIPPING_EVERY = 8  # rounds with prompt-lookup matches, after which drafts by skipping are priced anew
+PATIENCE = 6  # steps that a probe waits for room
+# Standard deviations added to the batch's mean acceptance before drafts are given up: that drafts do not pay
+# shows in a few rounds, that they would pay only in rare probes.
 OPTIMISM_SIGMAS = 0.5
 MASKS_TO_SHARE = 2  # rows from which on
 SHARE_EVERY = 16  # rounds, that ranks take rank 0's corrections
@@ -309,7 +309,7 @@ class Controller:
         return due and speculating and "speculation" in self._open
 
     def _is_due(self, rows: int) -> bool:
-        """Whether to think again: always while speculating, now and then while off."""
+        """Whether a new decision is due: always while speculating, now and then while off."""
         similar = self._off_rows * (1 - OFF_CHANGE) <= rows <= self._off_rows * (1 + OFF_CHANGE)
         similar &= self.evidence.started - self._off_started <= rows * OFF_CHANGE
         if self._off_steps % OFF_CHECK and similar:
@@ -318,7 +318,7 @@ class Controller:
         return True
 
     def _ngrams_pay(self, costs: PassCosts, slots: np.ndarray, match_lengths: np.ndarray) -> bool:
-        """Whether what the context offers may be worth it though speculation is off."""
+        """Whether prompt-lookup matches may pay although speculation is off."""
         looked_up = np.flatnonzero(match_lengths)
         if not looked_up.size:
             return False
@@ -380,7 +380,7 @@ class Controller:
         match_lengths: np.ndarray,
         optimism: float = 0.0,
     ) -> Choice:
-        """The best way to speculate, with what the context offers where that is better than drafting."""
+        """The best way to speculate, with prompt-lookup matches where they are better than drafting."""
 
         def batch(rows: np.ndarray) -> Batch:
             layers = self._layers.get(slots[rows].tobytes())

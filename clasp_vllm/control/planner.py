@@ -37,7 +37,7 @@ class Choice:
         budget: index of the budget chosen.
         length: draft steps at most; 0 = none.
         shared: whether all rows skip the same layers.
-        ngram: tokens to take at most from what the context offers, for the rows that it offers any, which
+        ngram: tokens to take at most from prompt-lookup matches, for the rows that have one, which
             are not drafted for. 0 = none.
         ratio: tokens per second expected, over plain decoding's.
         seconds: expected of the round.
@@ -58,7 +58,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Ngrams:
-    """What the context offers for some rows of a batch.
+    """Prompt-lookup matches of some rows of a batch.
 
     Attributes:
         acceptance: [rows] of a token of it.
@@ -189,8 +189,7 @@ def choose(batch: Batch, ngrams: Ngrams | None = None) -> Choice:
     """The best way to speculate for a batch, whether or not it is better than plain decoding.
 
     Args:
-        ngrams: of further rows, for which the context offers something. Some of that is taken and verified
-            as it is.
+        ngrams: matches of further rows. Some of their tokens are verified as they are.
     """
     rows, ngram_rows = batch.rows, 0 if ngrams is None else len(ngrams.lengths)
     tokens = rows + batch.advanced().sum(1)  # [kinds, budgets, longest + 1]

@@ -108,7 +108,7 @@ class DraftBatch:
         block_table: [rows, width] int32.
         max_lengths: [rows] int32 on the host, at least positions + 1.
         sampling: [rows] bool on the host, whether the request samples; None: not known.
-        ngrams: what the context of each row offers; None: not looked up.
+        ngrams: prompt-lookup matches; None: not looked up.
     """
 
     request_ids: Sequence[str]

@@ -187,11 +187,11 @@ class LayerSkipProposer(DraftModelProposer):
         drafts[on_device] = tokens
         if probs:
             drawn[greedily] = -1
-            law = self._law(torch.cat(probs), drawn, tokens)
-            self._last_draft_probs = law
+            draft_probs = self._draft_distribution(torch.cat(probs), drawn, tokens)
+            self._last_draft_probs = draft_probs
             if rows.size < num_reqs:
-                self._last_draft_probs = law.new_zeros(num_reqs, *law.shape[1:])
-                self._last_draft_probs[on_device] = law
+                self._last_draft_probs = draft_probs.new_zeros(num_reqs, *draft_probs.shape[1:])
+                self._last_draft_probs[on_device] = draft_probs
         log_statistics(self.drafter)
         if self.runner.use_async_scheduling:
             return drafts
@@ -201,7 +201,7 @@ class LayerSkipProposer(DraftModelProposer):
         return short
 
     def _look_up(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> NgramMatches | None:
-        """What the context offers each request of the batch; nothing but for ``rows``; None: not known."""
+        """Prompt-lookup matches of the batch, of ``rows`` only; None: not known."""
         if self._lookup is None:
             return None
         return self.drafter.guarded(lambda: self._matches_of(next_tokens, positions, rows))
@@ -231,8 +231,8 @@ class LayerSkipProposer(DraftModelProposer):
         grammars = [params is not None and params.structured_outputs is not None for params in all_params]
         return np.array(grammars, dtype=bool) | np.isin(rows, list(metadata.generators))
 
-    def _law(self, probs: Tensor, drawn: np.ndarray, tokens: Tensor) -> Tensor:
-        """[rows, num_tokens, vocab] float32: the law each draft token was drawn from.
+    def _draft_distribution(self, probs: Tensor, drawn: np.ndarray, tokens: Tensor) -> Tensor:
+        """[rows, num_tokens, vocab] float32: the distribution each draft token was drawn from.
 
         Args:
             probs: [rows sampled, vocab].
@@ -240,9 +240,9 @@ class LayerSkipProposer(DraftModelProposer):
                 they were looked up, fill up a draft stopped early, or are of requests drafted for greedily.
             tokens: [rows, num_tokens] int64.
         """
-        law = probs[to_device(drawn.clip(0), probs.device)]
+        draft_probs = probs[to_device(drawn.clip(0), probs.device)]
         certain = to_device(drawn < 0, probs.device).unsqueeze(-1)
-        return law.masked_fill_(certain, 0.0).scatter_add_(2, tokens.unsqueeze(-1), certain.float())
+        return draft_probs.masked_fill_(certain, 0.0).scatter_add_(2, tokens.unsqueeze(-1), certain.float())
 
 
 def _select_rows(

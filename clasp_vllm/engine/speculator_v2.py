@@ -203,7 +203,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         drafted = self.drafter.draft(batch, num_tokens, sample)
         drafts.zero_()
         if drafted is None:
-            # All that the verification under way needs is tokens of a known law.
+            # All that the verification under way needs is tokens with known draft probabilities.
             drawn = np.full((rows.size, num_tokens), -1)
         else:
             drawn = drafted.drawn
@@ -214,7 +214,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         return drafts
 
     def _looked_up(self, input_batch: InputBatch, num_sampled: Tensor) -> NgramMatches | None:
-        """What the context offers each request of the batch."""
+        """Prompt-lookup matches of the batch."""
         if self._lookup is None:
             return None
         # It fills up with what it takes for the last sampled tokens where it finds less than a whole draft.
@@ -224,9 +224,9 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         return NgramMatches(tokens.clamp(min=0), (tokens >= 0).sum(1))
 
     def _mark_certain(self, idx_mapping: Tensor, certain: np.ndarray, tokens: Tensor) -> None:
-        """Store the law of tokens that were not drawn but looked up, or fill up a draft: all on that token.
+        """Tokens that were not drawn, but looked up or fill up a draft: all draft probability is on them.
 
-        The rejection sampler weighs each token by the law it was drawn from; what is stored for
+        The rejection sampler weighs each token by the distribution it was drawn from; what is stored for
         these steps is another round's.
 
         Args:

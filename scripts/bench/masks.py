@@ -112,7 +112,7 @@ class Drafts(Acceptance):
     @torch.inference_mode()
     def score(self, masks: Masks, budget: int = 0) -> tuple[float, float]:
         """Agreement on the likeliest token, and the acceptance to expect at temperature 1."""
-        agree, law = [], []
+        agree, acceptance = [], []
         for index, text in enumerate(self.texts):
             hidden = self.begin(text)[None]
             skipped = masks(index, text.positions.shape[1], budget)
@@ -121,8 +121,8 @@ class Drafts(Acceptance):
                     hidden = torch.where(skipped[:, item, None], hidden, self.run(item, hidden))
             logits = self.model.lm_head(self.model.model.norm(hidden[0]))
             agree.append(logits.argmax(-1) == text.logits.argmax(-1))
-            law.append(torch.minimum(logits.softmax(-1), text.logits.softmax(-1)).sum(-1))
-        return float(torch.cat(agree).float().mean()), float(torch.cat(law).mean())
+            acceptance.append(torch.minimum(logits.softmax(-1), text.logits.softmax(-1)).sum(-1))
+        return float(torch.cat(agree).float().mean()), float(torch.cat(acceptance).mean())
 
 
 def by_layer(mask: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def test_what_is_learnt_and_what_is_asked_use_the_same_bins(confidence):
 
 
 def test_unsure_drafts_of_sampling_sequences_are_tried():
-    """A token drawn from a flat law is accepted if the target's is as flat, until the evidence says no."""
+    """A token drawn from a flat distribution is accepted if the target's is flat, until evidence says no."""
     learnt, kinds, one = Confidence(), np.array([0, 1]), np.ones((2, 1), dtype=bool)
     unsure = torch.tensor([0.2, 0.2])
     assert learnt.exit(kinds, 0.5, CPU).stops(unsure, slice(None)).tolist() == [True, False]

@@ -156,7 +156,7 @@ def test_drafts_looked_up_in_the_context():
 
 
 def test_drafts_looked_up_where_tokens_are_on_the_device():
-    """Model Runner V2, which knows a round late what the context offers; beside drafts that are drawn."""
+    """Model Runner V2, where the host knows the matches a round late; beside drafts that are drawn."""
     config = CLASP | {"ngram_cascade": True, "prompt_lookup_min": 1, "draft_sample_method": "probabilistic"}
     with engine_process("v2") as call:
         plain, *_ = call(looked_up, None, "", 24)

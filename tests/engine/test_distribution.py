@@ -1,6 +1,6 @@
-"""Sampled output has the target's law: chi-square tests against exact probabilities.
+"""Sampled output has the target's distribution: chi-square tests against exact probabilities.
 
-The target has 12 tokens, so that its law over three tokens can be computed exactly, by transformers.
+The target has 12 tokens, so that its distribution over three tokens can be computed exactly, by transformers.
 The first token comes from the prompt; the next ones go through drafting and rejection sampling.
 """
 
@@ -44,7 +44,7 @@ def save_model(folder: str) -> str:
     return folder
 
 
-def exact_law(
+def exact_distribution(
     folder: str, horizon: int, temperature: float, top_p: float, top_k: int
 ) -> dict[tuple[int, ...], float]:
     """Probability of every continuation of ``horizon`` tokens."""
@@ -54,7 +54,7 @@ def exact_law(
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     @torch.inference_mode()
-    def next_law(prefixes: list[tuple[int, ...]]) -> torch.Tensor:
+    def next_probs(prefixes: list[tuple[int, ...]]) -> torch.Tensor:
         logits = model(torch.tensor([[*PROMPT, *prefix] for prefix in prefixes])).logits[:, -1]
         logits = logits.double() / temperature
         kth = logits.topk(top_k or VOCAB).values[:, -1:]
@@ -64,16 +64,16 @@ def exact_law(
         kept = torch.zeros_like(probs).scatter(-1, index, ordered * keep)
         return kept / kept.sum(-1, keepdim=True)
 
-    law: dict[tuple[int, ...], float] = {(): 1.0}
+    distribution: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(horizon):
-        prefixes = list(law)
-        rows = next_law(prefixes)
-        law = {
-            (*prefix, token): law[prefix] * float(row[token])
+        prefixes = list(distribution)
+        rows = next_probs(prefixes)
+        distribution = {
+            (*prefix, token): distribution[prefix] * float(row[token])
             for prefix, row in zip(prefixes, rows, strict=True)
             for token in range(VOCAB)
         }
-    return law
+    return distribution
 
 
 def sample(
@@ -139,11 +139,11 @@ def _fail_now_and_then(ours) -> None:
     ours.decoder.finish = finish
 
 
-def p_value(samples: list[tuple[int, ...]], law: dict[tuple[int, ...], float]) -> float:
+def p_value(samples: list[tuple[int, ...]], distribution: dict[tuple[int, ...], float]) -> float:
     """Chi-square over all continuations, those expected fewer than five times taken together."""
     counts, rest_expected, rest_seen, statistic, cells = Counter(samples), 0.0, 0, 0.0, 0
-    for continuation in law:
-        expected, seen = law[continuation] * len(samples), counts[continuation]
+    for continuation in distribution:
+        expected, seen = distribution[continuation] * len(samples), counts[continuation]
         if expected == 0 and seen:
             return 0.0
         if expected < 5:
@@ -178,7 +178,7 @@ def test_law_is_the_targets(runner, draft, temperature, top_p, top_k, tmp_path):
         spec = CLASP | {"draft_sample_method": draft}
         got, accepted = call(sample, folder, samples, horizon, spec, temperature, top_p, top_k, None)
     assert accepted > samples / 2
-    assert p_value(got, exact_law(folder, horizon, temperature, top_p, top_k)) > 1e-3
+    assert p_value(got, exact_distribution(folder, horizon, temperature, top_p, top_k)) > 1e-3
 
 
 def test_rows_that_stop_early_leave_and_the_law_holds(tmp_path):
@@ -188,7 +188,7 @@ def test_rows_that_stop_early_leave_and_the_law_holds(tmp_path):
         spec = CLASP | {"draft_sample_method": "probabilistic", "draft_exit_threshold": 0.14}
         got, accepted = call(sample, folder, 5000, 3, spec, 1.0, 1.0, 0, None)
     assert accepted > 500
-    assert p_value(got, exact_law(folder, 3, 1.0, 1.0, 0)) > 1e-3
+    assert p_value(got, exact_distribution(folder, 3, 1.0, 1.0, 0)) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_rows_that_stop_early_leave_and_the_law_holds(tmp_path):
         pytest.param("v2", "probabilistic", "beside", marks=pytest.mark.slow),
     ],
 )
-def test_drafts_looked_up_keep_the_law(runner, draft, how, tmp_path):
+def test_drafts_looked_up_keep_the_distribution(runner, draft, how, tmp_path):
     """What followed a token before, in the place of drafts that are drawn, or beside them."""
     samples = 5000 if runner == "v1" else 800
     with engine_process(runner) as call:
@@ -213,16 +213,16 @@ def test_drafts_looked_up_keep_the_law(runner, draft, how, tmp_path):
             "prompt_lookup_max": 2,
         }
         got, accepted = call(sample, folder, samples, 3, spec, 1.0, 1.0, 0, how)
-    law = exact_law(folder, 3, 1.0, 1.0, 0)
+    distribution = exact_distribution(folder, 3, 1.0, 1.0, 0)
     if runner == "v2":  # whose first drafts are not looked up: the last two tokens, for there are few samples
-        got, law = [tokens[1:] for tokens in got], _without_first(law)
+        got, distribution = [tokens[1:] for tokens in got], _without_first(distribution)
     assert accepted > samples / 10
-    assert p_value(got, law) > 1e-3
+    assert p_value(got, distribution) > 1e-3
 
 
-def _without_first(law: dict[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
+def _without_first(distribution: dict[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
     marginal: dict[tuple[int, ...], float] = {}
-    for tokens, probability in law.items():
+    for tokens, probability in distribution.items():
         marginal[tokens[1:]] = marginal.get(tokens[1:], 0.0) + probability
     return marginal
 
@@ -230,7 +230,7 @@ def _without_first(law: dict[tuple[int, ...], float]) -> dict[tuple[int, ...], f
 def structured(samples: int, speculative_config: object) -> tuple[Counter, int, int]:
     """Digits that the demo model samples under a grammar, beside as many requests without one.
 
-    Returns how often each pair of digits came, and of the laws that drafts were said to be drawn from, for
+    Returns how often each pair of digits came, and of the draft distributions, for
     requests with a grammar and without, how many were not certain.
     """
     from vllm import SamplingParams
@@ -240,20 +240,20 @@ def structured(samples: int, speculative_config: object) -> tuple[Counter, int, 
     with running(speculative_config=speculative_config, seed=7) as llm:
         if speculative_config:
             proposer = model_runner(llm).drafter
-            original, has_grammar = proposer._law, None
+            original, has_grammar = proposer._draft_distribution, None
 
             def drafted_greedily(rows, metadata):
                 nonlocal has_grammar
                 has_grammar = type(proposer)._drafted_greedily(proposer, rows, metadata)
                 return has_grammar
 
-            def law(probs, drawn, tokens):
+            def distribution(probs, drawn, tokens):
                 probabilities = original(probs, drawn, tokens)
                 for row, of in enumerate(has_grammar):
                     uncertain[0 if of else 1] += int((probabilities[row].amax(-1) < 1).any())
                 return probabilities
 
-            proposer._drafted_greedily, proposer._law = drafted_greedily, law
+            proposer._drafted_greedily, proposer._draft_distribution = drafted_greedily, distribution
         grammar = StructuredOutputsParams(regex="[0-4]{4}")
         params = [
             SamplingParams(temperature=1.0, max_tokens=8, structured_outputs=one) for one in (grammar, None)
@@ -287,14 +287,14 @@ def test_the_law_under_a_grammar_is_plain_vllms():
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
-def test_contained_failures_keep_the_law(async_scheduling, tmp_path):
+def test_contained_failures_keep_the_distribution(async_scheduling, tmp_path):
     """A failed round leaves no probabilities behind: async scheduling verifies tokens in any case."""
     with engine_process("v1") as call:
         folder = call(save_model, str(tmp_path))
         spec = CLASP | {"draft_sample_method": "probabilistic"}
         got, accepted = call(sample, folder, 5000, 3, spec, 1.0, 1.0, 0, "drafter", async_scheduling)
     assert accepted > 500
-    assert p_value(got, exact_law(folder, 3, 1.0, 1.0, 0)) > 1e-3
+    assert p_value(got, exact_distribution(folder, 3, 1.0, 1.0, 0)) > 1e-3
 
 
 @pytest.mark.parametrize("draft", ["greedy", "probabilistic"])
@@ -303,4 +303,4 @@ def test_the_test_sees_broken_acceptance(draft, tmp_path):
         folder = call(save_model, str(tmp_path))
         spec = CLASP | {"draft_sample_method": draft}
         got, _ = call(sample, folder, 5000, 3, spec, 1.0, 1.0, 0, "acceptance")
-    assert p_value(got, exact_law(folder, 3, 1.0, 1.0, 0)) < 1e-6
+    assert p_value(got, exact_distribution(folder, 3, 1.0, 1.0, 0)) < 1e-6

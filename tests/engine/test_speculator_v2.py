@@ -7,7 +7,7 @@ import torch
 
 
 def test_tokens_that_were_not_drawn_are_certain():
-    """Looked up, or filling up a draft: the law stored for them is all on that token; others keep theirs."""
+    """Looked up, or filling up a draft: all draft probability is on them; others keep theirs."""
     from clasp_vllm.engine.speculator_v2 import LayerSkipSpeculator
 
     stored = torch.randn(6, 3, 5)  # [slots, steps, vocab]
@@ -15,11 +15,11 @@ def test_tokens_that_were_not_drawn_are_certain():
     slots, certain = torch.tensor([4, 1]), np.array([[True, True, True], [False, False, True]])
     tokens = torch.tensor([[0, 2, 4], [1, 1, 3]])
     LayerSkipSpeculator._mark_certain(ours, slots, certain, tokens)
-    law = ours.draft_logits.softmax(-1)
+    draft_probs = ours.draft_logits.softmax(-1)
     for row, slot in enumerate(slots.tolist()):
         for step in range(3):
             if certain[row, step]:
-                assert law[slot, step, tokens[row, step]] == 1.0
-                assert law[slot, step].sum() == 1.0
+                assert draft_probs[slot, step, tokens[row, step]] == 1.0
+                assert draft_probs[slot, step].sum() == 1.0
                 stored[slot, step] = ours.draft_logits[slot, step]
     assert (ours.draft_logits == stored).all()
