@@ -17,13 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 METHODS = ("clasp", "knn_ssd", "layer_skip")
 REMOVED_METHODS = {"swift": "it was slower than plain decoding"}  # and why
+REMOVED_KEYS = {
+    "granularity": "masks of sub-layers were accepted less often than masks of layers; leave it out",
+}
 # Keys that belong to some methods only.
 METHODS_OF_KEY = {
     "skip_ratio": ("clasp", "layer_skip"),
     "num_skipped_layers": ("clasp", "layer_skip"),
     "skip_layers": ("layer_skip",),
     "calibration": ("knn_ssd",),
-    "granularity": ("clasp",),
     "optimization_interval": ("clasp",),
     "max_optimized_requests": ("clasp",),
     "mask_memory": ("clasp",),
@@ -98,12 +100,6 @@ class LayerSkipConfig(BaseModel):
         default=None,
         description="knn_ssd only, and required there: the folder that `clasp-vllm calibrate` wrote.",
     )
-    granularity: Literal["layer", "sublayer"] | None = Field(
-        default=None,
-        description="clasp only: layer: skip whole layers (default); sublayer: skip attention and MLP by "
-        "themselves, by what each costs at the contexts served. Budgets are in layers all the same, and "
-        "passes cost more.",
-    )
     optimization_interval: int | None = Field(
         default=None,
         ge=1,
@@ -116,8 +112,7 @@ class LayerSkipConfig(BaseModel):
         ge=1,
         le=1024,
         description="clasp only: how many requests may have their layers chosen in one step "
-        "(default 4). Each holds back num_skipped_layers blocks of KV cache, four times as many with "
-        "granularity: sublayer.",
+        "(default 4). Each holds back num_skipped_layers blocks of KV cache.",
     )
     mask_memory: float | None = Field(
         default=None,
@@ -327,7 +322,7 @@ def is_ours(settings: object) -> bool:
     """Whether a speculative configuration asks for one of our methods, or uses keys only we have."""
     if not isinstance(settings, Mapping):
         return False
-    own_keys = set(LayerSkipConfig.model_fields) - {"method", *VLLM_KEYS}
+    own_keys = {*LayerSkipConfig.model_fields, *REMOVED_KEYS} - {"method", *VLLM_KEYS}
     return settings.get("method") in (*METHODS, *REMOVED_METHODS) or (
         settings.get("method") is None and not own_keys.isdisjoint(settings)
     )
@@ -404,6 +399,8 @@ def _explain(error: dict[str, Any], settings: Mapping[str, Any]) -> str:
     why = REMOVED_METHODS.get(str(settings.get(key))) if key == "method" else None
     if why is not None:
         return f"method={value} was removed, for {why}; allowed are {', '.join(METHODS)}"
+    if key in REMOVED_KEYS:
+        return f"{key}={value} was removed: {REMOVED_KEYS[key]}"
     if error["type"] == "extra_forbidden":
         known = list(LayerSkipConfig.model_fields)
         close = difflib.get_close_matches(key, known, n=1)

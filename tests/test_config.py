@@ -52,7 +52,7 @@ BAD = [
     ),
     ({"method": "clasp", "calibration": "x"}, ["calibration='x'", "method: knn_ssd"]),
     ({"method": "swift"}, ["method='swift' was removed", "clasp, knn_ssd, layer_skip"]),
-    ({"method": "layer_skip", "granularity": "layer"}, ["granularity='layer'", "method: clasp"]),
+    ({"method": "clasp", "granularity": "sublayer"}, ["granularity='sublayer' was removed", "leave it out"]),
     ({"method": "clasp", "adaptive": ["depth"]}, ["adaptive=['depth']", "'speculation'"]),
     (
         {"method": "clasp", "adaptive": ["layers"], "num_skipped_layers": 3},

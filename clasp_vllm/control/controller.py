@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clasp_vllm.control.acceptance import AcceptanceEvidence
-from clasp_vllm.control.costs import SIZES, Array, CostCorrections, PassCosts
+from clasp_vllm.control.costs import SIZES, Array, CostCorrections, LayerShares, PassCosts
 from clasp_vllm.control.early_exit import Confidence, SurvivalExit
 from clasp_vllm.control.loss_budget import START, LossBudget
 from clasp_vllm.control.ngram_lengths import NgramLengthPredictor
@@ -26,7 +26,6 @@ from clasp_vllm.control.planner import (
 from clasp_vllm.control.probes import Probes
 from clasp_vllm.control.verification import UnverifiedDrafts, VerificationOutcomes
 from clasp_vllm.device import DeviceEvent, HostCopy, to_device
-from clasp_vllm.skipping.skip_units import Items
 
 MAX_BATCHES = 256  # sets of sequences, of which what draft steps run is kept
 PLAIN_EVERY = 128  # rounds of a batch's size, one goes without drafts, to know what it costs;
@@ -49,7 +48,8 @@ class Controller:
         self,
         capacity: int,
         budgets: Sequence[int],
-        items: Items,
+        num_layers: int,
+        shares: LayerShares,
         longest: int,
         interval: int | None,
         open_choices: Collection[str],
@@ -61,8 +61,9 @@ class Controller:
         """
         Args:
             capacity: sequences, by the slots of the ``SequenceTable``.
-            budgets: what there is to choose from to skip, in units of the items, ascending.
-            items: what is skipped.
+            budgets: layers to skip, those to choose from, ascending.
+            num_layers: of the target.
+            shares: of attention and MLP in what a layer costs.
             longest: draft tokens at most.
             interval: rounds between two passes for a sequence, where that is fixed.
             open_choices: what is to be chosen, of length, sharing and speculation. Else drafts are as long as
@@ -73,7 +74,6 @@ class Controller:
                 corrections of costs are those that rank 0 shares now and then.
             log: told in words whenever another choice is made.
         """
-        skipped = [budget / items.units for budget in budgets]
         self.corrections = CostCorrections()
         self.costs: PassCosts | None = None  # as measured at start-up
         # Draft tokens that the next round should have room for. Where the scheduler makes room ahead of time
@@ -93,9 +93,8 @@ class Controller:
             self._scales = {name: scale.copy() for name, scale in self._scales.items()}
         self._until_plain = np.full(len(SIZES), PLAIN_FIRST)  # rounds
         self._budgets = budgets
-        self._skipped = skipped  # layers
-        self._items = items
-        self._num_layers = items.num_layers
+        self._layer_shares = shares
+        self._num_layers = num_layers
         self._interval = interval
         self._open = frozenset(open_choices)
         self._lengths = [longest]
@@ -114,7 +113,7 @@ class Controller:
 
     def reset(self) -> None:
         """Know of no requests, as after the start. What passes cost is the machine's, and kept."""
-        self.evidence = AcceptanceEvidence(self._capacity, self._skipped, self._num_layers, self.longest)
+        self.evidence = AcceptanceEvidence(self._capacity, self._budgets, self._num_layers, self.longest)
         self.confidence = Confidence()
         self.outcomes = VerificationOutcomes(self.evidence, self.confidence, self.longest)
         self.ngram_lengths = NgramLengthPredictor(self._capacity, late=self.padded)
@@ -171,19 +170,14 @@ class Controller:
         self._ended = None if self._idle else DeviceEvent(self._device)
         return True
 
-    def weigh(self, items: Items) -> None:
-        """Sub-layers cost something else from now on."""
-        self._items = items
-        self._layers.clear()
-
     def forward_seconds(self, rows: int, layers: float) -> float:
         """Of a forward pass, without correction."""
         assert self.costs is not None
         return float(self.costs.forward(rows, layers))
 
     def draft_seconds(self, rows: int, parts: Sequence[int]) -> float:
-        """Of a draft step, without correction. ``parts``: of the sub-layers it runs, as in ``Items.cost``."""
-        return self.forward_seconds(rows, self._items.cost(parts))
+        """Of a draft step, without correction. ``parts``: as in ``LayerShares.cost``."""
+        return self.forward_seconds(rows, self._layer_shares.cost(parts))
 
     def drafted(
         self, request_ids: Sequence[str], drafts: UnverifiedDrafts | None, ended: DeviceEvent
@@ -225,7 +219,7 @@ class Controller:
             self.corrections.add("draft_scale", 1, predicted, *marks[1:])
         if optimized:
             assert self.costs is not None
-            seconds = self.costs.optimize(optimized, self._items, self._budgets[-1])
+            seconds = self.costs.optimize(optimized, self._num_layers, self._budgets[-1])
             self.corrections.add("pass_scale", 1, seconds, *marks[:2])
 
     def choose(
@@ -333,7 +327,7 @@ class Controller:
             return
         self._logged = made
         acceptance = self.evidence.acceptance(slots)[int(choice.shared), :, choice.budget].mean(0)
-        skipped = self._skipped[choice.budget]
+        skipped = self._budgets[choice.budget]
         plain = 1000 * float(costs.plain(len(slots), self._num_layers))
         step = 1000 * float(costs.draft(len(slots), self._num_layers - skipped))
         what = "speculating" if worth_it else "probing" if self._probing else "off"
@@ -367,7 +361,7 @@ class Controller:
         on = self.requested_draft_length > 0
         return {
             "draft_length": float(self.last.length if on else 0),
-            "skipped_layers": self._skipped[self.last.budget],
+            "skipped_layers": self._budgets[self.last.budget],
             "expected_ratio": self.last.ratio,
         }
 
@@ -386,7 +380,7 @@ class Controller:
             layers = self._layers.get(slots[rows].tobytes())
             if layers is None:  # worked out once for each set of sequences, until a mask changes
                 own = masks[torch.from_numpy(slots[rows])].all(0)
-                layers = self._items.layers_run(torch.stack((own, shared_mask))).numpy()
+                layers = self._layer_shares.layers_run(torch.stack((own, shared_mask))).numpy()
                 self._layers[slots[rows].tobytes()] = layers
             kinds = 2 if "sharing" in self._open and len(rows) >= MASKS_TO_SHARE else 1
             return Batch(
@@ -425,8 +419,8 @@ class Controller:
             return self._interval
         assert self.costs is not None
         costs = self.costs.scaled(self._scales)
-        kept = self._num_layers - self._skipped[choice.budget]
-        return rounds_between_passes(costs, self._items, self._budgets[-1], choice, rows, kept)
+        kept = self._num_layers - self._budgets[choice.budget]
+        return rounds_between_passes(costs, self._num_layers, self._budgets[-1], choice, rows, kept)
 
     def findings(self, agree: Tensor) -> Tensor:
         """What an optimisation pass found, to share: a float32 vector.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from clasp_vllm.device import DeviceEvent, synchronize
-from clasp_vllm.skipping.skip_units import Items
+from clasp_vllm.skipping.dynamic_program import columns_at
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -76,11 +77,11 @@ class PassCosts:
         """Seconds of a draft step."""
         return _between(self.draft_scale, 1) * self.forward(rows, layers)
 
-    def optimize(self, rows: int, items: Items, budget: int) -> float:
+    def optimize(self, rows: int, num_layers: int, budget: int) -> float:
         """Seconds of an optimisation pass of ``rows`` sequences."""
-        columns = rows * np.array(items.columns(budget))
+        columns = rows * np.array([columns_at(layer, budget) for layer in range(num_layers)])
         fixed = float(self._at(self.fixed, columns[-1]))
-        layers = float((self._at(self.layer, columns) * items.costs).sum()) / items.units
+        layers = float(self._at(self.layer, columns).sum())
         return float(_between(self.pass_scale, 1)) * (fixed + layers)
 
 
@@ -99,6 +100,30 @@ def _between(scale: Any, rows: Any) -> Array:
     scales = np.asarray(scale, dtype=np.float64)
     correction: Array = np.interp(rows, SIZES, scales) if scales.size > 1 else scales.reshape(())
     return correction
+
+
+@dataclass(frozen=True)
+class LayerShares:
+    """The shares of attention and MLP in what a layer costs; they add up to 1."""
+
+    attention: float
+    mlp: float
+
+    @classmethod
+    def of(cls, attention: float, mlp: float) -> LayerShares:
+        """From what each costs, in any unit."""
+        return cls(attention / (attention + mlp), mlp / (attention + mlp))
+
+    def layers_run(self, masks: Tensor) -> Tensor:
+        """[..., num_layers, 2] bool masks to [...] float64, what is left to run, in layers."""
+        shares = torch.tensor((self.attention, self.mlp), dtype=torch.float64)
+        left: Tensor = (masks.logical_not().sum(-2) * shares).sum(-1)
+        return left
+
+    def cost(self, parts: Sequence[int]) -> float:
+        """What single sub-layers cost, in layers. ``parts``: 0 for each attention, 1 for each MLP."""
+        mlps = sum(parts)
+        return mlps * self.mlp + (len(parts) - mlps) * self.attention
 
 
 def measure_pass_costs(

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from clasp_vllm.control.costs import Array, PassCosts
-from clasp_vllm.skipping.skip_units import Items
 
 WORTH_IT = 1.05  # the ratio from which on to speculate: less is not worth the risk of being wrong
 PASS_SHARE = 0.02  # of the time, what optimisation passes may cost beyond the draft steps they replace
@@ -241,9 +240,9 @@ def _from_zero(sums: Any) -> Array:
 
 
 def rounds_between_passes(
-    costs: PassCosts, items: Items, budget: int, choice: Choice, rows: int, layers: float
+    costs: PassCosts, num_layers: int, budget: int, choice: Choice, rows: int, layers: float
 ) -> int:
     """How often a sequence's layers may be chosen anew for passes to take ``PASS_SHARE`` of the time."""
-    extra = costs.optimize(1, items, budget) - float(costs.draft(1, layers))
+    extra = costs.optimize(1, num_layers, budget) - float(costs.draft(1, layers))
     share = rows * max(extra, 0.0) / (PASS_SHARE * choice.seconds)
     return int(min(max(math.ceil(share), INTERVALS[0]), INTERVALS[1]))

@@ -218,8 +218,7 @@ class Drafter:
         due = self.policy.due(slots, self._interval(choice, len(running)))
         exact = None
         if due.size:
-            context = int(batch.max_lengths.sum())
-            exact = self.policy.optimize(batch.select(due), slots[due], running, context)
+            exact = self.policy.optimize(batch.select(due), slots[due], running)
         optimized = DeviceEvent(device)
         if self._plans is None:
             self._plans = Plans(self.sequences, device)

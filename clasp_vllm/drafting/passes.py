@@ -15,9 +15,8 @@ from clasp_vllm.drafting.batch import DraftBatch, PagedAttention
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.plans import Plan
 from clasp_vllm.drafting.scratch import ScratchBlocks
-from clasp_vllm.skipping.dynamic_program import Programme, State, run_programme
-from clasp_vllm.skipping.skip_mask import ATTENTION, evenly_spaced_layers
-from clasp_vllm.skipping.skip_units import Items
+from clasp_vllm.skipping.dynamic_program import Programme, State, columns_at, run_programme
+from clasp_vllm.skipping.skip_mask import evenly_spaced_layers
 
 CHUNK = 128  # rows
 LARGEST_MEASURED = {"cpu": 64, "cuda": 512}  # rows of a pass; costs of larger ones lie on a line
@@ -99,44 +98,38 @@ class Passes:
     def programme(
         self,
         batch: DraftBatch,
-        items: Items,
         budget: int,
         prior: Tensor | None,
         memory: float,
         centre: Tensor | None,
     ) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""
-        parts = len(items.costs) // items.num_layers
         assert self.scratch is not None
         rows = len(batch)
         tables, source, target = self.scratch.virtual_requests(batch.block_table, batch.positions)
         positions = batch.positions.repeat(budget + 1)
         max_lengths = batch.max_lengths.repeat(budget + 1)
         rotary_positions = self._rotary(positions)
-        columns, through = 0, items.columns(budget)
+        columns = 0
 
         with ExitStack() as context:
 
             def layer(i: int, state: State) -> State:
                 nonlocal columns
-                if columns != through[i]:
-                    columns = through[i]
+                if columns != columns_at(i, budget):
+                    columns = columns_at(i, budget)
                     first = slice(columns * rows)  # column-major
                     context.close()
                     context.enter_context(
                         self.attention.decode(positions[first], tables[first], max_lengths[first])
                     )
-                index, part = divmod(i, parts)
-                if columns > 1 and part == ATTENTION:
-                    self.attention.copy_blocks(index, source, target[:, : columns - 1])
-                if parts == 1:
-                    return self._decoder.run_layer(index, rotary_positions[: columns * rows], state)
-                return self._decoder.run_sublayer(index, part, rotary_positions[: columns * rows], state)
+                if columns > 1:
+                    self.attention.copy_blocks(i, source, target[:, : columns - 1])
+                return self._decoder.run_layer(i, rotary_positions[: columns * rows], state)
 
             state = self._decoder.embed(batch.tokens)
-            programme = run_programme(
-                state, layer, len(items.costs), budget, prior, memory, items.costs, centre
-            )
+            num_layers = self._decoder.num_layers
+            programme = run_programme(state, layer, num_layers, budget, prior, memory, centre)
             delta, residual = (x[0].clone() for x in programme.states)
             return programme, self._decoder.finish((delta, residual))
 

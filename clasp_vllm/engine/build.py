@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from clasp_vllm.calibration.fingerprint import fingerprint
 from clasp_vllm.calibration.store import Calibration
 from clasp_vllm.config import ConfigError, LayerSkipConfig
 from clasp_vllm.control.controller import Controller
+from clasp_vllm.control.costs import LayerShares
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.draft import DrafterOptions
 from clasp_vllm.drafting.drafter import Drafter
@@ -33,7 +33,6 @@ from clasp_vllm.policies.clasp import Clasp
 from clasp_vllm.policies.evidence import SkipEvidence
 from clasp_vllm.policies.knn_ssd import KnnSsd
 from clasp_vllm.skipping.skip_mask import evenly_spaced_layers, layers_mask
-from clasp_vllm.skipping.skip_units import Items
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings hold
 
@@ -45,40 +44,15 @@ def num_layers_of(vllm_config: VllmConfig) -> int:
     return vllm_config.model_config.get_total_num_hidden_layers()
 
 
-def items_of(vllm_config: VllmConfig) -> Items:
-    """What a draft skips."""
-    config = layer_skip_config(vllm_config)
-    assert config is not None
-    num_layers, sizes = num_layers_of(vllm_config), _layer_sizes(vllm_config)
-    ratio = sizes.mlp / sizes.attention
-    if config.granularity == "sublayer":
-        return Items.sublayers(num_layers, ratio, sizes.per_token / (sizes.attention + sizes.mlp))
-    return Items.layers(num_layers, ratio)
-
-
-class _LayerSizes(NamedTuple):
-    """What a token reads of a layer, in weights, by the model's configuration.
-
-    That weights are quantised, and that a window slides, is not considered.
-    """
-
-    attention: int
-    mlp: int
-    per_token: float  # of the cache, for each token before it
-
-
-def _layer_sizes(vllm_config: VllmConfig) -> _LayerSizes:
+def _layer_shares(vllm_config: VllmConfig) -> LayerShares:
+    """By the weights that a token reads, of the model's configuration, as if they were not quantised."""
     model = vllm_config.model_config
     text, head_size = model.hf_text_config, model.get_head_size()
     heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", text.num_attention_heads)
     experts = getattr(text, "num_experts_per_tok", None) or 1
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-    hidden, weight = text.hidden_size, model.dtype.itemsize
-    number = 1 if str(vllm_config.cache_config.cache_dtype).startswith("fp8") else weight  # bytes
-    return _LayerSizes(
-        2 * (heads + kv_heads) * head_size * hidden,
-        3 * experts * width * hidden,
-        2 * kv_heads * head_size * number / weight,
+    return LayerShares.of(
+        2 * (heads + kv_heads) * head_size * text.hidden_size, 3 * experts * width * text.hidden_size
     )
 
 
@@ -86,7 +60,7 @@ def num_scratch_blocks(vllm_config: VllmConfig) -> int:
     """KV blocks to hold back from the scheduler for optimisation passes."""
     config = layer_skip_config(vllm_config)
     assert config is not None
-    columns = config.budget(num_layers_of(vllm_config)) * items_of(vllm_config).units
+    columns = config.budget(num_layers_of(vllm_config))
     count = 0 if config.interval is None else ScratchBlocks.count(_max_optimized(vllm_config), columns)
     return max(count, int(config.is_adaptive))  # costs are measured in one
 
@@ -162,8 +136,8 @@ def build_drafter(
         if vllm_config.model_config.quantization is None:
             served, cache = vllm_config.model_config, vllm_config.load_config.download_dir
             calibration.check_checkpoint(fingerprint(served.model, served.revision, cache))
-    items = items_of(vllm_config)
-    masks, budgets = _first_masks(config, items, calibration)
+    num_layers, shares = num_layers_of(vllm_config), _layer_shares(vllm_config)
+    masks, budgets = _first_masks(config, num_layers, shares, calibration)
     budget = budgets[-1]
     optimized = _max_optimized(vllm_config)
     first_scratch = kv_cache_config.num_blocks - num_scratch_blocks(vllm_config)
@@ -181,7 +155,8 @@ def build_drafter(
         adaptive = Controller(
             max_num_seqs,
             budgets,
-            items,
+            num_layers,
+            shares,
             config.num_speculative_tokens,
             config.optimization_interval,
             config.open_choices,
@@ -194,8 +169,8 @@ def build_drafter(
     if config.method == "clasp":
         evidence = None
         if config.memory:
-            evidence = SkipEvidence(max_num_seqs, len(items.costs), budget + 1, config.memory, device)
-        policy = Clasp(sequences, passes, items, budgets, optimized, evidence, adaptive, share)
+            evidence = SkipEvidence(max_num_seqs, num_layers, budget + 1, config.memory, device)
+        policy = Clasp(sequences, passes, budgets, optimized, evidence, adaptive, share)
     if calibration is not None:
         names = [task.name for task in calibration.manifest.tasks]
         policy = KnnSsd(sequences, calibration.anchors, calibration.masks(), names, share)
@@ -208,16 +183,15 @@ def build_drafter(
 
 
 def _first_masks(
-    config: LayerSkipConfig, items: Items, calibration: Calibration | None
+    config: LayerSkipConfig, num_layers: int, shares: LayerShares, calibration: Calibration | None
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """[budgets, num_layers, 2] masks to begin with, and the budgets in units of the items."""
+    """[budgets, num_layers, 2] masks to begin with, and the budgets in layers."""
     if calibration is not None:  # as prompts of no task known
         masks = calibration.masks()
-        return masks[-1:], (round(items.num_layers - float(items.layers_run(masks).mean())),)
-    layers = config.budgets(items.num_layers)
-    skipped = (config.skip_layers or evenly_spaced_layers(items.num_layers, number) for number in layers)
-    masks = torch.stack([layers_mask(items.num_layers, skip_layers) for skip_layers in skipped])
-    return masks, tuple(items.units * number for number in layers)
+        return masks[-1:], (round(num_layers - float(shares.layers_run(masks).mean())),)
+    budgets = config.budgets(num_layers)
+    skipped = (config.skip_layers or evenly_spaced_layers(num_layers, number) for number in budgets)
+    return torch.stack([layers_mask(num_layers, skip_layers) for skip_layers in skipped]), tuple(budgets)
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -16,11 +16,8 @@ from clasp_vllm.drafting.policy import Policy
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.policies.evidence import SkipEvidence
 from clasp_vllm.skipping.dynamic_program import Programme, backtrack_all
-from clasp_vllm.skipping.skip_units import Items
 
 ENOUGH_PASSES = 8  # until the average over all is trusted with new sequences
-CONTEXT_RATE = 0.1  # of a pass in the average of what contexts are read
-CONTEXT_CHANGE = 0.1  # by which that average must be beyond where costs change
 
 
 class Clasp(Policy):
@@ -30,7 +27,6 @@ class Clasp(Policy):
         self,
         sequences: SequenceTable,
         passes: Passes,
-        items: Items,
         budgets: Sequence[int],
         max_requests: int,
         evidence: SkipEvidence | None = None,
@@ -39,9 +35,8 @@ class Clasp(Policy):
     ) -> None:
         """
         Args:
-            items: what is skipped, layers or sub-layers.
-            budgets: what there is to choose from to skip, in units of the items, ascending. The last is
-                the budget M of the dynamic programme.
+            budgets: layers to skip, those to choose from, ascending. The last is the budget M of the
+                dynamic programme.
             max_requests: how many sequences may be optimised in one round.
             evidence: of earlier passes, if they are to count.
             adaptive: the controller, to be told how good the budgets look.
@@ -50,8 +45,6 @@ class Clasp(Policy):
         self.evidence = evidence
         self._sequences = sequences
         self._passes = passes
-        self._first_items = self._items = items
-        self._context: float | None = None  # tokens that a draft step reads, of all its rows
         self._columns = budgets
         self._budgets = torch.tensor(budgets)
         self._max_skipped = budgets[-1]
@@ -64,9 +57,6 @@ class Clasp(Policy):
 
     def reset(self) -> None:
         """See ``Policy``."""
-        self._items, self._context = self._first_items, None
-        if self._adaptive is not None:
-            self._adaptive.weigh(self._items)
         if self.evidence is not None:
             self.evidence.reset()
 
@@ -95,10 +85,9 @@ class Clasp(Policy):
         if self._adaptive is not None and findings is not None:
             self._adaptive.learn(findings.numpy())
 
-    def optimize(self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray, context: int) -> Tensor:
+    def optimize(self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray) -> Tensor:
         """See ``Policy``."""
         prior, device = None, batch.tokens.device
-        self._weigh(context)
         if self.evidence is not None:
             on_device, fresh = to_device(slots, device), to_device(~self._sequences.has_own[slots], device)
             prior = self.evidence.prior(on_device, fresh)
@@ -116,31 +105,16 @@ class Clasp(Policy):
             shared = self.evidence.shared_choices(to_device(running, device), to_device(~known, device))
             choices = torch.cat((choices, self.evidence.overall_choices(), shared), dim=2)
         self._budgets = self._budgets.to(device)  # and there it stays: a copy would wait for it
-        skipped = backtrack_all(choices, self._budgets, self._items.costs)
+        skipped = backtrack_all(choices, self._budgets)
         findings = None
         if self._adaptive is not None:
             agree = self._passes.agreement(programme, self._budgets)
             findings = self._share(self._adaptive.findings(agree))
-        if self._new_masks.put(batch.request_ids, self._items.masks(skipped), findings):
+        if self._new_masks.put(batch.request_ids, skipped.unsqueeze(-1).expand(*skipped.shape, 2), findings):
             self.apply()
         return hidden
-
-    def _weigh(self, context: int) -> None:
-        """Let attention cost what it does where draft steps read so many tokens of context."""
-        before = context if self._context is None else self._context
-        self._context = before + CONTEXT_RATE * (context - before)
-        near = (1.0, 1 - CONTEXT_CHANGE, 1 + CONTEXT_CHANGE)
-        items, *others = (self._first_items.reading(self._context * by) for by in near)
-        if any(self._items.costs == candidate.costs for candidate in (items, *others)):
-            return
-        self._items = items
-        if self.evidence is not None:
-            self.evidence.reset()  # what its columns hold was found for other costs
-            self._sequences.spread = None
-        if self._adaptive is not None:
-            self._adaptive.weigh(items)
 
     def run_programme(self, batch: DraftBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""
         memory, centre = (self.evidence.memory, self.evidence.centre) if self.evidence else (0.0, None)
-        return self._passes.programme(batch, self._items, self._max_skipped, prior, memory, centre)
+        return self._passes.programme(batch, self._max_skipped, prior, memory, centre)

@@ -15,18 +15,12 @@ predicts.
 Hidden states of all tokens have a large part in common, most of it in a few dimensions. Where the mean of
 ``x_i`` over earlier tokens is known, it is subtracted from both states before they are compared (not in the
 paper).
-
-The same programme runs over sub-layers that cost different amounts, as a knapsack: item ``i`` costs ``c_i``
-units, column ``j`` holds the states in which items of ``j`` units are skipped, and skip = g(i-1, j-c_i). What
-follows speaks of layers; any items will do. (Sub-layers and costs: not in the paper.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import accumulate
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,33 +43,29 @@ class Programme:
         similarity: [columns, rows] float32, cosine of ``states`` to the full model's (column 0), both less
             the centre.
         means: [num_layers, hidden_size] float32, the mean of ``x_i`` over the rows.
-        costs: [num_layers] units; empty: one each.
     """
 
     margins: Tensor
     states: State
     similarity: Tensor
     means: Tensor
-    costs: Sequence[int] = field(default=())
 
     def mask(self, num_skipped: int | Tensor) -> Tensor:
         """Backtrack the set of layers to skip.
 
         Args:
-            num_skipped: the budget, 0 <= budget < columns: one for all rows, or [rows] int64. With costs
-                one that some of the layers add up to.
+            num_skipped: the budget, 0 <= budget < columns: one for all rows, or [rows] int64.
 
         Returns:
             [rows, num_layers] bool, True where the layer is skipped; each row holds exactly its
-            budget of True, or True of its cost.
+            budget of True.
         """
-        return backtrack(self.margins > 0, num_skipped, self.costs)
+        return backtrack(self.margins > 0, num_skipped)
 
 
-def backtrack(skipped: Tensor, num_skipped: int | Tensor, costs: Sequence[int] = ()) -> Tensor:
+def backtrack(skipped: Tensor, num_skipped: int | Tensor) -> Tensor:
     """[num_layers, columns, rows] bool choices to the [rows, num_layers] bool mask of a budget."""
     num_layers, _, rows = skipped.shape
-    costs = costs or (1,) * num_layers
     if isinstance(num_skipped, int):  # made on the device: a copy would wait for it
         num_skipped = torch.full((rows,), num_skipped, device=skipped.device)
     column = num_skipped.view(1, rows)
@@ -83,14 +73,14 @@ def backtrack(skipped: Tensor, num_skipped: int | Tensor, costs: Sequence[int] =
     for layer in reversed(range(num_layers)):
         skip = skipped[layer].gather(0, column)
         mask[:, layer] = skip[0]
-        column = column - costs[layer] * skip.long()
+        column = column - skip.long()
     return mask
 
 
-def backtrack_all(skipped: Tensor, budgets: Tensor, costs: Sequence[int] = ()) -> Tensor:
+def backtrack_all(skipped: Tensor, budgets: Tensor) -> Tensor:
     """[num_layers, columns, rows] choices to the [rows, budgets, num_layers] masks of [budgets] int64."""
     num_layers, _, rows = skipped.shape
-    masks = backtrack(skipped.repeat(1, 1, len(budgets)), budgets.repeat_interleave(rows), costs)
+    masks = backtrack(skipped.repeat(1, 1, len(budgets)), budgets.repeat_interleave(rows))
     return masks.view(len(budgets), rows, num_layers).transpose(0, 1)
 
 
@@ -101,7 +91,6 @@ def run_programme(
     max_skipped: int,
     prior: Tensor | None = None,
     memory: float = 0.0,
-    costs: Sequence[int] = (),
     centre: Tensor | None = None,
 ) -> Programme:
     """Run the programme for a batch of rows. Never synchronises with the host.
@@ -112,23 +101,22 @@ def run_programme(
             tensors, column-major, and may overwrite them. ``columns`` grows from 1 to
             max_skipped + 1 with the layers, see ``columns_at``.
         num_layers: the number of layers L.
-        max_skipped: the largest budget M, at least 0 and less than all layers cost.
+        max_skipped: the largest budget M, 0 <= M < L.
         prior: [num_layers, columns, rows] float32 margins of earlier tokens. A choice then goes by
             ``memory * prior + (1 - memory) * own``: one token alone is a noisy judge (not in the paper).
         memory: see above; 0 <= memory < 1.
-        costs: [num_layers] positive integers; none: one each.
         centre: [num_layers, hidden_size] float32, subtracted from states before they are compared.
 
     Raises:
-        ValueError: max_skipped is outside of [0, what all layers cost).
+        ValueError: max_skipped is outside of [0, num_layers).
     """
-    costs = tuple(costs) or (1,) * num_layers
-    if not 0 <= max_skipped < sum(costs):
-        raise ValueError(f"max_skipped must be in [0, {sum(costs)}), got {max_skipped}")
+    if not 0 <= max_skipped < num_layers:
+        raise ValueError(f"max_skipped must be in [0, {num_layers}), got {max_skipped}")
     delta, residual = state
     rows, device = delta.shape[0], delta.device
     row, column = torch.arange(rows, device=device), torch.arange(max_skipped + 1, device=device)
-    free, forced = _where_to_choose(costs, max_skipped, device)
+    # After i layers no more than i can be skipped: the columns beyond hold what the last one does.
+    forced = column > torch.arange(num_layers, device=device).unsqueeze(1)
     margins = torch.where(forced, 1.0, -1.0).unsqueeze(-1).repeat(1, 1, rows)
     means = delta.new_empty(num_layers, delta.shape[1], dtype=torch.float32)
 
@@ -136,22 +124,21 @@ def run_programme(
         # A layer may work in place, and the columns are still needed as they are.
         ran = layer(i, (delta.clone(), residual.clone()))
         deltas, residuals = torch.cat((delta, ran[0])), torch.cat((residual, ran[1]))
-        cost, columns = costs[i], columns_at(i, max_skipped, costs)
+        columns = columns_at(i, max_skipped)
         hidden = (deltas + residuals).view(2, columns, rows, -1).float()
         torch.mean(hidden[1, 0], 0, out=means[i])
         similarity = _cosine(hidden if centre is None else hidden - centre[i])
 
-        # Column j is what it was and runs, or what column j - cost was and skips.
-        later = max(columns - cost, 0)
-        margin = similarity[0, :later] - similarity[1, cost:]
+        # Column j is what it was and runs, or what column j - 1 was and skips.
+        free = slice(1, min(i, columns - 1) + 1)
+        margin = similarity[0, : free.stop - 1] - similarity[1, free]
         if prior is not None:
-            margin = margin.lerp(prior[i, cost:columns], memory)
-        chosen = margins[i, cost:columns]
-        torch.where(free[i, cost:columns].unsqueeze(-1), margin, chosen, out=chosen)
-        after = column[: columns_at(i + 1, max_skipped, costs)].unsqueeze(1)
+            margin = margin.lerp(prior[i, free], memory)
+        margins[i, free] = margin
+        after = column[: columns_at(i + 1, max_skipped)].unsqueeze(1)
         skip = margins[i, : len(after)] > 0
-        # Rows of `deltas`: column j - cost from before the layer, or column j from after it.
-        before = (after - cost).clamp(0, columns - 1)
+        # Rows of `deltas`: column j - 1 from before the layer, or column j from after it.
+        before = (after - 1).clamp(0, columns - 1)
         source = torch.where(skip, before, columns + after.clamp(max=columns - 1))
         source = (source * rows + row).flatten()
         delta, residual = deltas.index_select(0, source), residuals.index_select(0, source)
@@ -162,33 +149,15 @@ def run_programme(
         (delta.view(*shape, -1), residual.view(*shape, -1)),
         similarity.view(-1)[source].view(shape),
         means,
-        costs,
     )
 
 
-def columns_at(layer: int, max_skipped: int, costs: Sequence[int] = ()) -> int:
+def columns_at(layer: int, max_skipped: int) -> int:
     """How many columns go through a layer: those there can be by then, rounded up to a power of two.
 
-    No more can be skipped than the layers before it cost. Rounding spares the caller a new batch size
-    for every layer.
+    Rounding spares the caller a new batch size for every layer.
     """
-    most = sum(costs[:layer]) if costs else layer
-    return min(1 << most.bit_length(), max_skipped + 1)
-
-
-@lru_cache(maxsize=16)
-def _where_to_choose(costs: tuple[int, ...], max_skipped: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[num_layers, columns] bool each: where a layer may be run or skipped, and where only skipped."""
-    reached = {0}  # what the layers so far may add up to
-    free, forced = [], []
-    for cost, most in zip(costs, accumulate(costs), strict=True):
-        run = [j in reached for j in range(max_skipped + 1)]
-        # Columns beyond all that can be skipped yet hold what the last one does, until they differ.
-        skip = [j - cost in reached or j >= most for j in range(max_skipped + 1)]
-        free.append([a and b for a, b in zip(run, skip, strict=True)])
-        forced.append([b and not a for a, b in zip(run, skip, strict=True)])
-        reached |= {j + cost for j in reached}
-    return torch.tensor(free, device=device), torch.tensor(forced, device=device)
+    return min(1 << layer.bit_length(), max_skipped + 1)
 
 
 def _cosine(hidden: Tensor) -> Tensor:

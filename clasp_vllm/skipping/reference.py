@@ -15,7 +15,6 @@ def best_skip_set(
     x0: Tensor,
     layers: Sequence[Callable[[Tensor], Tensor]],
     num_skipped: int,
-    costs: Sequence[int] = (),
     centre: Sequence[Tensor] | None = None,
 ) -> tuple[frozenset[int], Tensor]:
     """The layers to skip, and the hidden state that skipping them gives.
@@ -24,21 +23,20 @@ def best_skip_set(
         x0: [hidden_size], the embedding of the token.
         layers: the layers, each from [hidden_size] to [hidden_size].
         num_skipped: the budget M.
-        costs: [layers] of skipping each; none: one each.
         centre: [layers] of [hidden_size], subtracted from states before they are compared.
     """
     x = x0
     g: dict[int, tuple[Tensor, frozenset[int]]] = {0: (x0, frozenset())}
     for i, layer in enumerate(layers):
-        x, cost = layer(x), costs[i] if costs else 1
+        x = layer(x)
         origin = 0.0 if centre is None else centre[i]
         new = {}
         for j in range(num_skipped + 1):
             candidates = []
             if j in g:
                 candidates.append((layer(g[j][0]), g[j][1]))
-            if j - cost in g:
-                candidates.append((g[j - cost][0], g[j - cost][1] | {i}))
+            if j - 1 in g:
+                candidates.append((g[j - 1][0], g[j - 1][1] | {i}))
             if candidates:
                 new[j] = max(
                     candidates, key=lambda c: float(cosine_similarity(c[0] - origin, x - origin, dim=-1))

@@ -27,7 +27,6 @@ from clasp_vllm.calibration.search import Trials, swaps
 from clasp_vllm.policies.evidence import SkipEvidence
 from clasp_vllm.skipping.dynamic_program import Programme, State, backtrack, run_programme
 from clasp_vllm.skipping.skip_mask import evenly_spaced_layers
-from clasp_vllm.skipping.skip_units import Items
 from clasp_vllm.tools import spec_bench
 from clasp_vllm.tools.options import number, numbers
 from clasp_vllm.tools.provenance import about
@@ -71,26 +70,22 @@ class Drafts(Acceptance):
         return hidden + added
 
     @torch.inference_mode()
-    def programme(self, text: Text, budget: int, costs: tuple[int, ...] = (), **evidence: Any) -> Programme:
-        """The programme at all positions of the text, over layers or, with their costs, sub-layers."""
+    def programme(self, text: Text, budget: int, **evidence: Any) -> Programme:
+        """The programme at all positions of the text."""
         embedded = self.begin(text)
 
         def layer(i: int, state: State) -> State:
             hidden = (state[0] + state[1]).view(-1, *embedded.shape)
-            for item in [i] if costs else [2 * i, 2 * i + 1]:
+            for item in (2 * i, 2 * i + 1):
                 hidden = self.run(item, hidden)
             return hidden.view(state[0].shape), torch.zeros_like(state[1])
 
         state = embedded, torch.zeros_like(embedded)
-        items = len(costs) or self.num_layers
-        return run_programme(state, layer, items, budget, costs=costs, **evidence)
+        return run_programme(state, layer, self.num_layers, budget, **evidence)
 
-    def served(
-        self, budget: int, every: int, memory: float, centred: bool, costs: tuple[int, ...] = ()
-    ) -> Masks:
+    def served(self, budget: int, every: int, memory: float, centred: bool) -> Masks:
         """Masks for all budgets up to this one, as ``policies/clasp.py`` chooses them."""
-        items = len(costs) or self.num_layers
-        evidence = SkipEvidence(1, items, budget + 1, memory, torch.device("cpu"))
+        evidence = SkipEvidence(1, self.num_layers, budget + 1, memory, torch.device("cpu"))
         slot, choices = torch.zeros(1, dtype=torch.int64), []
         for text in track(self.texts, f"mask_memory {memory:g}{'' if centred else ', not centred'}"):
             choices.append([])
@@ -98,14 +93,13 @@ class Drafts(Acceptance):
                 here = replace(text, positions=text.positions[:, first : first + 1])
                 prior = evidence.prior(slot, torch.tensor([first == 0]))
                 known = {"prior": prior, "memory": memory, "centre": evidence.centre if centred else None}
-                programme = self.programme(here, budget, costs, **known)
+                programme = self.programme(here, budget, **known)
                 evidence.update(slot, programme.margins, prior, programme.means)
                 choices[-1].append(programme.margins > 0)
 
         def masks(text: int, positions: int, budget: int) -> Tensor:
-            skipped = torch.cat([backtrack(choice, budget, costs) for choice in choices[text]])
-            skipped = skipped.repeat_interleave(every, 0)[:positions]
-            return skipped if costs else by_layer(skipped)
+            skipped = torch.cat([backtrack(choice, budget) for choice in choices[text]])
+            return by_layer(skipped.repeat_interleave(every, 0)[:positions])
 
         return masks
 
@@ -208,17 +202,6 @@ def judge_programme(drafts: Drafts, results: Results, args: argparse.Namespace) 
                 results.note(name, budget, drafts.score(masks, budget))
 
 
-def judge_sublayers(drafts: Drafts, results: Results, args: argparse.Namespace) -> None:
-    """The programme over sub-layers, as served, at the costs of so many layers."""
-    layer = drafts.layers[0]
-    attention, mlp = (sum(w.numel() for w in part.parameters()) for part in (layer.self_attn, layer.mlp))
-    items, memory = Items.sublayers(drafts.num_layers, mlp / attention), args.memory[-1]
-    masks = drafts.served(items.units * max(args.sublayers), args.every, memory, True, items.costs)
-    for budget in args.sublayers:
-        name = f"CLaSp over sub-layers as served, mask_memory {memory:g}, centred"
-        results.note(name, budget, drafts.score(masks, items.units * budget))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", help="of the Llama family")
@@ -235,9 +218,6 @@ def main() -> None:
         help="mask_memory, several separated by commas",
     )
     parser.add_argument("--trials", type=number(1), default=60, help="sets to try for each budget")
-    parser.add_argument(
-        "--sublayers", type=numbers(1), default=[], help="budgets to run the programme over sub-layers for"
-    )
     parser.add_argument("--output", type=Path, help="JSON file for everything")
     args = parser.parse_args()
     tokenizer = spec_bench.chat_tokenizer(args.model)
@@ -253,8 +233,6 @@ def main() -> None:
         for budget, layers in by_budget.items():
             results.note(name, budget, drafts.score(fixed(layers, drafts.num_layers)), layers)
     judge_programme(drafts, results, args)
-    if args.sublayers:
-        judge_sublayers(drafts, results, args)
     print(results.table(drafts.num_layers))
     if args.output:
         facts = {"about": about(args.model), "alone": alone, "scores": results.scores}

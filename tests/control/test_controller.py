@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from clasp_vllm.control.controller import OFF_CHECK, PLAIN_EVERY, PLAIN_FIRST, Controller
-from clasp_vllm.control.costs import SIZES, PassCosts
+from clasp_vllm.control.costs import SIZES, LayerShares, PassCosts
 from clasp_vllm.device import DeviceEvent
-from clasp_vllm.skipping.skip_units import Items
 
 LAYERS, BUDGETS = 8, (2, 4)
 
@@ -15,7 +14,16 @@ LAYERS, BUDGETS = 8, (2, 4)
 def controller(choices: tuple[str, ...], padded: bool = False, draft_cost: float = 1e-3) -> Controller:
     """One that finds drafts almost free, unless told what a layer of them costs of one of the target."""
     adaptive = Controller(
-        16, BUDGETS, Items.layers(LAYERS), 4, None, choices, padded=padded, drop_stopped=not padded, ranks=1
+        16,
+        BUDGETS,
+        LAYERS,
+        LayerShares(0.5, 0.5),
+        4,
+        None,
+        choices,
+        padded=padded,
+        drop_stopped=not padded,
+        ranks=1,
     )
     adaptive.costs = PassCosts(tuple(map(float, SIZES)), (1e-3,) * len(SIZES), (0.0,) * len(SIZES))
     adaptive.corrections.scales["draft_scale"][:] = draft_cost

@@ -18,7 +18,6 @@ from clasp_vllm.control.planner import (
     rounds_between_passes,
 )
 from clasp_vllm.control.probes import PROBE_SHARE, Probes
-from clasp_vllm.skipping.skip_units import Items
 
 NUM_LAYERS = 24
 BUDGETS = np.arange(1, 17)
@@ -235,14 +234,11 @@ def test_probes_lose_no_more_than_their_share():
 
 def test_passes_take_their_share_of_the_time():
     one, eight = decide(0.8, 1), decide(0.8, 8)
-    items = Items.layers(NUM_LAYERS)
-    every = rounds_between_passes(COSTS, items, 16, one, 1, 8.0)
+    every = rounds_between_passes(COSTS, NUM_LAYERS, 16, one, 1, 8.0)
     assert INTERVALS[0] <= every <= INTERVALS[1]
-    assert rounds_between_passes(COSTS, items, 16, eight, 8, 8.0) > every
+    assert rounds_between_passes(COSTS, NUM_LAYERS, 16, eight, 8, 8.0) > every
     dear = COSTS.scaled({"verify_scale": 1.0, "draft_scale": 1.0, "pass_scale": 3.0})
-    assert rounds_between_passes(dear, items, 16, one, 1, 8.0) > every
-    finer = Items.sublayers(NUM_LAYERS, 3.0)
-    assert rounds_between_passes(COSTS, finer, 16 * finer.units, one, 1, 8.0) > every
+    assert rounds_between_passes(dear, NUM_LAYERS, 16, one, 1, 8.0) > every
 
 
 @given(probability, st.integers(1, 3), st.integers(1, 6))

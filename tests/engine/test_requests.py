@@ -180,7 +180,7 @@ def seeded(speculative_config: object) -> list[list[list[int]]]:
 
 
 def test_seeds_give_the_same_answers_again():
-    """Not plain vLLM's answers, for verification consumes random numbers too (distribution: test_distribution).
+    """Not plain vLLM's answers, for verification consumes random numbers too: see test_distribution.
 
     Only without what is learnt from other requests: then a request's drafts are its own. Probabilistic
     drafts are drawn by vLLM's own function, which knows no seeds.

@@ -61,17 +61,6 @@ def test_ranks_agree(runner, monkeypatch):
     assert forced == clasp
 
 
-@pytest.mark.slow
-def test_ranks_agree_on_sublayers(monkeypatch):
-    with two_ranks("v1", monkeypatch) as call:
-        plain, _ = call(parallel, None, False, 64)
-        clasp, masks = call(parallel, CLASP | {"granularity": "sublayer"}, False, 64)
-    assert clasp.token_ids == plain.token_ids
-    assert clasp.num_accepted_tokens > 0
-    assert masks[0] == masks[1]
-    assert any(attention != mlp for mask in masks[0] for layers in mask for attention, mlp in layers)
-
-
 def watch(worker) -> None:
     """Keep what this rank chooses. Rank 0 sees drafts that cost little, rank 1 drafts that never pay.
 

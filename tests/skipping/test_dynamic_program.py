@@ -87,33 +87,6 @@ def test_means_are_those_of_the_full_model():
         torch.testing.assert_close(mean, state.mean(0).float())
 
 
-@settings(max_examples=40, deadline=None)
-@given(costs=st.lists(st.integers(1, 3), min_size=1, max_size=8), seed=st.integers(0, 10_000))
-def test_items_that_cost_different_amounts(costs, seed):
-    """As the reference, for every budget that some of the items add up to."""
-    model = ToyModel(len(costs), 8, seed)
-    x0, most = (model.x0, torch.zeros_like(model.x0)), sum(costs) - 1
-    programme = run_programme(x0, model.layer, len(costs), most, costs=costs)
-    subsets = {sum(some) for size in range(len(costs)) for some in combinations(costs, size)}
-    for budget in subsets - {sum(costs)}:
-        mask = programme.mask(budget)
-        for row, got in enumerate(skip_sets(mask)):
-            assert sum(costs[i] for i in got) == budget
-            expected, state = best_skip_set(model.x0[row], model.layers(), budget, costs)
-            assert got == expected
-            torch.testing.assert_close(sum(programme.states)[budget, row], state)
-
-
-def test_column_states_are_those_of_their_masks():
-    """What a column ends with is what the model computes when it leaves out that column's layers."""
-    model = ToyModel(10, 12, seed=1)
-    programme = model.run(6)
-    for budget in range(7):
-        for row, skipped in enumerate(skip_sets(programme.mask(budget))):
-            state = model.forward(model.x0[row], skipped)
-            torch.testing.assert_close(sum(programme.states)[budget, row], state)
-
-
 def test_skipping_nothing_is_the_full_model():
     model = ToyModel(7, 8, seed=2)
     programme = model.run(0)
