@@ -48,14 +48,26 @@ def measure(engines: dict[str, Engine], groups: list[dict[str, Any]], args: argp
             if "error" in answer:
                 raise SystemExit(f"{name}: {answer['error']}")
             group[name] = answer
+        summarise(group, names)
+
+
+def summarise(group: dict[str, Any], names: list[str]) -> None:
+    """Keep of answers how long they are and whether they are plain vLLM's, of prompts how many there are."""
+    group["prompts"] = len(group["prompts"])
+    plain = group[PLAIN]["tokens"]
+    for name in names:
+        answer = group[name]
+        answer["equal"] = sum(a == b for a, b in zip(answer["tokens"], plain, strict=True))
+        answer["counters"] = {key: count for key, count in answer["counters"].items() if count}
+    for name in names:
+        group[name]["tokens"] = sum(map(len, group[name]["tokens"]))
 
 
 def ratio(groups: list[dict[str, Any]], name: str) -> float:
     """Tokens per second over plain vLLM's."""
 
     def rate(of: str) -> float:
-        tokens = sum(len(tokens) for group in groups for tokens in group[of]["tokens"])
-        return tokens / sum(group[of]["seconds"] for group in groups)
+        return sum(group[of]["tokens"] for group in groups) / sum(group[of]["seconds"] for group in groups)
 
     return rate(name) / rate(PLAIN)
 
@@ -81,7 +93,7 @@ def table(groups: list[dict[str, Any]], names: list[str]) -> str:
         early = []
         for group in groups:
             early.append(done < FIRST)
-            done += len(group["prompts"])
+            done += group["prompts"]
         for part in (True, False):
             selected = [group for group, first in zip(groups, early, strict=True) if first == part]
             cells.append(with_error(selected, name))
@@ -89,10 +101,9 @@ def table(groups: list[dict[str, Any]], names: list[str]) -> str:
         counts = [group[name]["counters"] for group in groups]
         drafts = sum(c.get("spec_decode_num_drafts", 0) for c in counts)
         accepted = sum(c.get("spec_decode_num_accepted_tokens", 0) for c in counts)
-        pairs = [p for g in groups for p in zip(g[name]["tokens"], g[PLAIN]["tokens"], strict=True)]
         cells += [
             f"{1 + accepted / drafts:.2f}" if drafts else "",
-            f"{sum(a == b for a, b in pairs)}/{len(pairs)}",
+            f"{sum(g[name]['equal'] for g in groups)}/{sum(g['prompts'] for g in groups)}",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

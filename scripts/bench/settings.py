@@ -52,7 +52,7 @@ def changed(controller: Any, name: str) -> Iterator[None]:
         numbers_of, *variants = detail.split()
         skipped, length = map(int, numbers_of.split("x"))
         forced = {
-            "budget": controller._skipped.index(skipped),
+            "budget": controller._budgets.index(skipped),
             "length": length,
             "shared": "shared" in variants,
             "ngram": 0,
@@ -68,8 +68,8 @@ def changed(controller: Any, name: str) -> Iterator[None]:
     elif detail == "exit":
         controller.choose = lambda *args: replace(real(*args), floor=0.0)
     elif detail == "layers":
-        keep = controller._skipped.index(
-            len(controller._skipped) * 3 // 4
+        keep = controller._budgets.index(
+            len(controller._budgets) * 3 // 4
         )  # half of all, of up to two thirds
 
         def choose(batch: Any, *args: Any) -> Any:
