@@ -5,97 +5,67 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
 from clasp_vllm import __version__
-from clasp_vllm.bench import costs, inspection, profile, serving
-from clasp_vllm.calibration import calibrate, fixed_mask
 from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
-from clasp_vllm.tools import assistant
 from clasp_vllm.tools.options import split_arguments
+
+# Each a module with `add_arguments` and `main`, imported when its command is asked for: `keys` and `check`
+# need neither vLLM nor torch.
+TOOLS = {
+    "bench": ("bench.serving", "speculative methods against plain vLLM, served and alternating"),
+    "profile": ("bench.profile", "where the time goes: verify, draft, optimise and the rest"),
+    "costs": ("bench.costs", "what the parts of a round cost, and what acceptance pays for them"),
+    "search": ("calibration.fixed_mask", "the best fixed set of layers to skip, found by trying"),
+    "calibrate": ("calibration.calibrate", "anchors and skip sets for method knn_ssd, found by trying"),
+    "inspect": ("bench.inspection", "a picture of the layers that requests skip over time"),
+    "model": ("tools.assistant", "fetch SmolLM2-135M-Instruct, a small real model, and print its folder"),
+    "widen": ("bench.widen", "a checkpoint made as costly as a larger one, same function"),
+}
+TAKES_SERVER_ARGUMENTS = ("bench", "calibrate", "costs", "inspect", "profile")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    own_arguments, server_arguments = split_arguments(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="clasp-vllm", description="Self-speculative decoding for vLLM by layer skipping."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    commands.add_parser("keys", help="describe every key of the speculative configuration (Markdown)")
+    keys = commands.add_parser("keys", help="describe every key of the speculative configuration (Markdown)")
+    keys.set_defaults(run=_keys)
     check = commands.add_parser("check", help="check a configuration without starting vLLM")
     check.add_argument("config", help="path of a YAML or JSON file, or a JSON object")
     check.add_argument("--num-layers", type=int, help="also check it for a model with that many layers")
-    serving.add_arguments(
-        commands.add_parser("bench", help="speculative methods against plain vLLM, served and alternating")
-    )
-    profile.add_arguments(
-        commands.add_parser("profile", help="where the time goes: verify, draft, optimise and the rest")
-    )
-    costs.add_arguments(
-        commands.add_parser("costs", help="what the parts of a round cost, and what acceptance pays for them")
-    )
-    fixed_mask.add_arguments(
-        commands.add_parser("search", help="the best fixed set of layers to skip, found by trying")
-    )
-    calibrate.add_arguments(
-        commands.add_parser("calibrate", help="anchors and skip sets for method knn_ssd, found by trying")
-    )
-    inspection.add_arguments(
-        commands.add_parser("inspect", help="a picture of the layers that requests skip over time")
-    )
-    assistant.add_arguments(
-        commands.add_parser(
-            "model", help="fetch SmolLM2-135M-Instruct, a small real model, and print its folder"
-        )
-    )
-    wide = commands.add_parser("widen", help="a checkpoint made as costly as a larger one, same function")
-    wide.add_argument("model", type=Path, help="folder of a checkpoint of the Llama family")
-    wide.add_argument("output", type=Path, help="folder to write")
-    wide.add_argument("--factor", type=int, default=8, help="times as wide (default %(default)s)")
-
-    own_arguments, server_arguments = split_arguments(sys.argv[1:] if argv is None else argv)
+    check.set_defaults(run=_check)
+    for name, (module, description) in TOOLS.items():
+        command = commands.add_parser(name, help=description)
+        if name in own_arguments[:1]:
+            tool = import_module(f"clasp_vllm.{module}")
+            tool.add_arguments(command)
+            command.set_defaults(run=tool.main)
     args = parser.parse_args(own_arguments, argparse.Namespace(server_arguments=server_arguments))
-    if args.server_arguments and args.command not in ("bench", "calibrate", "costs", "inspect", "profile"):
+    if args.server_arguments and args.command not in TAKES_SERVER_ARGUMENTS:
         parser.error(f"{args.command} takes nothing after --")
-    if args.command == "keys":
-        print(key_table())
-        return 0
-    if args.command == "bench":
-        return serving.main(args)
-    if args.command == "profile":
-        return profile.main(args)
-    if args.command == "costs":
-        return costs.main(args)
-    if args.command == "search":
-        return fixed_mask.main(args)
-    if args.command == "calibrate":
-        return calibrate.main(args)
-    if args.command == "inspect":
-        return inspection.main(args)
-    if args.command == "model":
-        return assistant.main(args)
-    if args.command == "widen":
-        return _widen(args)
+    status: int = args.run(args)
+    return status
+
+
+def _keys(args: argparse.Namespace) -> int:
+    print(key_table())
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
     try:
         config = parse_config(read_settings(args.config))
         print(*config.explain(args.num_layers), sep="\n")
     except ConfigError as error:
-        print(f"clasp-vllm: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _widen(args: argparse.Namespace) -> int:
-    from clasp_vllm.bench.widen import WidenError, widen  # imports torch
-
-    try:
-        widen(args.model, args.output, args.factor)
-    except WidenError as error:
         print(f"clasp-vllm: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# Make what the tests need and run them. Arguments go to pytest; the slow tests: scripts/test.sh -m slow
+# Make what the tests need and run those that are not slow, two at a time. Arguments go to pytest:
+#   scripts/test.sh tests/skipping        some of them
+#   scripts/test.sh -m slow -n 0          the slow ones, one after the other
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/install.sh test
-if [ $# -eq 0 ]; then
-    set -- -m "not slow" -n 2 --dist loadfile --durations=25
-fi
-exec "${VENV:-.venv}/bin/python" -m pytest "$@"
+exec "${VENV:-.venv}/bin/python" -m pytest -m "not slow" -n 2 --dist loadfile --durations=25 "$@"

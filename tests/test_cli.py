@@ -1,5 +1,8 @@
 """The command clasp-vllm."""
 
+import subprocess
+import sys
+
 import pytest
 from engines import ROOT
 
@@ -36,3 +39,15 @@ def test_every_command_explains_itself(command, capsys):
         main([command, "--help"])
     assert ended.value.code == 0
     assert f"usage: clasp-vllm {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["keys"], ["check", '{"method": "clasp"}']], ids=["keys", "check"])
+def test_configurations_need_no_vllm(arguments):
+    """In an environment that has neither vLLM nor torch."""
+    code = (
+        "import sys; sys.modules.update(vllm=None, torch=None); "  # so that importing them fails
+        f"from clasp_vllm.cli import main; sys.exit(main({arguments!r}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "clasp" in result.stdout

@@ -8,8 +8,10 @@ to read. It is for measuring speed where no large model can be had.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -74,3 +76,20 @@ def widen_weight(name: str, weight: Tensor, factor: int) -> Tensor:
     if name.endswith("_proj.weight"):
         return scaled.repeat(factor, factor)
     raise WidenError(f"parameter {name!r} is not known in the Llama family")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("model", type=Path, help="folder of a checkpoint of the Llama family")
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--factor", type=int, default=8, help="times as wide (default %(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """The command; returns its exit status."""
+    try:
+        widen(args.model, args.output, args.factor)
+    except WidenError as error:
+        print(f"clasp-vllm: error: {error}", file=sys.stderr)
+        return 2
+    return 0
