@@ -216,14 +216,14 @@ def change_costs(llm: Any, every: int = 6) -> list[tuple[bool, Any]]:
     Every second time that they cost nothing, skipping much seems as good as skipping little. Returns a list
     that grows with what the controller chooses: (whether drafts were dear, the choice).
     """
-    import clasp_vllm.control.controller as module
+    import clasp_vllm.control.gate as module
     from clasp_vllm.control.costs import PassCosts
 
     module.OFF_CHECK = 1  # it thinks in every round, though speculation is off
     chosen: list[tuple[bool, Any]] = []
-    controller = drafter(llm).adaptive
+    controller = drafter(llm).controller
     # What passes and drafts really cost on this machine is another question.
-    controller._affords = lambda *_: True
+    controller.gate.affords = lambda *_: True
     controller.costs = PassCosts((1.0, 512.0), (1e-3, 1e-3), (0.0, 0.0))
     controller.corrections.settle = lambda: None
     for name in ("plain_scale", "verify_scale"):
@@ -252,8 +252,8 @@ def look_up(llm: Any, how: str) -> list[bool]:
     Returns a list that will hold of each round of drafts whether both kinds were in it.
     """
     ours, both = drafter(llm), []
-    controller, draft = ours.adaptive, ours.draft
-    controller._affords = lambda *_: True
+    controller, draft = ours.controller, ours.draft
+    controller.gate.affords = lambda *_: True
 
     def counted(*args: Any) -> Any:
         total = ours.statistics.total
@@ -264,7 +264,7 @@ def look_up(llm: Any, how: str) -> list[bool]:
 
     ours.draft = counted
     controller.evidence.ngrams.mean[:] = 4.0
-    controller._scales["draft_scale"][:] = 1e9 if how == "as they are" else 1e-6
+    controller.rank_sync.scales["draft_scale"][:] = 1e9 if how == "as they are" else 1e-6
     controller.corrections.settle = lambda: None
     if how == "beside":  # and so it stays
         controller.evidence.drafts.mean[:] = -2.0

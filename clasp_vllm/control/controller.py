@@ -1,4 +1,9 @@
-"""The controller of a drafter: its evidence, what passes have been seen to cost, and what it chose."""
+"""The controller of a drafter: each round it takes the way to speculate that promises most, or none.
+
+Its parts have one job each: ``acceptance`` and ``early_exit`` what is accepted, ``costs`` and ``round_times``
+what it costs, ``pricing`` and ``planner`` the best way, ``gate`` whether at all, and ``rank_sync`` sees to it
+that all ranks decide alike.
+"""
 
 from __future__ import annotations
 
@@ -10,42 +15,42 @@ import torch
 from torch import Tensor
 
 from clasp_vllm.control.acceptance import AcceptanceEvidence
-from clasp_vllm.control.costs import SIZES, Array, CostCorrections, LayerShares, PassCosts
+from clasp_vllm.control.costs import SIZES, CostCorrections, LayerShares, PassCosts
 from clasp_vllm.control.early_exit import Confidence, SurvivalExit
-from clasp_vllm.control.loss_budget import START, LossBudget
+from clasp_vllm.control.gate import Gate, State
 from clasp_vllm.control.ngram_lengths import NgramLengthPredictor
-from clasp_vllm.control.planner import (
-    WORTH_IT,
-    Batch,
-    Choice,
-    Ngrams,
-    choose,
-    draft_lengths,
-    rounds_between_passes,
-)
-from clasp_vllm.control.probes import Probes
+from clasp_vllm.control.planner import WORTH_IT, Choice, rounds_between_passes
+from clasp_vllm.control.pricing import Pricing, Sequences
+from clasp_vllm.control.rank_sync import RankSync
+from clasp_vllm.control.round_times import RoundTimes
 from clasp_vllm.control.verification import UnverifiedDrafts, VerificationOutcomes
-from clasp_vllm.device import DeviceEvent, HostCopy, to_device
+from clasp_vllm.device import DeviceEvent
 
-MAX_BATCHES = 256  # sets of sequences, of which what draft steps run is kept
 PLAIN_EVERY = 128  # rounds of a batch's size, one goes without drafts, to know what it costs;
 PLAIN_FIRST = 8  # the first of them comes sooner
-OFF_CHECK = 32  # steps without speculation until the next decision,
-OFF_CHANGE = 0.25  # unless the number of rows has changed by this share, or as many are new
-SKIPPING_EVERY = 8  # rounds with prompt-lookup matches, after which drafts by skipping are priced anew
-PATIENCE = 6  # steps that a probe waits for room
 # Standard deviations added to the batch's mean acceptance before drafts are given up: that drafts do not pay
 # shows in a few rounds, that they would pay only in rare probes.
 OPTIMISM_SIGMAS = 0.5
-MASKS_TO_SHARE = 2  # rows from which on
-SHARE_EVERY = 16  # rounds, that ranks take rank 0's corrections
+WORDS = {
+    State.OFF: "off",
+    State.PROBING: "probing",
+    State.TRYING: "trying",
+    State.SPECULATING: "speculating",
+}
 
 
 class Controller:
-    """Chooses the budget, the draft length, shared masks and how often to optimise, each round."""
+    """Chooses the budget, the draft length, shared masks and how often to optimise, each round.
+
+    Attributes:
+        requested_draft_length: tokens that the next round should have room for. Where the scheduler makes
+            room ahead of time (``padded``) it has to be told.
+        last: the last choice, whatever was done; None: there was none.
+    """
 
     def __init__(
         self,
+        costs: PassCosts,
         capacity: int,
         budgets: Sequence[int],
         num_layers: int,
@@ -60,6 +65,7 @@ class Controller:
     ) -> None:
         """
         Args:
+            costs: of forward passes, as measured at start-up.
             capacity: sequences, by the slots of the ``SequenceTable``.
             budgets: layers to skip, those to choose from, ascending.
             num_layers: of the target.
@@ -74,41 +80,24 @@ class Controller:
                 corrections of costs are those that rank 0 shares now and then.
             log: told in words whenever another choice is made.
         """
+        self.costs = costs
         self.corrections = CostCorrections()
-        self.costs: PassCosts | None = None  # as measured at start-up
-        # Draft tokens that the next round should have room for. Where the scheduler makes room ahead of time
-        # (``padded``) it has to be told.
         self.requested_draft_length = longest
         self.padded = padded
-        self._drop_stopped = drop_stopped
-        self._sent: int | None = None
         self.longest = longest
+        self._sent: int | None = None
         self._log = log
         self._logged: tuple[object, ...] = ()
-        self._shares = ranks > 1
-        self._sharing: HostCopy | None = None
-        self._rounds = 0
-        self._scales = self.corrections.scales  # those to decide by
-        if self._shares:
-            self._scales = {name: scale.copy() for name, scale in self._scales.items()}
+        self._ranks = ranks
         self._until_plain = np.full(len(SIZES), PLAIN_FIRST)  # rounds
         self._budgets = budgets
-        self._layer_shares = shares
         self._num_layers = num_layers
+        self._layer_shares = shares
         self._interval = interval
-        self._open = frozenset(open_choices)
-        self._lengths = [longest]
-        if "length" in open_choices:
-            lengths = draft_lengths(longest) if padded else range(longest + 1)
-            self._lengths = [length for length in lengths if length]
-        self._running: frozenset[str] = frozenset()  # the requests of the last round
-        self._layers: dict[bytes, Array] = {}
-        self._layers_version: int | None = None
-        self._ended: DeviceEvent | None = None  # the last round
-        self._device: torch.device | None = None
-        # The engine's step if it verified drafts: tokens, seconds expected, start.
-        self._step: tuple[int, float, DeviceEvent] | None = None
+        self._may_stop = "speculation" in open_choices
         self._capacity = capacity
+        self.pricing = Pricing(num_layers, shares, longest, open_choices, padded, drop_stopped)
+        self.rank_sync = RankSync(self.corrections, ranks)
         self.reset()
 
     def reset(self) -> None:
@@ -117,93 +106,50 @@ class Controller:
         self.confidence = Confidence()
         self.outcomes = VerificationOutcomes(self.evidence, self.confidence, self.longest)
         self.ngram_lengths = NgramLengthPredictor(self._capacity, late=self.padded)
+        self.gate = Gate(not self._may_stop, shared=self._ranks > 1)
         self.last: Choice | None = None
-        # By optimism: of what slots, the best drafts by skipping, and for how many rounds.
-        self._skipping: dict[float, tuple[bytes, Choice, int]] = {}
-        self._probes = Probes()
-        self._probing = 0  # steps since a probe was decided on and room for it was asked for
-        self._off_rows, self._off_started, self._off_steps = 0, 0, 0
-        self._idle, self._idled = 0, 0  # steps that may be left out yet, and those that were
-        self._idle_ids: list[str] = []
-        self._optimistic = False  # that the last choice is better than thought
-        self.budget = LossBudget()
-        self._shared_balance: float | None = START if self._shares else None  # of rank 0
-        # Rows, of a verification the tokens it ran and how many were rejected, its start and end.
-        self._gains: list[tuple[int, tuple[int, HostCopy] | None, DeviceEvent, DeviceEvent]] = []
-        self._made = 0, 0, HostCopy(torch.zeros(1))
+        self._optimistic = False  # whether optimism alone makes the last choice worth trying
+        self.pricing.reset()
+        self._times = RoundTimes(self._num_layers, self.corrections)
+        self._request_ids: list[str] = []  # of the last round
 
     def observe(self, request_ids: Sequence[str], lengths: np.ndarray, rejected: Tensor | None) -> None:
         """Take in the engine's step: see ``Drafter.observe``."""
         self.outcomes.verified(request_ids, lengths - 1, rejected)
-        self.corrections.settle()
-        self._settle()
-        self.budget.step()
-        assert self.costs is not None
-        # Steps with prefill are of another kind, and between batches the engine may have waited.
-        ended, self._ended, self._step = self._ended, None, None
-        if ended is not None and self._running.issuperset(request_ids):
-            tokens = int(lengths.sum())
-            predicted = float(self.costs.engine_step(tokens, self._num_layers))
-            if tokens == len(lengths):
-                self.corrections.add("plain_scale", tokens, predicted, ended, DeviceEvent(ended.device))
-            else:
-                self._step = tokens, predicted, ended
-                assert rejected is not None
-                self._made = len(lengths), tokens, HostCopy(rejected.sum())
+        self._times.settle(self._corrected(), self.gate.budget)
+        self.gate.budget.step()
+        self._times.engine_step(request_ids, lengths, rejected, self.costs)
 
     def may_idle(self, request_ids: Sequence[str]) -> bool:
         """Whether speculation is off for some steps yet, and the batch the same."""
-        return bool(self._idle) and self._idle_ids == request_ids
+        return self.gate.may_idle and self._request_ids == request_ids
 
     def idles(self, request_ids: Sequence[str]) -> bool:
         """Whether nothing is to be done after a plain step, for speculation is off and the batch the same.
 
-        Such a step is counted, and costs next to nothing. The last of them is timed by the one that follows.
+        Such a step is counted, and costs next to nothing.
         """
         if not self.may_idle(request_ids):
             return False
-        self._idle -= 1
-        self._idled += 1
-        self._off_steps += 1
-        self.budget.step()
-        assert self._device is not None
-        self._ended = None if self._idle else DeviceEvent(self._device)
+        self.gate.idle()
+        self._times.idled(last=not self.gate.may_idle)
         return True
-
-    def forward_seconds(self, rows: int, layers: float) -> float:
-        """Of a forward pass, without correction."""
-        assert self.costs is not None
-        return float(self.costs.forward(rows, layers))
 
     def draft_seconds(self, rows: int, parts: Sequence[int]) -> float:
         """Of a draft step, without correction. ``parts``: as in ``LayerShares.cost``."""
-        return self.forward_seconds(rows, self._layer_shares.cost(parts))
+        return float(self.costs.forward(rows, self._layer_shares.cost(parts)))
 
-    def drafted(
+    def round_ended(
         self, request_ids: Sequence[str], drafts: UnverifiedDrafts | None, ended: DeviceEvent
     ) -> None:
         """A round has ended: remember its drafts, if there are any, until they are verified."""
         if drafts is not None:
             self.outcomes.drafted(drafts)
-        self.evidence.forget(1 + self._idled)
-        self._idled = 0
-        self._running, self._ended, self._device = frozenset(request_ids), ended, ended.device
-        self._idle_ids = list(request_ids)
+        self.evidence.forget(1 + self.gate.take_idled())
+        self._times.round_ended(request_ids, ended)
+        self._request_ids = list(request_ids)
 
-    def _settle(self) -> None:
-        """Keep account of what the device has finished."""
-        assert self.costs is not None
-        costs = self.costs.scaled(self._scales)
-        while self._gains and self._gains[0][-1].reached():
-            rows, made, started, ended = self._gains.pop(0)
-            seconds, plain = ended.seconds_since(started), float(costs.plain(rows, self._num_layers))
-            if made is None:
-                self.budget.drafted(seconds, plain)
-            else:
-                tokens, rejected = made
-                self.budget.verified(rows, tokens - int(rejected.get()), seconds, plain)
-
-    def timed(
+    def drafted(
         self, rows: int, marks: tuple[DeviceEvent, DeviceEvent, DeviceEvent], predicted: float, optimized: int
     ) -> None:
         """Compare what drafting by skipping took with the costs.
@@ -214,13 +160,8 @@ class Controller:
             predicted: seconds of the draft steps.
             optimized: rows of the pass; 0 = there was none.
         """
-        self._gains.append((rows, None, marks[0], marks[2]))
-        if predicted:
-            self.corrections.add("draft_scale", 1, predicted, *marks[1:])
-        if optimized:
-            assert self.costs is not None
-            seconds = self.costs.optimize(optimized, self._num_layers, self._budgets[-1])
-            self.corrections.add("pass_scale", 1, seconds, *marks[:2])
+        seconds = self.costs.optimize(optimized, self._num_layers, self._budgets[-1]) if optimized else 0.0
+        self._times.drafted(rows, marks, predicted, seconds)
 
     def choose(
         self,
@@ -241,57 +182,40 @@ class Controller:
             match_lengths: [rows] int64, of prompt-lookup matches, if they have been looked up.
             version: another one whenever a mask has changed.
         """
-        assert self.costs is not None
-        self._idle = 0
-        rows = len(slots)
-        costs = self.costs.scaled(self._scales)
+        rows, costs = len(slots), self._corrected()
         match_lengths = np.zeros(rows, dtype=np.int64) if match_lengths is None else match_lengths
-        choice = self.last
-        if choice is None or self._is_due(rows) or self._ngrams_pay(costs, slots, match_lengths):
-            if version is None or version != self._layers_version or len(self._layers) >= MAX_BATCHES:
-                self._layers.clear()
-                self._layers_version = version
-            choice = self.last = self._best(costs, slots, masks, shared_mask, match_lengths)
-            self._optimistic = choice.ratio < WORTH_IT and "speculation" in self._open
-            if self._optimistic:
-                optimistic = self._best(
-                    costs, slots, masks, shared_mask, match_lengths, OPTIMISM_SIGMAS / rows**0.5
-                )
-                self._optimistic = optimistic.ratio >= WORTH_IT
-        plain = float(costs.plain(rows, self._num_layers))
-        worth_it = choice.ratio >= WORTH_IT or self._optimistic
-        worth_it = (worth_it and self._affords(choice, plain)) or "speculation" not in self._open
-        ask = worth_it
-        if worth_it:
-            self._probing = 0
-        elif self._probing:
-            self._probing = (self._probing + 1) % PATIENCE
-        elif self._probes.due(choice, plain, 1 + self._idled):
-            self._probing, ask = 1, True
-        self.requested_draft_length = max(choice.length, choice.ngram) if ask else 0
-        self._explain(choice, costs, slots, worth_it)
-        goes_plain = self._goes_plain(rows, bool(allowed) and worth_it)
-        if self._step is not None:  # what precedes drafting is part of what drafts cost
-            tokens, predicted, started = self._step
-            self._step = None
-            ended = DeviceEvent(started.device)
-            self.corrections.add("verify_scale", tokens, predicted, started, ended)
-            self._gains.append((self._made[0], self._made[1:], started, ended))
+        choice = self._decide(costs, Sequences(slots, masks, shared_mask, match_lengths, version))
+        self.gate.decide(choice, self._optimistic, float(costs.plain(rows, self._num_layers)))
+        self.requested_draft_length = max(choice.length, choice.ngram) if self.gate.asks else 0
+        self._explain(choice, costs, slots)
+        goes_plain = self._goes_plain(rows, bool(allowed) and self.gate.speculating)
+        self._times.verified()
         if goes_plain:
-            self.requested_draft_length = 0
+            self.requested_draft_length, self.gate.asks = 0, False
             if not self.padded:
                 return replace(choice, length=0, ngram=0)
-        if allowed and (worth_it or self._probing):
-            self._off_rows = self._off_steps = self._probing = 0
+        if self.gate.opens(allowed):
             return replace(choice, length=min(choice.length, allowed), ngram=min(choice.ngram, allowed))
-        self._off_steps += 1
-        if not self.requested_draft_length:
-            self._idle = -self._off_steps % OFF_CHECK
         return replace(choice, length=0, ngram=0)
 
-    def _affords(self, choice: Choice, plain_seconds: float) -> bool:
-        balance = self.budget.balance if self._shared_balance is None else self._shared_balance
-        return balance >= choice.seconds / plain_seconds - 1
+    def _decide(self, costs: PassCosts, sequences: Sequences) -> Choice:
+        """The best way to speculate: the last choice until a new decision is due."""
+        rows, choice = len(sequences.slots), self.last
+        if (
+            choice is None
+            or self.gate.due(rows, self.evidence.started)
+            or self.pricing.ngrams_pay(costs, self.evidence, sequences)
+        ):
+            choice = self.last = self.pricing.best(costs, self.evidence, sequences)
+            self._optimistic = False
+            if choice.ratio < WORTH_IT and self._may_stop:
+                optimism = OPTIMISM_SIGMAS / rows**0.5
+                best = self.pricing.best(costs, self.evidence, sequences, optimism)
+                self._optimistic = best.ratio >= WORTH_IT
+        return choice
+
+    def _corrected(self) -> PassCosts:
+        return self.costs.scaled(self.rank_sync.scales)
 
     def _goes_plain(self, rows: int, speculating: bool) -> bool:
         """Whether to do without drafts once, though they pay, to learn what that costs."""
@@ -300,29 +224,11 @@ class Controller:
         due = bool(self._until_plain[size] <= 0)
         if due or not speculating:
             self._until_plain[size] = PLAIN_EVERY
-        return due and speculating and "speculation" in self._open
+        return due and speculating and self._may_stop
 
-    def _is_due(self, rows: int) -> bool:
-        """Whether a new decision is due: always while speculating, now and then while off."""
-        similar = self._off_rows * (1 - OFF_CHANGE) <= rows <= self._off_rows * (1 + OFF_CHANGE)
-        similar &= self.evidence.started - self._off_started <= rows * OFF_CHANGE
-        if self._off_steps % OFF_CHECK and similar:
-            return False
-        self._off_rows, self._off_started = rows, self.evidence.started
-        return True
-
-    def _ngrams_pay(self, costs: PassCosts, slots: np.ndarray, match_lengths: np.ndarray) -> bool:
-        """Whether prompt-lookup matches may pay although speculation is off."""
-        looked_up = np.flatnonzero(match_lengths)
-        if not looked_up.size:
-            return False
-        ngrams = Ngrams(self.evidence.ngram_acceptance(slots[looked_up]), match_lengths[looked_up])
-        others = len(slots) - looked_up.size
-        return ngrams.best(costs, self._num_layers, others, self.longest, self.padded).ratio >= WORTH_IT
-
-    def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray, worth_it: bool) -> None:
+    def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray) -> None:
         plan = choice.budget, choice.length, choice.shared, choice.ngram
-        made = len(slots), *plan, worth_it, self._optimistic, self._probing
+        made = len(slots), *plan, self.gate.state
         if made == self._logged:
             return
         self._logged = made
@@ -330,13 +236,10 @@ class Controller:
         skipped = self._budgets[choice.budget]
         plain = 1000 * float(costs.plain(len(slots), self._num_layers))
         step = 1000 * float(costs.draft(len(slots), self._num_layers - skipped))
-        what = "speculating" if worth_it else "probing" if self._probing else "off"
-        if self._optimistic:
-            what = "trying"
         self._log(
-            f"{len(slots)} sequences: {what}; "
-            f"best: {choice.length} tokens with {skipped:g} of {self._num_layers} layers skipped"
-            f"{' by all alike' if choice.shared else ''}, {choice.ngram} from the context, "
+            f"{len(slots)} sequences: {WORDS[self.gate.state]}; "
+            f"best: {choice.length} tokens with {skipped} of {self._num_layers} layers skipped"
+            f"{' by all alike' if choice.shared else ''}, {choice.ngram} by prompt lookup, "
             f"stopping when the chance of all falls under {choice.floor:.2f}, "
             f"expected {choice.ratio:.2f} times plain decoding (acceptance "
             f"{' '.join(f'{chance:.2f}' for chance in acceptance)}, "
@@ -365,50 +268,6 @@ class Controller:
             "expected_ratio": self.last.ratio,
         }
 
-    def _best(
-        self,
-        costs: PassCosts,
-        slots: np.ndarray,
-        masks: Tensor,
-        shared_mask: Tensor,
-        match_lengths: np.ndarray,
-        optimism: float = 0.0,
-    ) -> Choice:
-        """The best way to speculate, with prompt-lookup matches where they are better than drafting."""
-
-        def batch(rows: np.ndarray) -> Batch:
-            layers = self._layers.get(slots[rows].tobytes())
-            if layers is None:  # worked out once for each set of sequences, until a mask changes
-                own = masks[torch.from_numpy(slots[rows])].all(0)
-                layers = self._layer_shares.layers_run(torch.stack((own, shared_mask))).numpy()
-                self._layers[slots[rows].tobytes()] = layers
-            kinds = 2 if "sharing" in self._open and len(rows) >= MASKS_TO_SHARE else 1
-            return Batch(
-                costs,
-                self._num_layers,
-                self.evidence.acceptance(slots[rows], optimism)[:kinds],
-                layers[:kinds],
-                self.evidence.continuation_prob,
-                self._lengths,
-                self.padded,
-                self._drop_stopped,
-            )
-
-        looked_up = np.flatnonzero(match_lengths)
-        if not looked_up.size:
-            return choose(batch(np.arange(len(slots))))
-        ngrams = Ngrams(self.evidence.ngram_acceptance(slots[looked_up]), match_lengths[looked_up])
-        # How good drafts by skipping are changes slowly, and to work it out costs more than a lookup.
-        known, skipping, age = self._skipping.get(optimism, (b"", None, 0))
-        if skipping is None or known != slots.tobytes() or age == SKIPPING_EVERY:
-            skipping, age = choose(batch(np.arange(len(slots)))), 0
-        self._skipping[optimism] = slots.tobytes(), skipping, age + 1
-        if looked_up.size == len(slots) and not self.padded:
-            taken = ngrams.best(costs, self._num_layers, 0, self.longest, padded=False)
-        else:
-            taken = choose(batch(np.flatnonzero(match_lengths == 0)), ngrams)
-        return max(skipping, taken, key=lambda choice: choice.ratio)
-
     def exit(self, slots: np.ndarray, choice: Choice, device: torch.device) -> SurvivalExit:
         """When to stop drafting for the sequences of a round."""
         return self.confidence.exit(self.evidence.kind[slots], choice.floor, device)
@@ -417,10 +276,10 @@ class Controller:
         """How often a sequence's layers are chosen anew."""
         if self._interval is not None:
             return self._interval
-        assert self.costs is not None
-        costs = self.costs.scaled(self._scales)
         kept = self._num_layers - self._budgets[choice.budget]
-        return rounds_between_passes(costs, self._num_layers, self._budgets[-1], choice, rows, kept)
+        return rounds_between_passes(
+            self._corrected(), self._num_layers, self._budgets[-1], choice, rows, kept
+        )
 
     def findings(self, agree: Tensor) -> Tensor:
         """What an optimisation pass found, to share: a float32 vector.
@@ -432,19 +291,3 @@ class Controller:
     def learn(self, findings: np.ndarray) -> None:
         """Take in what a pass found, as shared by rank 0."""
         self.evidence.add_pass(findings.reshape(-1, len(self._budgets)) > 0.5)
-
-    def share_scales(self, share: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        """Now and then take rank 0's corrections of costs and its account. All ranks call it each round."""
-        if not self._shares:
-            return
-        shared, self._sharing = self._sharing, None
-        if shared is not None:
-            ends = np.cumsum([len(scale) for scale in self._scales.values()])
-            *scales, balance = np.split(shared.get().numpy(), ends)
-            self._scales = dict(zip(self._scales, scales, strict=True))
-            self._shared_balance = float(balance[0])
-        if self._rounds % SHARE_EVERY == 0:
-            own = *self.corrections.scales.values(), np.array([self.budget.balance])
-            values = np.concatenate(own).astype(np.float32)
-            self._sharing = HostCopy(share(to_device(values, device)))
-        self._rounds += 1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from clasp_vllm.control.controller import Controller
-from clasp_vllm.control.costs import measure_steps
+from clasp_vllm.control.costs import PassCosts, measure_steps
 from clasp_vllm.control.early_exit import Exit, FixedExit
 from clasp_vllm.control.planner import Choice
 from clasp_vllm.control.verification import UnverifiedDrafts
@@ -45,14 +45,14 @@ class Drafter:
         sequences: SequenceTable,
         policy: Policy,
         options: DrafterOptions,
-        adaptive: Controller | None = None,
+        make_controller: Callable[[PassCosts], Controller] | None = None,
         share: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         on_failure: Callable[[Exception, int], None] | None = None,
     ) -> None:
         """
         Args:
             policy: who chooses the layers, of these sequences.
-            adaptive: the controller, if there is one.
+            make_controller: given what passes cost, the controller, if there is to be one.
             share: makes what a pass found the same on all ranks that run the layers together.
             on_failure: told of an exception while drafting and how many there were before; raises it
                 where the engine cannot go on. None: all are raised.
@@ -61,7 +61,8 @@ class Drafter:
         self.sequences = sequences
         self.options = options
         self.policy = policy
-        self.adaptive = adaptive
+        self.controller: Controller | None = None  # from the start on
+        self._make_controller = make_controller
         self.passes = passes
         # Leave sequences that have stopped out of further steps. It takes a host that knows which: a CPU.
         self.drop_stopped = False
@@ -99,20 +100,20 @@ class Drafter:
             rejected: [reqs] int on the device, how many of its draft tokens were rejected; None if there
                 were none.
         """
-        controller = self._controlled
+        controller = self.controller
         if controller is not None:
             self.guarded(lambda: controller.observe(request_ids, lengths, rejected))
 
     def may_idle(self, request_ids: Sequence[str]) -> bool:
         """Whether ``idles`` may say so of these requests. Counts nothing."""
-        return self._controlled is not None and self._controlled.may_idle(request_ids)
+        return self.controller is not None and self.controller.may_idle(request_ids)
 
     def idles(self, request_ids: Sequence[str]) -> bool:
         """Whether nothing is to be drafted or learnt after a plain step of these requests, all decoding.
 
         Then neither ``observe`` nor ``draft`` is called.
         """
-        idles = self._controlled is not None and self._controlled.idles(request_ids)
+        idles = self.controller is not None and self.controller.idles(request_ids)
         self.statistics.total.plain_steps += idles
         return idles
 
@@ -121,23 +122,18 @@ class Drafter:
         if prompts:
             self.guarded(lambda: self.policy.read(prompts))
 
-    @property
-    def _controlled(self) -> Controller | None:
-        """The controller, once it knows what passes cost."""
-        return self.adaptive if self.adaptive is not None and self.adaptive.costs is not None else None
-
     def _draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> DraftOutput:
         rows, device = len(batch), batch.tokens.device
         sampling = np.zeros(rows, dtype=bool) if batch.sampling is None else batch.sampling
         slots, started = self._slots(batch.request_ids, sampling)
         self.policy.apply()
         choice, match_lengths = Choice(len(self.options.budgets) - 1, num_tokens, False), None
-        if self._controlled is not None:
+        if self.controller is not None:
             masks = self.sequences.masks, self.sequences.shared_mask
-            self._controlled.share_scales(self._share, device)
+            self.controller.rank_sync.exchange(self.controller.gate, self._share, device)
             if batch.ngrams is not None:
-                match_lengths = self._controlled.ngram_lengths.predict(slots, started, batch.ngrams.lengths)
-            choice = self._controlled.choose(slots, *masks, num_tokens, match_lengths, self.sequences.version)
+                match_lengths = self.controller.ngram_lengths.predict(slots, started, batch.ngrams.lengths)
+            choice = self.controller.choose(slots, *masks, num_tokens, match_lengths, self.sequences.version)
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         drawn, looked_up = np.full((rows, num_tokens), -1), np.zeros(rows, dtype=bool)
@@ -162,7 +158,7 @@ class Drafter:
             lengths[on_device] = skip_drafts.draft.lengths
             drawn[skipping, :width] = skip_drafts.draft.drawn
         self.statistics.total.plain_steps += not choice.length and not choice.ngram
-        if self._controlled is not None:
+        if self.controller is not None:
             self._remember(batch.request_ids, slots, skipping, looked_up, lengths, skip_drafts, choice)
         return DraftOutput(drafted, lengths, drawn)
 
@@ -177,10 +173,10 @@ class Drafter:
         choice: Choice,
     ) -> None:
         """Tell the controller of a round. ``skipping``: rows drafted for by skipping."""
-        assert self._controlled is not None
+        assert self.controller is not None
         rows, device = len(slots), lengths.device
         if skip_drafts is None and not looked_up.any():
-            self._controlled.drafted(request_ids, None, DeviceEvent(device))
+            self.controller.round_ended(request_ids, None, DeviceEvent(device))
             return
         certain, limits, sure = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=np.int64), None
         drafted = None
@@ -194,12 +190,12 @@ class Drafter:
             if skip_drafts.draft.confidence is not None:
                 sure = skip_drafts.draft.confidence.new_zeros(rows, skip_drafts.draft.confidence.shape[1])
                 sure[_rows(skipping, rows)] = skip_drafts.draft.confidence
-            self._controlled.timed(rows, skip_drafts.marks, self._predicted, skip_drafts.due.size)
+            self.controller.drafted(rows, skip_drafts.marks, self._predicted, skip_drafts.due.size)
             ended = skip_drafts.marks[-1]
         drafts = UnverifiedDrafts(
             request_ids, slots, looked_up, certain, lengths, drafted, limits, sure, choice
         )
-        self._controlled.drafted(request_ids, drafts, ended)
+        self.controller.round_ended(request_ids, drafts, ended)
 
     def _draft_by_skipping(
         self,
@@ -254,28 +250,28 @@ class Drafter:
         """When to stop drafting for the sequences of a round; None: never early."""
         threshold = self.options.draft_exit_threshold
         if threshold is None:
-            return None if self._controlled is None else self._controlled.exit(slots, choice, device)
+            return None if self.controller is None else self.controller.exit(slots, choice, device)
         return FixedExit(threshold) if threshold else None
 
     @property
     def asks_confidence(self) -> bool:
         """Whether ``sample`` has to say how sure the draft is."""
         threshold = self.options.draft_exit_threshold
-        return self.adaptive is not None if threshold is None else threshold > 0
+        return self._make_controller is not None if threshold is None else threshold > 0
 
     def _slots(self, request_ids: Sequence[str], sampling: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """[rows] int64, and those of them that are new."""
         slots = self.sequences.slots(request_ids)
         started = self.sequences.take_started()
-        if self.adaptive is not None:
+        if self.controller is not None:
             for row in np.flatnonzero(np.isin(slots, started)):
-                self.adaptive.evidence.start(slots[row], bool(sampling[row]))
+                self.controller.evidence.start(slots[row], bool(sampling[row]))
         return slots, started
 
     def _interval(self, choice: Choice, running: int) -> int:
         """Rounds between two choices of a sequence's layers."""
-        if self._controlled is not None:
-            return self._controlled.rounds_between_passes(choice, running)
+        if self.controller is not None:
+            return self.controller.rounds_between_passes(choice, running)
         return self.options.optimization_interval
 
     def _first_hidden(
@@ -296,16 +292,16 @@ class Drafter:
     def _draft_step(self, batch: DraftBatch, plan: Plan) -> Tensor:
         """One forward pass of the draft: [rows, hidden_size]."""
         self.statistics.total.sublayers += len(plan.steps)
-        if self._controlled is not None:
-            self._predicted += self._controlled.draft_seconds(len(batch), [part for _, part, _ in plan.steps])
+        if self.controller is not None:
+            self._predicted += self.controller.draft_seconds(len(batch), [part for _, part, _ in plan.steps])
         return self.passes.draft(batch, plan)
 
     def forget(self) -> None:
         """Know of no requests, as after the start."""
         self.sequences.reset()
         self.policy.reset()
-        if self.adaptive is not None:
-            self.adaptive.reset()
+        if self.controller is not None:
+            self.controller.reset()
 
     @torch.inference_mode()
     def start(self, device: torch.device, steps: Mapping[int, Callable[[], None]] | None = None) -> None:
@@ -315,9 +311,8 @@ class Drafter:
         """
         self.forget()
         self.statistics = DraftStatistics(self.decoder.num_layers)
-        if (
-            self.adaptive is None or self.passes.attention.scratch_block < 1
-        ):  # so small a cache is refused next
+        # Without a scratch block the cache is so small that it is refused next.
+        if self._make_controller is None or self.passes.attention.scratch_block < 1:
             return
         costs = self.passes.measure(device)
         shared = self._share(torch.tensor([costs.layer, costs.fixed], device=device)).tolist()
@@ -326,7 +321,7 @@ class Drafter:
             seconds = torch.tensor(measure_steps(steps, device), device=device)
             step = tuple(self._share(seconds).tolist())
             costs = replace(costs, step_rows=tuple(map(float, steps)), step=step)
-        self.adaptive.costs = costs
+        self.controller = self.policy.controller = self._make_controller(costs)
 
 
 def _rows(left: np.ndarray, rows: int) -> slice | Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from clasp_vllm.control.controller import Controller
 from clasp_vllm.drafting.batch import DraftBatch, PromptTokens
 
 
 class Policy:
     """Leaves the masks of the ``SequenceTable`` as they are: method ``layer_skip``, and a base for others."""
+
+    controller: Controller | None = None  # to be told what passes show, from the start on
 
     def reset(self) -> None:
         """Forget all that was learnt."""

@@ -18,7 +18,7 @@ from clasp_vllm.calibration.fingerprint import fingerprint
 from clasp_vllm.calibration.store import Calibration
 from clasp_vllm.config import ConfigError, LayerSkipConfig
 from clasp_vllm.control.controller import Controller
-from clasp_vllm.control.costs import LayerShares
+from clasp_vllm.control.costs import LayerShares, PassCosts
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.draft import DrafterOptions
 from clasp_vllm.drafting.drafter import Drafter
@@ -150,9 +150,10 @@ def build_drafter(
     sequences = SequenceTable(max_num_seqs, masks)
     passes = Passes(decoder, attention, scratch, model.compute_logits, graphs)
     share = _share_rank_zero if get_tp_group().world_size > 1 else _own
-    adaptive = None
-    if config.is_adaptive:
-        adaptive = Controller(
+
+    def make_controller(costs: PassCosts) -> Controller:
+        return Controller(
+            costs,
             max_num_seqs,
             budgets,
             num_layers,
@@ -165,18 +166,26 @@ def build_drafter(
             ranks=get_tp_group().world_size,
             log=lambda line: logger.debug("Layer skipping: %s", line),
         )
+
     policy = Policy()
     if config.method == "clasp":
         evidence = None
         if config.memory:
             evidence = SkipEvidence(max_num_seqs, num_layers, budget + 1, config.memory, device)
-        policy = Clasp(sequences, passes, budgets, optimized, evidence, adaptive, share)
+        policy = Clasp(sequences, passes, budgets, optimized, evidence, share)
     if calibration is not None:
         names = [task.name for task in calibration.manifest.tasks]
         policy = KnnSsd(sequences, calibration.anchors, calibration.masks(), names, share)
     options = DrafterOptions(budgets, config.interval or 1, config.exit_threshold)
     drafter = Drafter(
-        decoder, passes, sequences, policy, options, adaptive, share, on_failure=_go_on_without_drafts
+        decoder,
+        passes,
+        sequences,
+        policy,
+        options,
+        make_controller if config.is_adaptive else None,
+        share,
+        on_failure=_go_on_without_drafts,
     )
     drafter.drop_stopped = drop_stopped
     return drafter, attention

@@ -89,9 +89,9 @@ def send_counts(drafter: Drafter, output: Any, runner: Any) -> Any:
     if kept:
         data[KEPT] = kept
     if counts:
-        data[CHOSEN] = drafter.policy.gauges() | (drafter.adaptive.gauges() if drafter.adaptive else {})
-    if drafter.adaptive is not None:
-        wanted = drafter.adaptive.take_requested_draft_length()
+        data[CHOSEN] = drafter.policy.gauges() | (drafter.controller.gauges() if drafter.controller else {})
+    if drafter.controller is not None:
+        wanted = drafter.controller.take_requested_draft_length()
         if wanted is not None:
             data[WANTED] = wanted
     if runner.device.type == "cpu" and not getattr(runner, "use_async_scheduling", True):

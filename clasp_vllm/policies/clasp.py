@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clasp_vllm.control.controller import Controller
 from clasp_vllm.device import HostCopy, HostMasks, to_device
 from clasp_vllm.drafting.batch import DraftBatch
 from clasp_vllm.drafting.passes import Passes
@@ -30,7 +29,6 @@ class Clasp(Policy):
         budgets: Sequence[int],
         max_requests: int,
         evidence: SkipEvidence | None = None,
-        adaptive: Controller | None = None,
         share: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         """
@@ -39,7 +37,6 @@ class Clasp(Policy):
                 dynamic programme.
             max_requests: how many sequences may be optimised in one round.
             evidence: of earlier passes, if they are to count.
-            adaptive: the controller, to be told how good the budgets look.
             share: makes what a pass found the same on all ranks that run the layers together.
         """
         self.evidence = evidence
@@ -49,7 +46,6 @@ class Clasp(Policy):
         self._budgets = torch.tensor(budgets)
         self._max_skipped = budgets[-1]
         self._max_requests = max_requests
-        self._adaptive = adaptive
         self._share = share
         self._new_masks = HostMasks()
         # Of the last pass, and of the one before, which has come to the host for certain.
@@ -82,8 +78,8 @@ class Clasp(Policy):
             self._sequences.set_initial_mask(masks[-2])
             self._sequences.set_shared_mask(masks[-1])
         self._sequences.set_masks(request_ids, masks[: len(request_ids)])
-        if self._adaptive is not None and findings is not None:
-            self._adaptive.learn(findings.numpy())
+        if self.controller is not None and findings is not None:
+            self.controller.learn(findings.numpy())
 
     def optimize(self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray) -> Tensor:
         """See ``Policy``."""
@@ -92,7 +88,7 @@ class Clasp(Policy):
             on_device, fresh = to_device(slots, device), to_device(~self._sequences.has_own[slots], device)
             prior = self.evidence.prior(on_device, fresh)
         programme, hidden = self.run_programme(batch, prior)
-        chosen = self._adaptive.last.budget if self._adaptive is not None and self._adaptive.last else -1
+        chosen = self.controller.last.budget if self.controller is not None and self.controller.last else -1
         similarity = programme.similarity[self._columns[chosen]].mean()
         self._similarities = self._similarities[1], HostCopy(similarity)
         margins = self._share(programme.margins)
@@ -107,9 +103,9 @@ class Clasp(Policy):
         self._budgets = self._budgets.to(device)  # and there it stays: a copy would wait for it
         skipped = backtrack_all(choices, self._budgets)
         findings = None
-        if self._adaptive is not None:
+        if self.controller is not None:
             agree = self._passes.agreement(programme, self._budgets)
-            findings = self._share(self._adaptive.findings(agree))
+            findings = self._share(self.controller.findings(agree))
         if self._new_masks.put(batch.request_ids, skipped.unsqueeze(-1).expand(*skipped.shape, 2), findings):
             self.apply()
         return hidden

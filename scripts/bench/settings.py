@@ -41,7 +41,7 @@ MIXED = "mixed"  # all tasks in turn
 @contextmanager
 def changed(controller: Any, name: str) -> Iterator[None]:
     """The controller doing what the setting says."""
-    import clasp_vllm.control.controller as module
+    import clasp_vllm.control.gate as module
     from clasp_vllm.control.planner import Choice
 
     real, lengths, opened, best = controller.choose, controller._lengths, controller._open, module.choose
@@ -294,7 +294,7 @@ def main() -> None:
         if unknown:
             parser.error(f"{option} {','.join(sorted(unknown))}: allowed are {', '.join(allowed)}")
     llm = start(args.model, {"method": "clasp"}, engine_settings(args.model, server_arguments))
-    measurements = measure(llm, ours.drafter(llm).adaptive, args)
+    measurements = measure(llm, ours.drafter(llm).controller, args)
     report(measurements, table(measurements), args.output, args.model)
 
 

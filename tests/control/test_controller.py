@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from clasp_vllm.control.controller import OFF_CHECK, PLAIN_EVERY, PLAIN_FIRST, Controller
+from clasp_vllm.control.controller import PLAIN_EVERY, PLAIN_FIRST, Controller
 from clasp_vllm.control.costs import SIZES, LayerShares, PassCosts
+from clasp_vllm.control.gate import OFF_CHECK, State
 from clasp_vllm.device import DeviceEvent
 
 LAYERS, BUDGETS = 8, (2, 4)
@@ -13,7 +14,9 @@ LAYERS, BUDGETS = 8, (2, 4)
 
 def controller(choices: tuple[str, ...], padded: bool = False, draft_cost: float = 1e-3) -> Controller:
     """One that finds drafts almost free, unless told what a layer of them costs of one of the target."""
+    costs = PassCosts(tuple(map(float, SIZES)), (1e-3,) * len(SIZES), (0.0,) * len(SIZES))
     adaptive = Controller(
+        costs,
         16,
         BUDGETS,
         LAYERS,
@@ -25,7 +28,6 @@ def controller(choices: tuple[str, ...], padded: bool = False, draft_cost: float
         drop_stopped=not padded,
         ranks=1,
     )
-    adaptive.costs = PassCosts(tuple(map(float, SIZES)), (1e-3,) * len(SIZES), (0.0,) * len(SIZES))
     adaptive.corrections.scales["draft_scale"][:] = draft_cost
     return adaptive
 
@@ -68,11 +70,11 @@ def test_where_room_is_made_ahead_the_next_round_has_none():
     assert [round_ for round_, length in enumerate(lengths, start=1) if not length] == [PLAIN_FIRST + 1]
 
 
-def test_after_it_the_round_is_thought_over():
+def test_after_it_comes_a_new_decision():
     """What is chosen next goes by the batch as it is then, as in any round of speculation."""
     adaptive = controller(("length", "speculation"))
     assert chosen(adaptive, 1, PLAIN_FIRST)[-1] == 0
-    assert adaptive._off_steps == 0
+    assert adaptive.gate._off_steps == 0
 
 
 # Where it does not seem to pay, what is not known counts for it.
@@ -96,7 +98,7 @@ def test_new_sequences_are_given_a_chance():
     assert dear[1, True] == pytest.approx(dear[16, True])
 
 
-def test_hope_ends_with_what_tokens_can_tell():
+def test_optimism_ends_with_what_tokens_can_tell():
     """A sequence of which much has been seen gets none."""
     adaptive = controller(("length", "speculation"))
     one, won = np.array([0]), np.array([[True, False, True, False]])
@@ -107,7 +109,7 @@ def test_hope_ends_with_what_tokens_can_tell():
 
 
 @pytest.mark.parametrize("draft_cost", [0.5, 0.73])
-def test_hope_says_whether_and_not_how(draft_cost):
+def test_optimism_says_whether_and_not_how(draft_cost):
     """What is done and promised is what is thought best, though optimism alone makes it worth a try."""
     uncertain, known = (controller(("length", "speculation"), draft_cost=draft_cost) for _ in range(2))
     known.evidence.drafts.variance[:] = 0.0
@@ -115,12 +117,13 @@ def test_hope_says_whether_and_not_how(draft_cost):
     for one in (uncertain, known, always):
         chosen(one, 1, 1)
     assert uncertain.last == known.last == always.last
-    assert uncertain._optimistic == (draft_cost > 0.7)
-    assert not known._optimistic
-    assert not always._optimistic
+    dear = draft_cost > 0.7
+    assert uncertain.gate.state is (State.TRYING if dear else State.SPECULATING)
+    assert known.gate.state is (State.OFF if dear else State.SPECULATING)
+    assert always.gate.state is State.SPECULATING
 
 
-def test_while_off_new_sequences_are_thought_of_at_once():
+def test_while_off_new_sequences_trigger_a_decision():
     adaptive = controller(("length", "speculation"), draft_cost=0.5)
     adaptive.evidence.drafts.offset[:] = adaptive.evidence.drafts.mean[:] = -2.0
     assert chosen(adaptive, 4, 2) == [0, 0]
@@ -152,14 +155,14 @@ def off_controller() -> tuple[Controller, list[str]]:
     adaptive = controller(("length", "speculation"), draft_cost=1e3)
     adaptive.evidence.drafts.variance[:] = 0.0
     assert chosen(adaptive, 2, 1) == [0]
-    adaptive.drafted(["a", "b"], None, DeviceEvent(torch.device("cpu")))
+    adaptive.round_ended(["a", "b"], None, DeviceEvent(torch.device("cpu")))
     return adaptive, ["a", "b"]
 
 
 def test_most_steps_are_left_out_while_off():
     adaptive, requests = off_controller()
     assert [adaptive.idles(requests) for _ in range(OFF_CHECK)] == [True] * (OFF_CHECK - 1) + [False]
-    assert adaptive._is_due(2)
+    assert adaptive.gate.due(2, adaptive.evidence.started)
 
 
 def test_no_step_is_left_out_when_the_batch_changes_or_speculation_is_on():
@@ -167,12 +170,12 @@ def test_no_step_is_left_out_when_the_batch_changes_or_speculation_is_on():
     assert not adaptive.idles([*requests, "c"])
     on = controller(("length", "speculation"))
     assert chosen(on, 2, 1) != [0]
-    on.drafted(requests, None, DeviceEvent(torch.device("cpu")))
+    on.round_ended(requests, None, DeviceEvent(torch.device("cpu")))
     assert not on.idles(requests)
 
 
 def test_speculation_that_has_lost_what_it_may_is_off():
     adaptive = controller(("length", "speculation"))
-    adaptive.budget.balance = 0.0
+    adaptive.gate.budget.balance = 0.0
     assert chosen(adaptive, 1, 1) == [0]
     assert chosen(controller(("length",)), 1, 1) != [0]

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clasp_vllm.control.costs import PassCosts
+from clasp_vllm.control.gate import PROBE_SHARE, Probes
 from clasp_vllm.control.planner import (
     HIGHEST_FLOOR,
     INTERVALS,
@@ -17,7 +18,6 @@ from clasp_vllm.control.planner import (
     draft_lengths,
     rounds_between_passes,
 )
-from clasp_vllm.control.probes import PROBE_SHARE, Probes
 
 NUM_LAYERS = 24
 BUDGETS = np.arange(1, 17)

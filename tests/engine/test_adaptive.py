@@ -101,8 +101,8 @@ def never_drafting(config: object) -> tuple[list[list[int]], int]:
 
     with running(speculative_config=config, **SETTINGS) as llm:
         if config:
-            controller = drafter(llm).adaptive
-            controller._affords, controller._probes.due = lambda *_: False, lambda *_: False
+            controller = drafter(llm).controller
+            controller.gate.affords, controller.gate.probes.due = lambda *_: False, lambda *_: False
         module.rejection_sample = rejection_sample
         try:
             params = [
@@ -174,8 +174,8 @@ def left_over(config: dict) -> tuple[int, int, int]:
         generate(llm, PROMPTS[:8], max_tokens=8)
         return (
             len(ours.sequences),
-            len(ours.adaptive.evidence.drafts.offset),
-            len(ours.adaptive.corrections._pending),
+            len(ours.controller.evidence.drafts.offset),
+            len(ours.controller.corrections._pending),
         )
 
 
@@ -190,9 +190,9 @@ def off_from_the_start(config: dict) -> tuple[Outcome, dict[str, float], list[st
     """With drafts that could never pay: what was generated, our metrics, and what the controller said."""
     with running(speculative_config=config, **SETTINGS) as llm:
         ours = drafter(llm)
-        ours.adaptive.corrections.scales["draft_scale"][:] = 1e9
+        ours.controller.corrections.scales["draft_scale"][:] = 1e9
         lines: list[str] = []
-        ours.adaptive._log = lines.append
+        ours.controller._log = lines.append
         outcome = generate(llm, PROMPTS[:10], max_tokens=32)
         prefix = "vllm:layer_skip_"
         metrics = {

@@ -66,11 +66,11 @@ def watch(worker) -> None:
 
     N-grams seem good to both.
     """
-    controller = drafter_of(worker).adaptive
+    controller = drafter_of(worker).controller
     original = controller.choose
     controller.chosen = []
     controller.evidence.ngrams.mean[:] = 4.0
-    controller._scales["draft_scale"][:] = 0.01  # as rank 0 shares it from its first pass on
+    controller.rank_sync.scales["draft_scale"][:] = 0.01  # as rank 0 shares it from its first pass on
 
     def choose(*args):
         controller.corrections.scales["draft_scale"][:] = 50.0 if worker.rank else 0.01
@@ -82,7 +82,7 @@ def watch(worker) -> None:
 
 
 def chosen_by(worker) -> list[tuple]:
-    return drafter_of(worker).adaptive.chosen
+    return drafter_of(worker).controller.chosen
 
 
 def adaptive(speculative_config: object) -> tuple:

@@ -1,0 +1,153 @@
+"""Whether to speculate at all.
+
+| state         | what is done                  | left for                                                   |
+|---------------|-------------------------------|------------------------------------------------------------|
+| `SPECULATING` | rounds with drafts            | `TRYING` or `OFF`, as the best choice promises             |
+| `TRYING`      | the same, by optimism alone   | `SPECULATING` or `OFF`, as what is accepted tells          |
+| `PROBING`     | one round, once there is room | `OFF` after it, or after `PATIENCE` steps without room     |
+| `OFF`         | plain steps                   | `SPECULATING` or `TRYING` if a new decision says so, due   |
+|               |                               | every `OFF_CHECK` steps and when the batch changes;        |
+|               |                               | `PROBING` when a probe has been saved for                  |
+
+No round is begun that could lose more than the loss budget holds: it then is `OFF`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from clasp_vllm.control.loss_budget import LossBudget
+from clasp_vllm.control.planner import WORTH_IT, Choice
+
+PROBE_SHARE = 0.002  # of the time, what probes may lose while speculation is off
+PATIENCE = 6  # steps that a probe waits for room
+OFF_CHECK = 32  # steps without speculation until the next decision,
+OFF_CHANGE = 0.25  # unless the number of rows has changed by this share, or as many are new
+
+
+class State(Enum):
+    """Of a gate."""
+
+    OFF = auto()
+    PROBING = auto()
+    TRYING = auto()
+    SPECULATING = auto()
+
+
+class Probes:
+    """When to speculate although it does not seem to pay, so as to notice when it does."""
+
+    def __init__(self) -> None:
+        self._saved = 0.0  # seconds that may be lost
+
+    def due(self, choice: Choice, plain_seconds: float, steps: int = 1) -> bool:
+        """Count steps of ``plain_seconds`` each; whether to speculate as ``choice`` says all the same.
+
+        Should none of its drafts be accepted, all probes together lose ``PROBE_SHARE`` of the time.
+        """
+        self._saved += PROBE_SHARE * plain_seconds * steps
+        loss = choice.seconds - plain_seconds
+        if self._saved < loss:
+            return False
+        self._saved -= loss
+        return True
+
+
+class Gate:
+    """The state, and how long speculation has been off.
+
+    Attributes:
+        state: see ``State``.
+        budget: what speculation may still lose.
+        shared_balance: rank 0's balance of it, where ranks must decide alike; else None.
+        asks: whether the next round should have room for drafts.
+    """
+
+    def __init__(self, always_on: bool, shared: bool = False) -> None:
+        """
+        Args:
+            always_on: whether to speculate whatever it costs.
+            shared: whether several ranks must decide alike.
+        """
+        self.state = State.OFF
+        self.budget, self.probes = LossBudget(), Probes()
+        self.shared_balance: float | None = self.budget.balance if shared else None
+        self.asks = False
+        self._always_on = always_on
+        self._waited = 0  # steps that a probe has waited for room
+        self._off_steps, self._off_rows, self._off_started = 0, 0, 0
+        self._idle = 0  # plain steps that need no decision yet
+        self._idled = 0  # those that had none, since the last decision
+
+    def due(self, rows: int, started: int) -> bool:
+        """Whether a new decision is due: always while speculating, now and then while off.
+
+        Args:
+            rows: of the batch.
+            started: sequences, since the engine's start.
+        """
+        self._idle = 0
+        similar = self._off_rows * (1 - OFF_CHANGE) <= rows <= self._off_rows * (1 + OFF_CHANGE)
+        similar &= started - self._off_started <= rows * OFF_CHANGE
+        if self._off_steps % OFF_CHECK and similar:
+            return False
+        self._off_rows, self._off_started = rows, started
+        return True
+
+    def decide(self, choice: Choice, optimistic: bool, plain_seconds: float) -> None:
+        """Go to the state that the best choice asks for.
+
+        Args:
+            optimistic: whether optimism alone makes it worth trying.
+            plain_seconds: of a plain step of the batch.
+        """
+        worth_it = choice.ratio >= WORTH_IT or optimistic
+        self.asks = self._always_on or (worth_it and self.affords(choice, plain_seconds))
+        if self.asks:
+            self.state = State.TRYING if optimistic else State.SPECULATING
+        elif self.state is State.PROBING:
+            self._waited += 1
+            self.state = State.OFF if self._waited == PATIENCE else State.PROBING
+        elif self.probes.due(choice, plain_seconds, 1 + self._idled):
+            self.state, self._waited, self.asks = State.PROBING, 1, True
+        else:
+            self.state = State.OFF
+
+    def affords(self, choice: Choice, plain_seconds: float) -> bool:
+        """Whether a round that gains nothing loses no more than the budget holds."""
+        balance = self.budget.balance if self.shared_balance is None else self.shared_balance
+        return balance >= choice.seconds / plain_seconds - 1
+
+    @property
+    def speculating(self) -> bool:
+        """Whether rounds with drafts are the rule."""
+        return self.state in (State.SPECULATING, State.TRYING)
+
+    def opens(self, allowed: int) -> bool:
+        """Count a round that has room for ``allowed`` draft tokens; whether to draft in it."""
+        if allowed and self.state is not State.OFF:
+            self._off_rows = self._off_steps = 0
+            if self.state is State.PROBING:
+                self.state = State.OFF
+            return True
+        self._off_steps += 1
+        if not self.asks:
+            self._idle = -self._off_steps % OFF_CHECK
+        return False
+
+    @property
+    def may_idle(self) -> bool:
+        """Whether a plain step of the same batch needs no decision."""
+        return self._idle > 0
+
+    def idle(self) -> None:
+        """Count a plain step without a decision."""
+        self._idle -= 1
+        self._idled += 1
+        self._off_steps += 1
+        self.budget.step()
+
+    def take_idled(self) -> int:
+        """Steps without a decision since the last call."""
+        idled, self._idled = self._idled, 0
+        return idled

@@ -1,0 +1,138 @@
+"""The best way to speculate for a batch: what is known of its requests, put into numbers for the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clasp_vllm.control.acceptance import AcceptanceEvidence
+from clasp_vllm.control.costs import Array, LayerShares, PassCosts
+from clasp_vllm.control.planner import WORTH_IT, Batch, Choice, Ngrams, choose, draft_lengths
+
+MAX_BATCHES = 256  # sets of sequences, of which what draft steps run is kept
+SKIPPING_EVERY = 8  # rounds with prompt-lookup matches, after which drafts by skipping are priced anew
+MASKS_TO_SHARE = 2  # rows from which on
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences of a round.
+
+    Attributes:
+        slots: [rows] int64, of the ``SequenceTable``.
+        masks: [capacity, budgets, num_layers, 2] bool, each sequence's own.
+        shared_mask: [budgets, num_layers, 2] bool.
+        match_lengths: [rows] int64, of prompt-lookup matches; 0 = there is none.
+        version: another one whenever a mask has changed; None: not known.
+    """
+
+    slots: np.ndarray
+    masks: Tensor
+    shared_mask: Tensor
+    match_lengths: np.ndarray
+    version: int | None
+
+
+class Pricing:
+    """Prices ways to speculate, and keeps what takes long to work out."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        shares: LayerShares,
+        longest: int,
+        open_choices: Collection[str],
+        padded: bool,
+        drop_stopped: bool,
+    ) -> None:
+        """See ``Controller``."""
+        self._num_layers = num_layers
+        self._shares = shares
+        self._longest = longest
+        self._may_share = "sharing" in open_choices
+        self._padded = padded
+        self._drop_stopped = drop_stopped
+        self._lengths: Sequence[int] = [longest]
+        if "length" in open_choices:
+            self._lengths = [k for k in (draft_lengths(longest) if padded else range(longest + 1)) if k]
+        self._layers: dict[bytes, Array] = {}
+        self._version: int | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was priced: slots may be those of others."""
+        # By optimism: of what slots, the best drafts by skipping, and for how many rounds.
+        self._skipping: dict[float, tuple[bytes, Choice, int]] = {}
+
+    def best(
+        self, costs: PassCosts, evidence: AcceptanceEvidence, of: Sequences, optimism: float = 0.0
+    ) -> Choice:
+        """The best way to speculate, with prompt-lookup matches where they are better than drafting.
+
+        Args:
+            costs: of forward passes, with corrections.
+            optimism: see ``AcceptanceEvidence.acceptance``.
+        """
+        if of.version is None or of.version != self._version or len(self._layers) >= MAX_BATCHES:
+            self._layers.clear()
+            self._version = of.version
+        slots, looked_up = of.slots, np.flatnonzero(of.match_lengths)
+        every = np.arange(len(slots))
+        if not looked_up.size:
+            return choose(self._batch(costs, evidence, of, every, optimism))
+        # How good drafts by skipping are changes slowly, and to work it out costs more than a lookup.
+        known, skipping, age = self._skipping.get(optimism, (b"", None, 0))
+        if skipping is None or known != slots.tobytes() or age == SKIPPING_EVERY:
+            skipping, age = choose(self._batch(costs, evidence, of, every, optimism)), 0
+        self._skipping[optimism] = slots.tobytes(), skipping, age + 1
+        ngrams = _ngrams(evidence, of)
+        if looked_up.size == len(slots) and not self._padded:
+            taken = ngrams.best(costs, self._num_layers, 0, self._longest, padded=False)
+        else:
+            others = np.flatnonzero(of.match_lengths == 0)
+            taken = choose(self._batch(costs, evidence, of, others, optimism), ngrams)
+        return max(skipping, taken, key=lambda choice: choice.ratio)
+
+    def ngrams_pay(self, costs: PassCosts, evidence: AcceptanceEvidence, of: Sequences) -> bool:
+        """Whether prompt-lookup matches may pay by themselves."""
+        ngrams = _ngrams(evidence, of)
+        if not ngrams.lengths.size:
+            return False
+        others = len(of.slots) - ngrams.lengths.size
+        best = ngrams.best(costs, self._num_layers, others, self._longest, self._padded)
+        return best.ratio >= WORTH_IT
+
+    def _batch(
+        self,
+        costs: PassCosts,
+        evidence: AcceptanceEvidence,
+        of: Sequences,
+        rows: np.ndarray,
+        optimism: float,
+    ) -> Batch:
+        slots = of.slots[rows]
+        layers = self._layers.get(slots.tobytes())
+        if layers is None:  # worked out once for each set of sequences, until a mask changes
+            own = of.masks[torch.from_numpy(slots)].all(0)
+            layers = self._shares.layers_run(torch.stack((own, of.shared_mask))).numpy()
+            self._layers[slots.tobytes()] = layers
+        kinds = 2 if self._may_share and len(rows) >= MASKS_TO_SHARE else 1
+        return Batch(
+            costs,
+            self._num_layers,
+            evidence.acceptance(slots, optimism)[:kinds],
+            layers[:kinds],
+            evidence.continuation_prob,
+            self._lengths,
+            self._padded,
+            self._drop_stopped,
+        )
+
+
+def _ngrams(evidence: AcceptanceEvidence, of: Sequences) -> Ngrams:
+    looked_up = np.flatnonzero(of.match_lengths)
+    return Ngrams(evidence.ngram_acceptance(of.slots[looked_up]), of.match_lengths[looked_up])
