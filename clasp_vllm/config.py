@@ -31,9 +31,9 @@ METHODS_OF_KEY = {
     "mask_memory": ("clasp",),
 }
 LARGEST_SKIP_RATIO = 2 / 3  # where the controller chooses
-# What the controller chooses: how many layers to skip, how far to draft, whether all skip the same, when to
-# stop early, and whether to speculate at all.
-CHOICES = ("layers", "length", "sharing", "exit", "speculation")
+# What the controller chooses: how many layers to skip, how far to draft, when to stop early, and whether to
+# speculate at all.
+CHOICES = ("layers", "length", "exit", "speculation")
 EXIT_THRESHOLD = 0.3
 
 # vLLM's own keys, passed through under their own names.
@@ -71,12 +71,12 @@ class LayerSkipConfig(BaseModel):
     num_speculative_tokens: int = Field(
         default=8, ge=1, le=64, description="Draft tokens per round at most (vLLM's key)."
     )
-    adaptive: bool | list[Literal["layers", "length", "sharing", "exit", "speculation"]] | None = Field(
+    adaptive: bool | list[Literal["layers", "length", "exit", "speculation"]] | None = Field(
         default=None,
-        description="Choose in each round how many layers to skip, how far to draft, whether all requests "
-        "skip the same, when to stop early, and whether to speculate at all, by what has been accepted and "
+        description="Choose in each round how many layers to skip, how far to draft, when to "
+        "stop early, and whether to speculate at all, by what has been accepted and "
         "what it costs (default for clasp and knn_ssd: true). What is fixed by another key stays so. "
-        "A list = only what it names of layers, length, sharing, exit and speculation; "
+        "A list = only what it names of layers, length, exit and speculation; "
         "false = as much as the keys say, always.",
     )
     skip_ratio: float | None = Field(
@@ -237,9 +237,7 @@ class LayerSkipConfig(BaseModel):
         """What cannot be chosen, and why."""
         reasons = {}
         if self.method != "clasp":
-            reasons = dict.fromkeys(("layers", "sharing"), f"method: {self.method} fixes the layers")
-        elif not self.memory:
-            reasons["sharing"] = "with mask_memory: 0 nobody knows what others' tokens said"
+            reasons["layers"] = f"method: {self.method} fixes them"
         for key in ("skip_ratio", "num_skipped_layers", "skip_layers"):
             if getattr(self, key) is not None:
                 reasons["layers"] = f"{key} fixes them"

@@ -9,7 +9,7 @@ that run the layers together never part ways. On a CPU there is nothing to wait 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,35 +34,22 @@ class HostCopy:
         return self._host
 
 
-class HostMasks:
-    """Masks found in one round, to be used from the next (on a CPU: at once)."""
+class Handover:
+    """Tensors that one round computes on the device and the host uses from the next (on a CPU: at once)."""
 
     def __init__(self) -> None:
-        self._pending: tuple[Sequence[str], HostCopy, HostCopy | None] | None = None
+        self._pending: dict[str, HostCopy] | None = None
         self.always_late = False  # on a CPU too, for tests
 
-    def put(self, request_ids: Sequence[str], masks: Tensor, evidence: Tensor | None = None) -> bool:
-        """Put the masks of one round; whether they are to be taken at once.
+    def put(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Hand over the tensors of a round; whether they are to be taken at once."""
+        self._pending = {name: HostCopy(tensor.contiguous()) for name, tensor in tensors.items()}
+        return not self.always_late and all(tensor.device.type == "cpu" for tensor in tensors.values())
 
-        Args:
-            masks: [n, budgets, num_layers, 2] bool on the device, in the order of the requests, and
-                after those any others.
-            evidence: what else the pass found, on the device.
-        """
-        self._pending = (
-            request_ids,
-            HostCopy(masks.contiguous()),
-            None if evidence is None else HostCopy(evidence),
-        )
-        return masks.device.type == "cpu" and not self.always_late
-
-    def take(self) -> tuple[Sequence[str], Tensor, Tensor | None] | None:
+    def take(self) -> dict[str, Tensor] | None:
         """What was put last, once."""
-        if self._pending is None:
-            return None
-        request_ids, masks, evidence = self._pending
-        self._pending = None
-        return request_ids, masks.get(), None if evidence is None else evidence.get()
+        pending, self._pending = self._pending, None
+        return None if pending is None else {name: copy.get() for name, copy in pending.items()}
 
 
 class HostFlag:

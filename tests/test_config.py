@@ -63,8 +63,8 @@ BAD = [
         ["adaptive=['exit']", "draft_exit_threshold fixes it"],
     ),
     (
-        {"method": "knn_ssd", "calibration": "x", "adaptive": ["sharing"]},
-        ["adaptive=['sharing']", "method: knn_ssd fixes the layers"],
+        {"method": "knn_ssd", "calibration": "x", "adaptive": ["layers"]},
+        ["adaptive=['layers']", "method: knn_ssd fixes them"],
     ),
     (
         {"method": "clasp", "num_speculative_tokens_per_batch_size": [[1, 2, "3"]]},
@@ -185,7 +185,7 @@ def test_what_a_key_fixes_is_not_chosen(settings, budgets):
         ({"method": "clasp", "adaptive": []}, ()),
         (
             {"method": "clasp", "num_skipped_layers": 3, "draft_exit_threshold": 0.5},
-            ("length", "sharing", "speculation"),
+            ("length", "speculation"),
         ),
         ({"method": "clasp", "mask_memory": 0}, ("layers", "length", "exit", "speculation")),
         ({"method": "layer_skip"}, ()),

@@ -29,7 +29,6 @@ KNOWN = 0.16  # where it ends up after many tokens
 MEAN_RATE = 0.02  # how far one token moves the mean to the offsets
 POSITION_SPREAD, POSITION_DRIFT = 0.5, 2e-4  # the same of the offsets of positions
 ENOUGH_TOKENS = 16.0  # at a position, for its own offset to count half; else the one before it does
-SHARING_RATE = 0.04
 FORGET_ROUND = 1e-3  # of what may not be in use, each round
 FORGET = 1 / 64  # what passes forget of the curve, for each sequence optimised
 PRIOR_PASSES = 8.0  # how many the first guess of the curve counts for
@@ -96,7 +95,6 @@ class AcceptanceEvidence:
         self._position = np.zeros((2, longest))  # by kind; the first stays 0
         self._position_variance = np.full((2, longest), POSITION_SPREAD)
         self._position_tokens = np.zeros((2, longest))
-        self.sharing = 0.0
         self.continuation_prob = np.full((2, longest), 0.95)  # of all drafts, and of those right so far
         self._lengths = np.ones((2, longest))
         self._steps = np.arange(longest)
@@ -118,7 +116,6 @@ class AcceptanceEvidence:
         self,
         slots: np.ndarray,
         budget: int,
-        shared: bool,
         first: np.ndarray,
         accepted: np.ndarray,
         refused: np.ndarray,
@@ -128,7 +125,6 @@ class AcceptanceEvidence:
         Args:
             slots: [rows] int64.
             budget: the one in use.
-            shared: whether a shared mask was.
             first: [rows] int64 tokens that a draft begins with and that are no evidence.
             accepted: [rows] int64 draft tokens accepted, those included.
             refused: [rows] bool, whether a token was refused after these.
@@ -136,15 +132,13 @@ class AcceptanceEvidence:
         if not len(slots):
             return
         seen, won = self._outcomes(first, accepted, refused)
-        expected = self.acceptance(slots)[int(shared), :, budget]
+        expected = self.acceptance(slots)[:, budget]
         kinds, error = self.kind[slots], (won - expected) * seen
         self.drafts.add(slots, kinds, expected, won, seen)
         for kind in (0, 1):
             self._add_positions(
                 kind, error[kinds == kind], (expected * seen)[kinds == kind], seen[kinds == kind]
             )
-        if shared:
-            self.sharing = min(max(self.sharing + SHARING_RATE * float(error.sum()), -LIMIT), 1.0)
 
     def _add_positions(self, kind: int, error: Array, expected: Array, seen: Flags) -> None:
         information, tokens = (expected * (1 - expected)).sum(0), seen.sum(0)
@@ -172,7 +166,6 @@ class AcceptanceEvidence:
     def forget(self, rounds: int = 1) -> None:
         """Count rounds: what is not in use is not tried either, so verdicts on it do not last for ever."""
         kept = (1 - FORGET_ROUND) ** rounds
-        self.sharing *= kept
         self.ngrams.forget(self.kind, 1 - kept)
         self._position_tokens *= kept
 
@@ -197,9 +190,7 @@ class AcceptanceEvidence:
         return offset
 
     def acceptance(self, slots: np.ndarray, optimism: float = 0.0) -> Array:
-        """[2, rows, budgets, longest]: that a token is accepted if those before it were.
-
-        With its own mask, and with a shared one.
+        """[rows, budgets, longest]: that a token is accepted if those before it were.
 
         Args:
             optimism: standard deviations of what is not yet known of a sequence, added to its estimate.
@@ -209,7 +200,7 @@ class AcceptanceEvidence:
         offset = self.drafts.offset[slots] + optimism * np.sqrt(unknown)
         own = np.log(curve / (1 - curve)) + offset[:, None]
         own = own[..., None] + self.positions()[self.kind[slots]][:, None]
-        return _probability(np.stack((own, own + self.sharing)))
+        return _probability(own)
 
 
 def _probability(logit: Array) -> Array:

@@ -40,7 +40,7 @@ WORDS = {
 
 
 class Controller:
-    """Chooses the budget, the draft length, shared masks and how often to optimise, each round.
+    """Chooses the budget, the draft length and how often to optimise, each round.
 
     Attributes:
         requested_draft_length: tokens that the next round should have room for. Where the scheduler makes
@@ -72,8 +72,8 @@ class Controller:
             shares: of attention and MLP in what a layer costs.
             longest: draft tokens at most.
             interval: rounds between two passes for a sequence, where that is fixed.
-            open_choices: what is to be chosen, of length, sharing and speculation. Else drafts are as long as
-                allowed, masks each sequence's own, and speculation is always on.
+            open_choices: what is to be chosen, of length and speculation. Else drafts are as long as
+                allowed, and speculation is always on.
             padded: whether drafts that stop early are verified in full length all the same.
             drop_stopped: whether rows that stop early leave the batch of the draft.
             ranks: that run the layers together. They must choose alike, so with more than one
@@ -167,7 +167,6 @@ class Controller:
         self,
         slots: np.ndarray,
         masks: Tensor,
-        shared_mask: Tensor,
         allowed: int,
         match_lengths: np.ndarray | None = None,
         version: int | None = None,
@@ -177,14 +176,13 @@ class Controller:
         Args:
             slots: [rows] int64.
             masks: [capacity, budgets, num_layers, 2] bool, each sequence's own.
-            shared_mask: [budgets, num_layers, 2] bool.
             allowed: draft tokens that there is room for in this round.
             match_lengths: [rows] int64, of prompt-lookup matches, if they have been looked up.
             version: another one whenever a mask has changed.
         """
         rows, costs = len(slots), self._corrected()
         match_lengths = np.zeros(rows, dtype=np.int64) if match_lengths is None else match_lengths
-        choice = self._decide(costs, Sequences(slots, masks, shared_mask, match_lengths, version))
+        choice = self._decide(costs, Sequences(slots, masks, match_lengths, version))
         self.gate.decide(choice, self._optimistic, float(costs.plain(rows, self._num_layers)))
         self.requested_draft_length = max(choice.length, choice.ngram) if self.gate.asks else 0
         self._explain(choice, costs, slots)
@@ -227,19 +225,19 @@ class Controller:
         return due and speculating and self._may_stop
 
     def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray) -> None:
-        plan = choice.budget, choice.length, choice.shared, choice.ngram
+        plan = choice.budget, choice.length, choice.ngram
         made = len(slots), *plan, self.gate.state
         if made == self._logged:
             return
         self._logged = made
-        acceptance = self.evidence.acceptance(slots)[int(choice.shared), :, choice.budget].mean(0)
+        acceptance = self.evidence.acceptance(slots)[:, choice.budget].mean(0)
         skipped = self._budgets[choice.budget]
         plain = 1000 * float(costs.plain(len(slots), self._num_layers))
         step = 1000 * float(costs.draft(len(slots), self._num_layers - skipped))
         self._log(
             f"{len(slots)} sequences: {WORDS[self.gate.state]}; "
-            f"best: {choice.length} tokens with {skipped} of {self._num_layers} layers skipped"
-            f"{' by all alike' if choice.shared else ''}, {choice.ngram} by prompt lookup, "
+            f"best: {choice.length} tokens with {skipped} of {self._num_layers} layers skipped, "
+            f"{choice.ngram} by prompt lookup, "
             f"stopping when the chance of all falls under {choice.floor:.2f}, "
             f"expected {choice.ratio:.2f} times plain decoding (acceptance "
             f"{' '.join(f'{chance:.2f}' for chance in acceptance)}, "
@@ -281,13 +279,10 @@ class Controller:
             self._corrected(), self._num_layers, self._budgets[-1], choice, rows, kept
         )
 
-    def findings(self, agree: Tensor) -> Tensor:
-        """What an optimisation pass found, to share: a float32 vector.
+    def learn(self, agree: np.ndarray) -> None:
+        """Take in what an optimisation pass shows, as shared by rank 0.
 
-        ``agree``: [rows, budgets] bool, the budget's state predicts the full model's token.
+        Args:
+            agree: [rows, budgets], 1 where the budget's state predicts the target's token.
         """
-        return agree.float().flatten()
-
-    def learn(self, findings: np.ndarray) -> None:
-        """Take in what a pass found, as shared by rank 0."""
-        self.evidence.add_pass(findings.reshape(-1, len(self._budgets)) > 0.5)
+        self.evidence.add_pass(agree > 0.5)

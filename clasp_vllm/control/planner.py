@@ -35,7 +35,6 @@ class Choice:
     Attributes:
         budget: index of the budget chosen.
         length: draft steps at most; 0 = none.
-        shared: whether all rows skip the same layers.
         ngram: tokens to take at most from prompt-lookup matches, for the rows that have one, which
             are not drafted for. 0 = none.
         ratio: tokens per second expected, over plain decoding's.
@@ -47,7 +46,6 @@ class Choice:
 
     budget: int
     length: int
-    shared: bool
     ngram: int = 0
     ratio: float = 1.0
     seconds: float = 0.0
@@ -89,7 +87,7 @@ class Ngrams:
         rate = tokens / seconds
         at = int(np.argmax(rate))
         ratio = float(rate[at]) / rows * float(costs.plain(rows, num_layers))
-        return Choice(0, 0, False, at + 1, ratio, float(seconds[at]), float(tokens[at]))
+        return Choice(0, 0, at + 1, ratio, float(seconds[at]), float(tokens[at]))
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,8 @@ class Batch:
     Attributes:
         costs: of forward passes.
         num_layers: of the target.
-        acceptance: [kinds, rows, budgets, longest] the alphas above, with each row's own mask and, if there
-            are two kinds, with a shared one.
-        layers: [kinds, budgets] layers that a draft step of these rows runs.
+        acceptance: [rows, budgets, longest] the alphas above.
+        layers: [budgets] layers that a draft step of these rows runs.
         continuation_prob: [2, longest] the probability that drafting goes on after the k-th token, of all
             drafts, and of those whose tokens so far will be accepted: the c above.
         lengths: draft lengths to choose from, ascending; none is always one.
@@ -121,36 +118,36 @@ class Batch:
     @property
     def rows(self) -> int:
         """How many."""
-        return int(self.acceptance.shape[1])
+        return int(self.acceptance.shape[0])
 
     @property
     def longest(self) -> int:
         """The greatest draft length."""
-        return int(self.acceptance.shape[3])
+        return int(self.acceptance.shape[2])
 
     @cached_property
     def chances(self) -> Array:
-        """[kinds, rows, budgets, longest] that a sequence advances by each token."""
+        """[rows, budgets, longest] that a sequence advances by each token."""
         chances: Array = np.cumprod(self.acceptance, axis=-1) * _before(self.continuation_prob[1])
         return chances
 
     def advanced(self) -> Array:
-        """[kinds, rows, budgets, longest + 1] tokens gained with 0, 1, ... draft tokens."""
+        """[rows, budgets, longest + 1] tokens gained with 0, 1, ... draft tokens."""
         return _from_zero(np.cumsum(self.chances, axis=-1))
 
     @cached_property
     def alive_prob(self) -> Array:
-        """[kinds, budgets, longest] chance that a row is still drafted for at each step.
+        """[budgets, longest] chance that a row is still drafted for at each step.
 
         What is gained must have been drafted, so it is never less than the chance of that.
         """
-        gained = self.chances.sum(1) / max(self.rows, 1)
+        gained = self.chances.sum(0) / max(self.rows, 1)
         alive_prob: Array = np.maximum(_before(self.continuation_prob[0]), gained)
         alive_prob[..., 0] = 1.0
         return alive_prob
 
     def drafting(self) -> Array:
-        """[kinds, budgets, longest + 1] seconds of the draft steps."""
+        """[budgets, longest + 1] seconds of the draft steps."""
         alive_prob = self.alive_prob
         runs = 1 - (1 - alive_prob) ** self.rows  # the step is run at all
         in_step = np.full(runs.shape, float(self.rows))
@@ -160,7 +157,7 @@ class Batch:
         return _from_zero(np.cumsum(steps, axis=-1))
 
     def drafted(self) -> Array:
-        """[kinds, budgets, longest + 1] tokens of a row to verify besides the last sampled one."""
+        """[budgets, longest + 1] tokens of a row to verify besides the last sampled one."""
         alive_prob = self.alive_prob
         return _from_zero(np.cumsum(np.ones_like(alive_prob) if self.padded else alive_prob, axis=-1))
 
@@ -173,13 +170,13 @@ class Batch:
         may gain."""
         if not choice.length:
             return 0.0
-        drafted = self.drafted()[int(choice.shared), choice.budget, choice.length]
+        drafted = self.drafted()[choice.budget, choice.length]
         rows, tokens = self.rows, self.rows * (1 + drafted)
-        layers = self.layers[int(choice.shared), choice.budget]
+        layers = self.layers[choice.budget]
         seconds = float(self.costs.draft(rows, layers)) / rows
         if not self.padded:
             seconds += max(float(self.verify(tokens + 1) - self.verify(tokens)), 0.0)
-        gained = self.acceptance[int(choice.shared), :, choice.budget, 1:]
+        gained = self.acceptance[:, choice.budget, 1:]
         alpha = float(gained.mean()) if gained.size else 1.0
         return min(choice.tokens / choice.seconds * seconds / max(alpha, 0.1), HIGHEST_FLOOR)
 
@@ -191,20 +188,20 @@ def choose(batch: Batch, ngrams: Ngrams | None = None) -> Choice:
         ngrams: matches of further rows. Some of their tokens are verified as they are.
     """
     rows, ngram_rows = batch.rows, 0 if ngrams is None else len(ngrams.lengths)
-    tokens = rows + batch.advanced().sum(1)  # [kinds, budgets, longest + 1]
+    tokens = rows + batch.advanced().sum(0)  # [budgets, longest + 1]
     extra_tokens, extra_verified = (np.zeros(1),) * 2 if ngrams is None else ngrams.take(batch.longest)
-    # [kinds, budgets, longest + 1, taken + 1]
+    # [budgets, longest + 1, taken + 1]
     tokens = tokens[..., None] + extra_tokens
     verified = rows * (1 + batch.drafted()[..., None]) + extra_verified
     allowed = np.zeros(tokens.shape, dtype=bool)
-    allowed[:, :, list(batch.lengths) if rows else []] = True
+    allowed[:, list(batch.lengths) if rows else []] = True
     if ngrams is None:
-        allowed[:, :, 0] = False  # that is not to speculate
+        allowed[:, 0] = False  # that is not to speculate
     else:
-        allowed[:, :, 0] = True
+        allowed[:, 0] = True
         allowed[..., 0] = False
         if batch.padded:
-            widest = np.maximum(*np.indices(tokens.shape[2:]))  # [longest + 1, taken + 1]
+            widest = np.maximum(*np.indices(tokens.shape[1:]))  # [longest + 1, taken + 1]
             verified = (rows + ngram_rows) * (1 + widest)
             allowed &= np.isin(widest, batch.lengths)
     seconds = batch.drafting()[..., None] + batch.verify(verified)
@@ -215,12 +212,12 @@ def choose(batch: Batch, ngrams: Ngrams | None = None) -> Choice:
 
 
 def _best(batch: Batch, rows: int, tokens: Array, seconds: Array, allowed: np.ndarray) -> Choice:
-    """Of all ways, [kinds, budgets, longest + 1, n-gram tokens taken + 1], that of most tokens per second."""
+    """Of all ways, [budgets, longest + 1, n-gram tokens taken + 1], that of most tokens per second."""
     rate = np.where(allowed, tokens / seconds, 0.0)
     best = np.unravel_index(np.argmax(rate), rate.shape)
-    shared, budget, length, ngram = (int(i) for i in best)
+    budget, length, ngram = (int(i) for i in best)
     ratio = float(rate[best]) / (rows / float(batch.costs.plain(rows, batch.num_layers)))
-    choice = Choice(budget, length, bool(shared), ngram, ratio, float(seconds[best]), float(tokens[best]))
+    choice = Choice(budget, length, ngram, ratio, float(seconds[best]), float(tokens[best]))
     return replace(choice, floor=batch.floor(choice))
 
 

@@ -15,7 +15,6 @@ from clasp_vllm.control.planner import WORTH_IT, Batch, Choice, Ngrams, choose, 
 
 MAX_BATCHES = 256  # sets of sequences, of which what draft steps run is kept
 SKIPPING_EVERY = 8  # rounds with prompt-lookup matches, after which drafts by skipping are priced anew
-MASKS_TO_SHARE = 2  # rows from which on
 
 
 @dataclass(frozen=True)
@@ -25,14 +24,12 @@ class Sequences:
     Attributes:
         slots: [rows] int64, of the ``SequenceTable``.
         masks: [capacity, budgets, num_layers, 2] bool, each sequence's own.
-        shared_mask: [budgets, num_layers, 2] bool.
         match_lengths: [rows] int64, of prompt-lookup matches; 0 = there is none.
         version: another one whenever a mask has changed; None: not known.
     """
 
     slots: np.ndarray
     masks: Tensor
-    shared_mask: Tensor
     match_lengths: np.ndarray
     version: int | None
 
@@ -53,7 +50,6 @@ class Pricing:
         self._num_layers = num_layers
         self._shares = shares
         self._longest = longest
-        self._may_share = "sharing" in open_choices
         self._padded = padded
         self._drop_stopped = drop_stopped
         self._lengths: Sequence[int] = [longest]
@@ -118,14 +114,13 @@ class Pricing:
         layers = self._layers.get(slots.tobytes())
         if layers is None:  # worked out once for each set of sequences, until a mask changes
             own = of.masks[torch.from_numpy(slots)].all(0)
-            layers = self._shares.layers_run(torch.stack((own, of.shared_mask))).numpy()
+            layers = self._shares.layers_run(own).numpy()
             self._layers[slots.tobytes()] = layers
-        kinds = 2 if self._may_share and len(rows) >= MASKS_TO_SHARE else 1
         return Batch(
             costs,
             self._num_layers,
-            evidence.acceptance(slots, optimism)[:kinds],
-            layers[:kinds],
+            evidence.acceptance(slots, optimism),
+            layers,
             evidence.continuation_prob,
             self._lengths,
             self._padded,

@@ -112,7 +112,6 @@ class VerificationOutcomes:
         self._evidence.add_verified(
             slots[ours],
             drafts.choice.budget,
-            drafts.choice.shared,
             first[ours],
             accepted[ours],
             refused[ours],

@@ -127,13 +127,13 @@ class Drafter:
         sampling = np.zeros(rows, dtype=bool) if batch.sampling is None else batch.sampling
         slots, started = self._slots(batch.request_ids, sampling)
         self.policy.apply()
-        choice, match_lengths = Choice(len(self.options.budgets) - 1, num_tokens, False), None
+        choice, match_lengths = Choice(len(self.options.budgets) - 1, num_tokens), None
         if self.controller is not None:
-            masks = self.sequences.masks, self.sequences.shared_mask
+            masks = self.sequences.masks
             self.controller.rank_sync.exchange(self.controller.gate, self._share, device)
             if batch.ngrams is not None:
                 match_lengths = self.controller.ngram_lengths.predict(slots, started, batch.ngrams.lengths)
-            choice = self.controller.choose(slots, *masks, num_tokens, match_lengths, self.sequences.version)
+            choice = self.controller.choose(slots, masks, num_tokens, match_lengths, self.sequences.version)
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         drawn, looked_up = np.full((rows, num_tokens), -1), np.zeros(rows, dtype=bool)
@@ -149,7 +149,7 @@ class Drafter:
             skip_drafts = self._draft_by_skipping(
                 batch.select(skipping),
                 slots[skipping],
-                slots,
+                rows,
                 choice,
                 lambda hidden, positions, step, of: sample(hidden, positions, step, skipping[of]),
             )
@@ -201,20 +201,20 @@ class Drafter:
         self,
         batch: DraftBatch,
         slots: np.ndarray,
-        running: np.ndarray,
+        running: int,
         choice: Choice,
         sample: Sample,
     ) -> LayerSkipDraft:
         """Draft for the rows with layers left out, after choosing these anew where that is due.
 
-        ``running``: slots of all sequences of the round.
+        ``running``: sequences of the round, whatever is drafted for them.
         """
         rows, device = len(batch), batch.tokens.device
         started = DeviceEvent(device)
-        due = self.policy.due(slots, self._interval(choice, len(running)))
+        due = self.policy.due(slots, self._interval(choice, running))
         exact = None
         if due.size:
-            exact = self.policy.optimize(batch.select(due), slots[due], running)
+            exact = self.policy.optimize(batch.select(due), slots[due])
         optimized = DeviceEvent(device)
         if self._plans is None:
             self._plans = Plans(self.sequences, device)

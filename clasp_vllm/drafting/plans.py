@@ -33,13 +33,11 @@ class Plans:
     def __init__(self, sequences: SequenceTable, device: torch.device) -> None:
         self._sequences = sequences
         self._device = device
-        self._plans: dict[tuple[bytes, int, bool], Plan] = {}
+        self._plans: dict[tuple[bytes, int], Plan] = {}
         self._version = -1
 
     def masks(self, slots: np.ndarray, choice: Choice) -> Tensor:
         """[rows, num_layers, 2] bool on the host, what each row skips."""
-        if choice.shared:
-            return self._sequences.shared_mask[choice.budget].expand(len(slots), -1, -1)
         return self._sequences.masks[torch.from_numpy(slots), choice.budget]
 
     def plan(self, slots: np.ndarray, choice: Choice) -> Plan:
@@ -47,7 +45,7 @@ class Plans:
         if self._version != self._sequences.version or len(self._plans) >= MAX_PLANS:
             self._plans.clear()
             self._version = self._sequences.version
-        key = b"" if choice.shared else slots.tobytes(), choice.budget, choice.shared
+        key = slots.tobytes(), choice.budget
         plan = self._plans.get(key)
         if plan is None:
             masks = self.masks(slots, choice)

@@ -40,12 +40,11 @@ class Policy:
         """
         return np.empty(0, dtype=np.int64)
 
-    def optimize(self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray) -> Tensor:
+    def optimize(self, batch: DraftBatch, slots: np.ndarray) -> Tensor:
         """Choose the masks of a batch anew, by a pass that runs the full model on its last tokens.
 
         Args:
             slots: [rows] int64 of the batch.
-            running: slots of all sequences now drafted for.
 
         Returns:
             [rows, hidden_size] the full model's final hidden states.

@@ -32,7 +32,6 @@ class SequenceTable:
         """Forget all sequences."""
         capacity, initial_mask = self.capacity, self._first_mask
         self.initial_mask = initial_mask
-        self.shared_mask = initial_mask  # where all sequences of a batch skip the same layers
         self.masks = initial_mask.repeat(capacity, 1, 1, 1)  # [capacity, budgets, num_layers, 2]
         self.changed = 0  # masks set that were not as before
         self.has_own = np.zeros(capacity, dtype=bool)  # whether its own mask has been found
@@ -93,11 +92,6 @@ class SequenceTable:
         """Change the [budgets, num_layers, 2] masks of sequences whose own has not been found."""
         self.initial_mask = mask
         self.masks[torch.from_numpy(~self.has_own)] = mask
-        self.version += 1
-
-    def set_shared_mask(self, mask: Tensor) -> None:
-        """Change the [budgets, num_layers, 2] masks for batches whose sequences skip the same layers."""
-        self.shared_mask = mask
         self.version += 1
 
     def due(self, slots: np.ndarray, interval: int, limit: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clasp_vllm.device import HostCopy, HostMasks, to_device
+from clasp_vllm.device import Handover, HostCopy, to_device
 from clasp_vllm.drafting.batch import DraftBatch
 from clasp_vllm.drafting.passes import Passes
 from clasp_vllm.drafting.policy import Policy
@@ -47,7 +47,8 @@ class Clasp(Policy):
         self._max_skipped = budgets[-1]
         self._max_requests = max_requests
         self._share = share
-        self._new_masks = HostMasks()
+        self._handover = Handover()
+        self._passed: Sequence[str] = ()  # the requests of the last pass
         # Of the last pass, and of the one before, which has come to the host for certain.
         self._similarities: tuple[HostCopy | None, HostCopy | None] = (None, None)
 
@@ -70,18 +71,16 @@ class Clasp(Policy):
 
     def apply(self) -> None:
         """See ``Policy``."""
-        ready = self._new_masks.take()
+        ready = self._handover.take()
         if ready is None:
             return
-        request_ids, masks, findings = ready
-        if self.evidence is not None:
-            self._sequences.set_initial_mask(masks[-2])
-            self._sequences.set_shared_mask(masks[-1])
-        self._sequences.set_masks(request_ids, masks[: len(request_ids)])
-        if self.controller is not None and findings is not None:
-            self.controller.learn(findings.numpy())
+        if "initial_mask" in ready:
+            self._sequences.set_initial_mask(ready["initial_mask"])
+        self._sequences.set_masks(self._passed, ready["masks"])
+        if self.controller is not None and "agree" in ready:
+            self.controller.learn(ready["agree"].numpy())
 
-    def optimize(self, batch: DraftBatch, slots: np.ndarray, running: np.ndarray) -> Tensor:
+    def optimize(self, batch: DraftBatch, slots: np.ndarray) -> Tensor:
         """See ``Policy``."""
         prior, device = None, batch.tokens.device
         if self.evidence is not None:
@@ -97,16 +96,18 @@ class Clasp(Policy):
         choices = margins > 0
         if self.evidence is not None:
             self.evidence.update(on_device, margins, prior, programme.means)
-            known = self._sequences.has_own[running] | np.isin(running, slots)
-            shared = self.evidence.shared_choices(to_device(running, device), to_device(~known, device))
-            choices = torch.cat((choices, self.evidence.overall_choices(), shared), dim=2)
+            choices = torch.cat((choices, self.evidence.overall_choices()), dim=2)
         self._budgets = self._budgets.to(device)  # and there it stays: a copy would wait for it
-        skipped = backtrack_all(choices, self._budgets)
-        findings = None
+        skipped = backtrack_all(choices, self._budgets)  # [rows, budgets, num_layers], perhaps one row more
+        masks = skipped.unsqueeze(-1).expand(*skipped.shape, 2)
+        result = {"masks": masks[: len(batch)]}
+        if self.evidence is not None:
+            result["initial_mask"] = masks[len(batch)]
         if self.controller is not None:
             agree = self._passes.agreement(programme, self._budgets)
-            findings = self._share(self.controller.findings(agree))
-        if self._new_masks.put(batch.request_ids, skipped.unsqueeze(-1).expand(*skipped.shape, 2), findings):
+            result["agree"] = self._share(agree.float())
+        self._passed = batch.request_ids
+        if self._handover.put(result):
             self.apply()
         return hidden
 

@@ -74,9 +74,3 @@ class SkipEvidence:
     def overall_choices(self) -> Tensor:
         """[num_layers, columns, 1] bool, the choices of the average over all sequences."""
         return (self._overall > 0).unsqueeze(-1)
-
-    def shared_choices(self, slots: Tensor, fresh: Tensor) -> Tensor:
-        """[num_layers, columns, 1] bool, the choices by the mean similarity over a batch, as ``prior``."""
-        margins = self.prior(slots, fresh)
-        assert margins is not None
-        return (margins.mean(2) > 0).unsqueeze(-1)

@@ -17,25 +17,23 @@ def evidence(capacity: int = 4) -> AcceptanceEvidence:
     return AcceptanceEvidence(capacity, BUDGETS, 24, LONGEST)
 
 
-def verify(
-    learnt: AcceptanceEvidence, slot: int, accepted: int, budget: int = 2, shared: bool = False
-) -> None:
+def verify(learnt: AcceptanceEvidence, slot: int, accepted: int, budget: int = 2) -> None:
     """Drafts of four tokens of which so many are accepted."""
     refused = np.array([accepted < LONGEST])
-    learnt.add_verified(np.array([slot]), budget, shared, NONE, np.array([accepted]), refused)
+    learnt.add_verified(np.array([slot]), budget, NONE, np.array([accepted]), refused)
 
 
 def test_the_first_guess_falls_with_the_budget():
     acceptance = evidence().acceptance(np.array([0, 1]))
-    assert acceptance.shape == (2, 2, 4, LONGEST)
-    assert (np.diff(acceptance, axis=2) < 0).all()
+    assert acceptance.shape == (2, 4, LONGEST)
+    assert (np.diff(acceptance, axis=1) < 0).all()
 
 
 def test_passes_tell_which_budgets_are_worth_trying():
     learnt = evidence()
     for _ in range(100):
         learnt.add_pass(np.array([[True, True, True, False]]))
-    acceptance = learnt.acceptance(np.array([0]))[0, 0, :, 0]
+    acceptance = learnt.acceptance(np.array([0]))[0, :, 0]
     assert (acceptance[:3] > 0.95).all()
     assert acceptance[3] < 0.05
 
@@ -44,7 +42,7 @@ def test_skipping_more_is_never_thought_better():
     learnt = evidence()
     for _ in range(20):
         learnt.add_pass(np.array([[True, False, True, True]]))
-    assert (np.diff(learnt.acceptance(np.array([0]))[0, 0], axis=0) <= 0).all()
+    assert (np.diff(learnt.acceptance(np.array([0]))[0], axis=0) <= 0).all()
 
 
 def test_verification_finds_a_sequences_acceptance():
@@ -56,21 +54,21 @@ def test_verification_finds_a_sequences_acceptance():
             tokens = random.random(4) < alpha
             verify(learnt, slot, 4 if tokens.all() else int(np.argmin(tokens)))
         if round_ >= 100:
-            means.append(learnt.acceptance(np.array([0, 1]))[0, :, 2, 0])
+            means.append(learnt.acceptance(np.array([0, 1]))[:, 2, 0])
     low, high = np.mean(means, axis=0)
     assert abs(low - 0.3) < 0.05
     assert abs(high - 0.9) < 0.05
 
 
-def test_hope_is_for_what_is_not_known():
+def test_optimism_is_for_what_is_not_known():
     learnt, slots = evidence(), np.array([0, 1])
     for _ in range(20):
         verify(learnt, 0, 2)
     before, optimistic = learnt.acceptance(slots), learnt.acceptance(slots, optimism=1.0)
     gained = np.log(optimistic / (1 - optimistic)) - np.log(before / (1 - before))
-    assert np.allclose(gained[:, 1], (SPREAD - KNOWN) ** 0.5)
-    assert (gained[:, 0] > 0).all()
-    assert (gained[:, 0] < 0.5).all()
+    assert np.allclose(gained[1], (SPREAD - KNOWN) ** 0.5)
+    assert (gained[0] > 0).all()
+    assert (gained[0] < 0.5).all()
 
 
 def test_a_few_tokens_tell_a_new_sequence_from_the_mean():
@@ -78,10 +76,10 @@ def test_a_few_tokens_tell_a_new_sequence_from_the_mean():
     learnt = evidence()
     learnt.drafts.mean[:] = 1.0
     learnt.start(0)
-    before = learnt.acceptance(np.array([0]))[0, 0, 1, 0]
+    before = learnt.acceptance(np.array([0]))[0, 1, 0]
     for _ in range(2):
         verify(learnt, 0, 0, budget=1)
-    assert learnt.acceptance(np.array([0]))[0, 0, 1, 0] < before - 0.15
+    assert learnt.acceptance(np.array([0]))[0, 1, 0] < before - 0.15
 
 
 def test_what_is_known_well_moves_slowly():
@@ -89,9 +87,9 @@ def test_what_is_known_well_moves_slowly():
     for _ in range(100):
         for accepted in (0, 4):
             verify(learnt, 0, accepted)
-    known = learnt.acceptance(np.array([0]))[0, 0, 2, 0]
+    known = learnt.acceptance(np.array([0]))[0, 2, 0]
     verify(learnt, 0, 0)
-    assert abs(learnt.acceptance(np.array([0]))[0, 0, 2, 0] - known) < 0.1
+    assert abs(learnt.acceptance(np.array([0]))[0, 2, 0] - known) < 0.1
 
 
 def test_acceptance_by_position():
@@ -99,17 +97,17 @@ def test_acceptance_by_position():
     random, learnt = np.random.default_rng(0), evidence()
     for _ in range(400):
         verify(learnt, 0, 2 + int(random.random() < 0.1) * int(random.random() < 0.5))
-    first, _, third, fourth = learnt.acceptance(np.array([0]))[0, 0, 2]
+    first, _, third, fourth = learnt.acceptance(np.array([0]))[0, 2]
     assert first > 0.85
     assert third < 0.3
     assert fourth < 0.4
-    assert learnt.acceptance(np.array([1]))[0, 0, 2, 2] < learnt.acceptance(np.array([1]))[0, 0, 2, 0]
+    assert learnt.acceptance(np.array([1]))[0, 2, 2] < learnt.acceptance(np.array([1]))[0, 2, 0]
 
 
 def test_positions_not_seen_are_taken_for_those_before():
     learnt = evidence()
     for _ in range(300):
-        learnt.add_verified(np.array([0]), 2, False, NONE, np.array([1]), np.array([True]))
+        learnt.add_verified(np.array([0]), 2, NONE, np.array([1]), np.array([True]))
     positions = learnt.positions()[0]
     assert positions[0] == 0
     assert positions[1] < -1
@@ -134,8 +132,8 @@ def test_new_sequences_inherit_the_mean_of_their_kind():
         verify(learnt, 1, 0, budget=1)
     learnt.start(2)
     learnt.start(3, sampling=True)
-    greedy, sampled = learnt.acceptance(np.array([2, 3]))[0, :, 1, 0]
-    assert greedy > evidence().acceptance(np.array([0]))[0, 0, 1, 0] > sampled
+    greedy, sampled = learnt.acceptance(np.array([2, 3]))[:, 1, 0]
+    assert greedy > evidence().acceptance(np.array([0]))[0, 1, 0] > sampled
 
 
 def test_the_mean_holds_still_however_many_there_are():
@@ -146,26 +144,17 @@ def test_the_mean_holds_still_however_many_there_are():
         for _ in range(max(12, 200 // count)):
             for slot in slots:
                 learnt.start(slot)
-            starts.append(float(learnt.acceptance(slots)[0, :, 2, 0].mean()))
+            starts.append(float(learnt.acceptance(slots)[:, 2, 0].mean()))
             for _ in range(40):
                 tokens = random.random((count, 4)) < 0.6
                 accepted = np.where(tokens.all(1), 4, tokens.argmin(1))
                 first = np.zeros(count, dtype=np.int64)
-                learnt.add_verified(slots, 2, False, first, accepted, accepted < 4)
+                learnt.add_verified(slots, 2, first, accepted, accepted < 4)
         assert abs(np.mean(starts[-5:]) - 0.6) < 0.1
         assert np.ptp(starts[-5:]) < 0.3
 
 
-def test_a_shared_masks_acceptance_is_its_own():
-    learnt = evidence()
-    for _ in range(200):
-        learnt.add_verified(np.array([0]), 1, False, NONE, np.array([3]), np.array([False]))
-        verify(learnt, 0, 0, budget=1, shared=True)
-    own, shared = learnt.acceptance(np.array([0]))[:, 0, 1, 0]
-    assert own > shared
-
-
-def test_of_what_the_context_offers_less_is_thought_where_tokens_are_drawn():
+def test_matches_start_lower_where_tokens_are_drawn():
     learnt = evidence()
     learnt.start(1, sampling=True)
     greedy, sampled = learnt.ngram_acceptance(np.array([0, 1]))
@@ -203,7 +192,7 @@ def outcome(
         def add_ngrams(self, slots, accepted, refused):
             pass
 
-        def add_verified(self, slots, budget, shared, first, accepted, refused):
+        def add_verified(self, slots, budget, first, accepted, refused):
             calls.append((slots.tolist(), first.tolist(), accepted.tolist(), refused.tolist()))
 
         def add_lengths(self, lengths, limits, accepted):
@@ -214,7 +203,7 @@ def outcome(
 
     outcomes = VerificationOutcomes(Recorder(), Recorder(), 8)
     lengths = torch.tensor(lengths)
-    choice, limits = Choice(1, limit, False), np.full(2, limit)
+    choice, limits = Choice(1, limit), np.full(2, limit)
     if confidence is not None:
         confidence = torch.tensor(confidence)
     looked_up = np.zeros(2, dtype=bool)
@@ -257,7 +246,7 @@ def test_a_certain_token_is_no_evidence():
     assert outcome([4, 4], [True, False], [4, 4], [3, 4])[0][0] == ([5, 7], [1, 0], [1, 0], [True, True])
     assert outcome([1, 1], [True, False], [1, 1], [0, 0])[0][0] == ([5, 7], [1, 0], [1, 1], [False, False])
     learnt = evidence()
-    learnt.add_verified(np.array([0]), 2, False, np.array([1]), np.array([0]), np.array([True]))
+    learnt.add_verified(np.array([0]), 2, np.array([1]), np.array([0]), np.array([True]))
     assert learnt.drafts.offset[0] == 0  # a near-tie
 
 

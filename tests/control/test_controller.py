@@ -37,7 +37,7 @@ def chosen(adaptive: Controller, rows: int, rounds: int, room: bool = False) -> 
     masks = torch.zeros(16, len(BUDGETS), LAYERS, 2, dtype=torch.bool)
     lengths, allowed = [], 4
     for _ in range(rounds):
-        choice = adaptive.choose(np.arange(rows), masks, masks[0], allowed)
+        choice = adaptive.choose(np.arange(rows), masks, allowed)
         allowed = adaptive.requested_draft_length if room else 4
         lengths.append(choice.length)
     return lengths

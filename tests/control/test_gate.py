@@ -9,7 +9,7 @@ PLAIN = 1.0  # seconds of a plain step
 
 
 def choice(ratio: float, seconds: float = 2.0) -> Choice:
-    return Choice(0, 4, False, ratio=ratio, seconds=seconds)
+    return Choice(0, 4, ratio=ratio, seconds=seconds)
 
 
 GOOD, BAD = choice(WORTH_IT + 0.1), choice(0.5)

@@ -37,7 +37,7 @@ def batch(
     costs: PassCosts = COSTS,
     **settings,
 ) -> Batch:
-    """Of [kinds, rows, budgets] acceptance, alike at every position."""
+    """Of [rows, budgets] acceptance, alike at every position."""
     every = np.repeat(acceptance[..., None], longest, axis=-1)
     settings = {"lengths": range(1, longest + 1)} | settings
     return Batch(costs, NUM_LAYERS, every, layers, np.full((2, longest), continuation_prob), **settings)
@@ -46,9 +46,9 @@ def batch(
 def decide(
     alpha: float, rows: int = 1, costs: PassCosts = COSTS, budgets=BUDGETS, longest: int = 8
 ) -> Choice:
-    """All rows and budgets accepted alike, nothing shared."""
-    acceptance = np.stack((np.full((rows, len(budgets)), alpha), np.zeros((rows, len(budgets)))))
-    layers = np.stack((NUM_LAYERS - budgets, NUM_LAYERS - budgets)).astype(float)
+    """All rows and budgets accepted alike."""
+    acceptance = np.full((rows, len(budgets)), alpha)
+    layers = (NUM_LAYERS - budgets).astype(float)
     return choose(batch(acceptance, layers, longest, costs=costs))
 
 
@@ -80,8 +80,7 @@ def test_what_cannot_gain_is_not_worth_it(alpha, rows):
 
 
 def test_drafts_as_dear_as_the_model_never_pay():
-    layers = np.full((2, 1), float(NUM_LAYERS))
-    choice = choose(batch(np.full((2, 1, 1), 0.999), layers))
+    choice = choose(batch(np.full((1, 1), 0.999), np.full(1, float(NUM_LAYERS))))
     assert choice.ratio < WORTH_IT
 
 
@@ -102,22 +101,21 @@ def test_the_ratio_is_that_of_tokens_per_second(alpha, rows, longest):
 def test_it_is_the_best_of_all(rows, ngrams):
     """Against trying every way, with early exit and acceptance that changes with the position, by loops."""
     random = np.random.default_rng(0)
-    acceptance = random.uniform(0.1, 0.95, (2, rows, 3, 6))
-    layers = np.array([[20.0, 15.0, 12.0], [18.0, 12.0, 8.0]])
+    acceptance = random.uniform(0.1, 0.95, (rows, 3, 6))
+    layers = np.array([18.0, 12.0, 8.0])
     continuation_prob = random.uniform(0.6, 0.9, (2, 6))
     every = rows + (ngrams is not None)
 
-    def ratio(shared: int, budget: int, length: int, taken: int) -> float:
+    def ratio(budget: int, length: int, taken: int) -> float:
         tokens, seconds, drafted = float(every), 0.0, 0.0
         chances = [
-            np.mean([row[: k + 1].prod() for row in acceptance[shared, :, budget]])
-            * continuation_prob[1, :k].prod()
+            np.mean([row[: k + 1].prod() for row in acceptance[:, budget]]) * continuation_prob[1, :k].prod()
             for k in range(length)
         ]
         for k in range(length):
             alive_prob = max(continuation_prob[0, :k].prod(), chances[k]) if k else 1.0
             some = 1 - (1 - alive_prob) ** rows
-            seconds += some * float(COSTS.draft(max(1.0, rows * alive_prob / some), layers[shared, budget]))
+            seconds += some * float(COSTS.draft(max(1.0, rows * alive_prob / some), layers[budget]))
             drafted += rows * alive_prob
             tokens += rows * chances[k]
         for k in range(min(taken, 2)):
@@ -127,23 +125,20 @@ def test_it_is_the_best_of_all(rows, ngrams):
         return tokens / every * float(COSTS.plain(every, NUM_LAYERS)) / seconds
 
     taken = [0] if ngrams is None else [1, 2]
-    ways = [
-        (s, budget, k, m) for s in (0, 1) for budget in range(3) for k in range(7) for m in taken if k + m
-    ]
+    ways = [(budget, k, m) for budget in range(3) for k in range(7) for m in taken if k + m]
     choice = choose(Batch(COSTS, NUM_LAYERS, acceptance, layers, continuation_prob, range(1, 7)), ngrams)
     best = max(ways, key=lambda way: ratio(*way))
-    assert (int(choice.shared), choice.budget, choice.length, choice.ngram) == best
+    assert (choice.budget, choice.length, choice.ngram) == best
     assert choice.ratio == pytest.approx(ratio(*best))
 
 
-def test_what_the_context_offers_is_taken_when_it_is_good():
-    own = np.stack((np.full((1, 16), 0.7), np.zeros((1, 16))))
-    layers = np.stack((NUM_LAYERS - BUDGETS,) * 2).astype(float)
+def test_matches_are_taken_when_they_are_good():
+    own, layers = np.full((1, 16), 0.7), (NUM_LAYERS - BUDGETS).astype(float)
 
     def best(acceptance: float, length: int, others: np.ndarray = own) -> Choice:
         return choose(batch(others, layers), Ngrams(np.array([acceptance]), np.array([length])))
 
-    nobody = np.zeros((2, 0, 16))
+    nobody = np.zeros((0, 16))
     good, bad = best(0.9, 5, nobody), best(0.05, 5, nobody)
     assert (good.length, good.ngram) == (0, 5)
     assert good.tokens == pytest.approx(1 + sum(0.9**k for k in range(1, 6)))
@@ -153,12 +148,10 @@ def test_what_the_context_offers_is_taken_when_it_is_good():
 
 
 @given(probability, st.integers(0, 3), st.integers(1, 3), st.integers(1, 6))
-def test_where_all_are_verified_in_full_the_context_costs_all_rows(alpha, others, some, length):
+def test_where_all_are_verified_in_full_matches_cost_all_rows(alpha, others, some, length):
     """Every row gets as many tokens to verify as any, and of those a number that may be chosen."""
     lengths = [length_ for length_ in draft_lengths(6) if length_]
-    everyone = batch(
-        np.full((1, others, 1), 0.7), np.full((1, 1), 8.0), longest=6, lengths=lengths, padded=True
-    )
+    everyone = batch(np.full((others, 1), 0.7), np.full(1, 8.0), longest=6, lengths=lengths, padded=True)
     ngrams = Ngrams(np.full(some, alpha), np.full(some, length))
     choice = choose(everyone, ngrams)
     widest = max(choice.length, choice.ngram)
@@ -181,7 +174,7 @@ def test_where_all_are_verified_in_full_the_context_costs_all_rows(alpha, others
 
 
 def test_padded_drafts_cost_their_full_length():
-    acceptance, layers = np.full((2, 4, 1), 0.9), np.full((2, 1), 8.0)
+    acceptance, layers = np.full((4, 1), 0.9), np.full(1, 8.0)
     short = choose(batch(acceptance, layers, continuation_prob=0.9))
     padded = choose(
         batch(acceptance, layers, continuation_prob=0.9, padded=True, lengths=draft_lengths(8)[1:])
@@ -192,7 +185,7 @@ def test_padded_drafts_cost_their_full_length():
 
 
 def test_a_length_that_is_fixed_is_kept():
-    acceptance, layers = np.full((1, 1, 1), 0.2), np.full((1, 1), 8.0)
+    acceptance, layers = np.full((1, 1), 0.2), np.full(1, 8.0)
     assert choose(batch(acceptance, layers)).length < 8
     assert choose(batch(acceptance, layers, lengths=[8])).length == 8
 
@@ -244,7 +237,7 @@ def test_passes_take_their_share_of_the_time():
 @given(probability, st.integers(1, 3), st.integers(1, 6))
 def test_ngrams_alone_are_priced_as_beside_nobody(alpha, some, length):
     ngrams = Ngrams(np.full(some, alpha), np.full(some, length))
-    choice = choose(batch(np.full((1, 0, 1), 0.7), np.full((1, 1), 8.0), longest=6), ngrams)
+    choice = choose(batch(np.full((0, 1), 0.7), np.full(1, 8.0), longest=6), ngrams)
     alone = ngrams.best(COSTS, NUM_LAYERS, 0, 6, padded=False)
     assert (alone.length, alone.ngram) == (0, choice.ngram)
     assert (alone.ratio, alone.seconds, alone.tokens) == pytest.approx(

@@ -25,7 +25,7 @@ def passes(
     recorded_passes: list[dict] = []
     with running(speculative_config=config) as llm:
         ours = drafter(llm)
-        ours.policy._new_masks.always_late = late
+        ours.policy._handover.always_late = late
         original = ours.policy.run_programme
 
         def run_programme(batch, prior):

@@ -75,7 +75,7 @@ def watch(worker) -> None:
     def choose(*args):
         controller.corrections.scales["draft_scale"][:] = 50.0 if worker.rank else 0.01
         choice = original(*args)
-        controller.chosen.append((choice.length, choice.ngram, choice.budget, choice.shared))
+        controller.chosen.append((choice.length, choice.ngram, choice.budget))
         return choice
 
     controller.choose = choose
