@@ -1,0 +1,225 @@
+"""Decoder, passes, plans and drafter on a target in pure torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from fake_target import BLOCK, Layer, Target
+from torch import nn
+
+from clasp_vllm.control.controller import Controller
+from clasp_vllm.control.costs import LayerShares
+from clasp_vllm.control.planner import Choice
+from clasp_vllm.drafting.decoder import Decoder, UnsupportedArchitectureError
+from clasp_vllm.drafting.draft import DrafterOptions
+from clasp_vllm.drafting.drafter import Drafter
+from clasp_vllm.drafting.passes import Passes
+from clasp_vllm.drafting.plans import Plans
+from clasp_vllm.drafting.policy import Policy
+from clasp_vllm.drafting.scratch import ScratchBlocks
+from clasp_vllm.drafting.sequences import SequenceTable
+from clasp_vllm.policies.clasp import Clasp
+from clasp_vllm.policies.evidence import SkipEvidence
+from clasp_vllm.skipping.reference import best_skip_set
+from clasp_vllm.skipping.skip_mask import layers_mask
+
+LAYERS, LENGTH = 6, 4
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
+CPU = torch.device("cpu")
+# Prompts end within a block and at the border of one.
+assert {len(prompt) % BLOCK for prompt in PROMPTS} == {0, 1, 2}
+
+
+@pytest.fixture
+def target() -> Target:
+    return Target(PROMPTS)
+
+
+def passes_of(target: Target, columns: int = 3) -> Passes:
+    scratch = ScratchBlocks(target.cache.scratch_block, len(PROMPTS), columns, BLOCK, CPU)
+    return Passes(target.decoder(), target.cache, scratch, target.head)
+
+
+def masks_of(*skipped: list[int]) -> torch.Tensor:
+    """[rows, 1, num_layers, 2]."""
+    return torch.stack([layers_mask(LAYERS, layers) for layers in skipped])[:, None]
+
+
+def drafter_of(target: Target, budgets=(3,), policy=None, **options) -> Drafter:
+    passes = passes_of(target)
+    sequences = SequenceTable(8, torch.stack([layers_mask(LAYERS, range(1, 1 + n)) for n in budgets]))
+    made = Policy() if policy is None else policy(sequences, passes)
+    return Drafter(passes._decoder, passes, sequences, made, DrafterOptions(budgets, 2, 0.0), **options)
+
+
+def greedy(target: Target):
+    return lambda hidden, positions, step, rows: (target.head(hidden).argmax(-1), None)
+
+
+# The decoder.
+
+
+def test_all_sublayers_are_the_model(target):
+    decoder, batch = target.decoder(), target.batch()
+    with torch.inference_mode(), target.cache.decode(batch.positions, batch.block_table, batch.max_lengths):
+        state = decoder.embed(batch.tokens)
+        for layer in range(LAYERS):
+            state = decoder.run_layer(layer, batch.positions, state)
+        hidden = decoder.finish(state)
+        assert torch.equal(hidden, target.model(batch.tokens, batch.positions))
+
+
+class Parallel(Layer):
+    """Attention and MLP side by side."""
+
+    def forward(self, positions, hidden_states, residual):
+        normed, residual = self.input_layernorm(hidden_states, residual)
+        attention = self.self_attn(positions=positions, hidden_states=normed)
+        return attention + self.mlp(normed), residual
+
+
+def test_layers_of_another_form_are_refused(target):
+    target.model.layers[3] = Parallel(3, 16, target.cache)
+    with pytest.raises(UnsupportedArchitectureError, match="Parallel"):
+        target.decoder()
+    with pytest.raises(UnsupportedArchitectureError, match="it has no model"):
+        Decoder(nn.Module(), [Layer], [], "the fake")
+
+
+# Plans and passes.
+
+
+def test_a_plan_leaves_out_what_all_skip_and_says_what_some_skip(target):
+    sequences = SequenceTable(4, masks_of([0])[0])
+    slots = sequences.slots(["a", "b"])
+    plans, choice = Plans(sequences, CPU), Choice(0, 4)
+    sequences.set_masks(["a", "b"], masks_of([1, 2], [2, 3]))
+    plan = plans.plan(slots, choice)
+    assert {layer for layer, _, _ in plan.steps} == {0, 1, 3, 4, 5}
+    assert {layer for layer, _, mixed in plan.steps if mixed} == {1, 3}
+    assert plans.plan(slots, choice) is plan
+    assert plans.plan(slots[:1], choice).masks is None  # alone it runs what it keeps
+    sequences.set_masks(["a"], masks_of([2, 3]))
+    assert plans.plan(slots, choice).masks is None
+
+
+@torch.inference_mode()
+def test_rows_with_different_masks_get_what_they_would_get_alone(target):
+    batch, passes = target.batch(), passes_of(target)
+    sequences = SequenceTable(4, masks_of([0])[0])
+    slots = sequences.slots(batch.request_ids)
+    sequences.set_masks(batch.request_ids, masks_of([1, 2], [2, 5], []))
+    plans, choice = Plans(sequences, CPU), Choice(0, 4)
+    together = passes.draft(batch, plans.plan(slots, choice))
+    for row in range(len(PROMPTS)):
+        rows = np.array([row])
+        alone = passes.draft(batch.select(rows), plans.plan(slots[rows], choice))
+        torch.testing.assert_close(together[row : row + 1], alone)
+
+
+@torch.inference_mode()
+def test_columns_are_the_programme_of_each_request(target):
+    """With its exact past; and nothing but scratch and the token's own slot is written."""
+    batch, passes, budget = target.batch(), passes_of(target), 3
+    before = target.cache.memory.clone()
+    programme, hidden = passes.programme(batch, budget, None, 0.0, None)
+    changed = (before.nan_to_num(7.0) != target.cache.memory.nan_to_num(7.0)).flatten(2).any(2)
+    own = {int(table[p // BLOCK]) for p, table in zip(batch.positions, target.tables, strict=True)}
+    blocks = set(changed.any(0).nonzero().flatten().tolist())
+    assert blocks <= own | set(range(target.cache.scratch_block, target.cache.memory.shape[1]))
+    for row, (prompt, skipped) in enumerate(zip(PROMPTS, programme.mask(budget), strict=True)):
+        logits = target.run(row, prompt[-1], len(prompt) - 1)
+        torch.testing.assert_close(target.head(hidden[row]), logits)
+        positions = batch.positions[row : row + 1]
+
+        def layer(index: int, row: int = row, positions: torch.Tensor = positions):
+            def run(x: torch.Tensor) -> torch.Tensor:
+                with target.cache.decode(positions, target.tables[row : row + 1], positions + 1):
+                    state = (x[None], torch.zeros(1, 16))
+                    return sum(passes._decoder.run_layer(index, positions, state))[0]
+
+            return run
+
+        embedded = target.model.embed(batch.tokens[row])
+        expected, state = best_skip_set(embedded, [layer(i) for i in range(LAYERS)], budget)
+        assert frozenset(skipped.nonzero().flatten().tolist()) == expected
+        torch.testing.assert_close(sum(programme.states)[budget, row], state)
+        # The request's own block holds the target's key and value again.
+        target.run(row, prompt[-1], len(prompt) - 1)
+
+
+# The drafter.
+
+
+@torch.inference_mode()
+def test_a_draft_that_skips_nothing_is_the_target(target):
+    expected = [target.continuation(row, LENGTH) for row in range(len(PROMPTS))]
+    drafter = drafter_of(target, budgets=(0,))
+    output = drafter.draft(target.batch(), LENGTH, greedy(target))
+    assert output.tokens.tolist() == expected
+    assert output.lengths.tolist() == [LENGTH] * len(PROMPTS)
+    assert drafter.statistics.total.sublayers == LENGTH * LAYERS * 2
+
+
+def clasp(sequences, passes) -> Clasp:
+    evidence = SkipEvidence(8, LAYERS, 4, 0.9, CPU)
+    return Clasp(sequences, passes, (3,), max_requests=2, evidence=evidence)
+
+
+@torch.inference_mode()
+def test_the_first_token_of_optimised_requests_is_the_targets(target):
+    first = [target.continuation(row, 1)[0] for row in range(len(PROMPTS))]
+    drafter = drafter_of(target, policy=clasp)
+    output = drafter.draft(target.batch(), LENGTH, greedy(target))
+    optimised = drafter.sequences.has_own[drafter.sequences.slots(["0", "1", "2"])]
+    assert optimised.tolist() == [True, True, False]  # two at once
+    assert output.tokens[:2, 0].tolist() == first[:2]
+    masks = drafter.sequences.masks[:3, 0, :, 0]
+    assert (masks.sum(1) == 3).all()
+    assert drafter.statistics.total.optimized == 2
+    drafter.draft(target.batch(), LENGTH, greedy(target))
+    assert drafter.sequences.has_own[:3].all()
+
+
+@torch.inference_mode()
+def test_a_failure_costs_a_draft_and_nothing_else(target):
+    failures: list[Exception] = []
+    drafter = drafter_of(target, on_failure=lambda error, before: failures.append(error))
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    assert drafter.draft(target.batch(), LENGTH, broken) is None
+    assert drafter.draft(target.batch(), LENGTH, greedy(target)) is not None
+    assert len(failures) == drafter.statistics.total.failures == 1
+
+
+@torch.inference_mode()
+def test_the_controller_is_made_when_costs_are_known(target):
+    """And learns from passes and from what is accepted."""
+
+    def make_controller(costs) -> Controller:
+        shares = LayerShares(0.5, 0.5)
+        return Controller(
+            costs, 8, (3,), LAYERS, shares, LENGTH, 2, (), padded=False, drop_stopped=True, ranks=1
+        )
+
+    drafter = drafter_of(target, policy=clasp, make_controller=make_controller)
+    drafter.drop_stopped = True
+    assert drafter.controller is None
+    drafter.start(CPU)
+    assert drafter.controller is not None
+    assert drafter.policy.controller is drafter.controller
+    batch, evidence = target.batch(), drafter.controller.evidence
+    trials, unsure = evidence._trials, evidence.drafts.variance[:3].copy()
+
+    def confident(hidden, positions, step, rows):
+        return target.head(hidden).argmax(-1), torch.ones(len(rows))
+
+    output = drafter.draft(batch, LENGTH, confident)
+    assert evidence._trials > trials
+    assert output.lengths.tolist() == [LENGTH] * 3
+    lengths = output.lengths.numpy() + 1
+    drafter.observe(batch.request_ids, lengths, torch.tensor([LENGTH - 1] * 3))
+    assert (evidence.drafts.variance[:3] < unsure).all()
