@@ -9,13 +9,32 @@ import difflib
 import json
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-METHODS = ("clasp", "knn_ssd", "layer_skip")
+
+@dataclass(frozen=True)
+class Method:
+    """What the keys mean for a method.
+
+    Attributes:
+        adaptive: whether a controller chooses what is left open, by default.
+        passes: whether it chooses layers anew by optimisation passes.
+    """
+
+    adaptive: bool
+    passes: bool
+
+
+METHODS = {
+    "clasp": Method(adaptive=True, passes=True),
+    "knn_ssd": Method(adaptive=True, passes=False),
+    "layer_skip": Method(adaptive=False, passes=False),
+}
 REMOVED_METHODS = {"swift": "it was slower than plain decoding"}  # and why
 REMOVED_KEYS = {
     "granularity": "masks of sub-layers were accepted less often than masks of layers; leave it out",
@@ -222,8 +241,7 @@ class LayerSkipConfig(BaseModel):
     @property
     def is_adaptive(self) -> bool:
         """Whether a controller chooses what the configuration leaves open."""
-        default = self.method in ("clasp", "knn_ssd")
-        return default if self.adaptive is None else self.adaptive is not False
+        return METHODS[self.method].adaptive if self.adaptive is None else self.adaptive is not False
 
     @property
     def open_choices(self) -> frozenset[str]:
@@ -236,7 +254,7 @@ class LayerSkipConfig(BaseModel):
     def _fixed(self) -> dict[str, str]:
         """What cannot be chosen, and why."""
         reasons = {}
-        if self.method != "clasp":
+        if not METHODS[self.method].passes:
             reasons["layers"] = f"method: {self.method} fixes them"
         for key in ("skip_ratio", "num_skipped_layers", "skip_layers"):
             if getattr(self, key) is not None:
@@ -270,17 +288,17 @@ class LayerSkipConfig(BaseModel):
     @property
     def interval(self) -> int | None:
         """Rounds between two optimisation passes; None for fixed masks."""
-        return self.optimization_interval or 32 if self.method == "clasp" else None
+        return self.optimization_interval or 32 if METHODS[self.method].passes else None
 
     @property
     def optimized_requests(self) -> int:
         """How many requests may be optimised in one step."""
-        return self.max_optimized_requests or 4 if self.method == "clasp" else 0
+        return self.max_optimized_requests or 4 if METHODS[self.method].passes else 0
 
     @property
     def memory(self) -> float:
         """What the averages over earlier passes keep; 0 where there are none."""
-        if self.method != "clasp":
+        if not METHODS[self.method].passes:
             return 0.0
         return 0.9 if self.mask_memory is None else self.mask_memory
 
@@ -394,6 +412,11 @@ def _explain(error: dict[str, Any], settings: Mapping[str, Any]) -> str:
         return str(error["msg"]).removeprefix("Value error, ")
     key = str(error["loc"][0])
     value = _SHORT.repr(settings.get(key))
+    choices = settings.get(key) if key == "adaptive" else None
+    if isinstance(choices, list) and "sharing" in choices:
+        return (
+            f"adaptive={value}: sharing was removed, for it gained nothing; allowed are {', '.join(CHOICES)}"
+        )
     why = REMOVED_METHODS.get(str(settings.get(key))) if key == "method" else None
     if why is not None:
         return f"method={value} was removed, for {why}; allowed are {', '.join(METHODS)}"

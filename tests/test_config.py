@@ -52,6 +52,8 @@ BAD = [
     ),
     ({"method": "clasp", "calibration": "x"}, ["calibration='x'", "method: knn_ssd"]),
     ({"method": "swift"}, ["method='swift' was removed", "clasp, knn_ssd, layer_skip"]),
+    ({"method": "clasp", "adaptive": ["sharing"]}, ["sharing was removed", "layers, length, exit"]),
+    ({"method": "clasp", "adaptive": 5}, ["adaptive=5"]),
     ({"method": "clasp", "granularity": "sublayer"}, ["granularity='sublayer' was removed", "leave it out"]),
     ({"method": "clasp", "adaptive": ["depth"]}, ["adaptive=['depth']", "'speculation'"]),
     (
@@ -187,7 +189,6 @@ def test_what_a_key_fixes_is_not_chosen(settings, budgets):
             {"method": "clasp", "num_skipped_layers": 3, "draft_exit_threshold": 0.5},
             ("length", "speculation"),
         ),
-        ({"method": "clasp", "mask_memory": 0}, ("layers", "length", "exit", "speculation")),
         ({"method": "layer_skip"}, ()),
         ({"method": "layer_skip", "adaptive": True}, ("length", "exit", "speculation")),
     ],

@@ -98,7 +98,7 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
         slots = drafter.sequences.slots(due.request_ids)
         seconds = timings.time(
             "optimization pass",
-            lambda: sample(policy.optimize(due, slots, slots, 0), due.positions, 0, everyone[: len(due)]),
+            lambda: sample(policy.optimize(due, slots), due.positions, 0, everyone[: len(due)]),
         )
         timings.seconds["optimize"].append(seconds / len(due))
         policy.apply()

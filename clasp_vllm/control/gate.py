@@ -84,7 +84,7 @@ class Gate:
 
         Args:
             rows: of the batch.
-            started: sequences, since the engine's start.
+            started: sequences, since the last reset.
         """
         self._idle = 0
         similar = self._off_rows * (1 - OFF_CHANGE) <= rows <= self._off_rows * (1 + OFF_CHANGE)

@@ -61,6 +61,7 @@ class Pricing:
 
     def reset(self) -> None:
         """Forget what was priced: slots may be those of others."""
+        self._layers.clear()
         # By optimism: of what slots, the best drafts by skipping, and for how many rounds.
         self._skipping: dict[float, tuple[bytes, Choice, int]] = {}
 

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from clasp_vllm.calibration.fingerprint import fingerprint
 from clasp_vllm.calibration.store import Calibration
-from clasp_vllm.config import ConfigError, LayerSkipConfig
+from clasp_vllm.config import METHODS, ConfigError, LayerSkipConfig
 from clasp_vllm.control.controller import Controller
 from clasp_vllm.control.costs import LayerShares, PassCosts
 from clasp_vllm.drafting.decoder import Decoder
@@ -168,7 +168,7 @@ def build_drafter(
         )
 
     policy = Policy()
-    if config.method == "clasp":
+    if METHODS[config.method].passes:
         evidence = None
         if config.memory:
             evidence = SkipEvidence(max_num_seqs, num_layers, budget + 1, config.memory, device)
@@ -209,7 +209,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _share_rank_zero(tensor: Tensor) -> Tensor:
     """Rank 0 decides for all tensor-parallel ranks: they must run the same layers or they hang."""
-    shared: Tensor = get_tp_group().broadcast(tensor, src=0)
+    shared: Tensor = get_tp_group().broadcast(tensor.contiguous(), src=0)
     return shared
 
 

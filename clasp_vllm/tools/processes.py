@@ -128,11 +128,16 @@ def generate(
 
 def counters(llm: Any) -> dict[str, float]:
     """vLLM's counts of speculation and ours."""
-    from vllm.v1.metrics.reader import Counter
+    from vllm.v1.metrics.reader import Counter, Vector
 
     prefixes = ("vllm:spec_decode_", "vllm:layer_skip_")
-    return {
-        metric.name.removeprefix("vllm:"): metric.value
-        for metric in llm.get_metrics()
-        if metric.name.startswith(prefixes) and isinstance(metric, Counter)
-    }
+    counts: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        name = metric.name.removeprefix("vllm:")
+        if not metric.name.startswith(prefixes):
+            continue
+        if isinstance(metric, Counter):
+            counts[name] = metric.value
+        elif isinstance(metric, Vector):
+            counts |= {f"{name}[{i}]": value for i, value in enumerate(metric.values)}
+    return counts

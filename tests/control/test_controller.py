@@ -138,7 +138,7 @@ def test_without_its_requests_it_still_knows_what_passes_cost():
     adaptive = controller(("length", "speculation"), draft_cost=9.0)
     fresh = adaptive.evidence.acceptance(np.arange(2))
     off = chosen(adaptive, 2, 3)
-    adaptive.learn(np.zeros(20 * len(BUDGETS)))
+    adaptive.learn(np.zeros((20, len(BUDGETS))))
     assert (adaptive.evidence.acceptance(np.arange(2)) < fresh).all()
     assert adaptive.last is not None
     adaptive.reset()

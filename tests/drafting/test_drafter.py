@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -165,6 +167,22 @@ def test_a_draft_that_skips_nothing_is_the_target(target):
 def clasp(sequences, passes) -> Clasp:
     evidence = SkipEvidence(8, LAYERS, 4, 0.9, CPU)
     return Clasp(sequences, passes, (3,), max_requests=2, evidence=evidence)
+
+
+def test_budgets_are_chosen_from_one_pass(target):
+    """Masks for all of them, whose states the controller hears of."""
+
+    def several(sequences, passes) -> Clasp:
+        evidence = SkipEvidence(8, LAYERS, 4, 0.9, CPU)
+        return Clasp(sequences, passes, (1, 2, 3), max_requests=2, evidence=evidence)
+
+    heard: list[np.ndarray] = []
+    drafter = drafter_of(target, budgets=(1, 2, 3), policy=several)
+    drafter.policy.controller = SimpleNamespace(last=None, learn=heard.append)
+    with torch.inference_mode():
+        drafter.draft(target.batch(), LENGTH, greedy(target))
+    assert [agree.shape for agree in heard] == [(2, 3)]
+    assert drafter.sequences.masks[:2, :, :, 0].sum(2).tolist() == [[1, 2, 3]] * 2
 
 
 @torch.inference_mode()

@@ -87,6 +87,16 @@ def test_means_are_those_of_the_full_model():
         torch.testing.assert_close(mean, state.mean(0).float())
 
 
+def test_column_states_are_those_of_their_masks():
+    """What a column ends with is what the model computes when it leaves out that column's layers."""
+    model = ToyModel(10, 12, seed=1)
+    programme = model.run(6)
+    for budget in range(7):
+        for row, skipped in enumerate(skip_sets(programme.mask(budget))):
+            state = model.forward(model.x0[row], skipped)
+            torch.testing.assert_close(sum(programme.states)[budget, row], state)
+
+
 def test_skipping_nothing_is_the_full_model():
     model = ToyModel(7, 8, seed=2)
     programme = model.run(0)
