@@ -44,7 +44,7 @@ fi
 python=$(find_python)
 echo "Installing vLLM $VLLM_VERSION into $VENV with $("$python" --version). This takes a few minutes."
 [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
-pip=("$VENV/bin/pip" install --quiet --disable-pip-version-check)
+pip=("$VENV/bin/pip" install --quiet --disable-pip-version-check --no-compile) # compiled when first imported
 if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
     "${pip[@]}" -e ".[cuda${extras:+,$extras}]"
 else

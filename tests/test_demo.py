@@ -78,6 +78,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_interrupting_the_demo_stops_its_servers(tmp_path):
     demo = subprocess.Popen(
         [sys.executable, DEMO, "--tiny", "--logs", str(tmp_path)],

@@ -48,7 +48,7 @@ def outcomes(speculative_config: object) -> tuple[list[Outcome], float]:
         return generated, core.scheduler.kv_cache_manager.usage
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("adaptive", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
 def test_output_is_plain_vllms(runner, adaptive):
     """With the controller too, switching on and off: draft lengths that the scheduler hears of late."""

@@ -171,7 +171,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("runner", "draft", "temperature", "top_p", "top_k"), CASES)
-def test_law_is_the_targets(runner, draft, temperature, top_p, top_k, tmp_path):
+def test_distribution_is_the_targets(runner, draft, temperature, top_p, top_k, tmp_path):
     samples, horizon = (5000, 3) if runner == "v1" else (800, 2)
     with engine_process(runner) as call:
         folder = call(save_model, str(tmp_path))
@@ -181,7 +181,7 @@ def test_law_is_the_targets(runner, draft, temperature, top_p, top_k, tmp_path):
     assert p_value(got, exact_distribution(folder, horizon, temperature, top_p, top_k)) > 1e-3
 
 
-def test_rows_that_stop_early_leave_and_the_law_holds(tmp_path):
+def test_rows_that_stop_early_leave_and_the_distribution_holds(tmp_path):
     """Drafts of different lengths in one batch, drawn and not the likeliest."""
     with engine_process("v1") as call:
         folder = call(save_model, str(tmp_path))
@@ -194,7 +194,7 @@ def test_rows_that_stop_early_leave_and_the_law_holds(tmp_path):
 @pytest.mark.parametrize(
     ("runner", "draft", "how"),
     [
-        ("v1", "greedy", "as they are"),
+        pytest.param("v1", "greedy", "as they are", marks=pytest.mark.slow),
         ("v1", "probabilistic", "as they are"),
         pytest.param("v2", "greedy", "as they are", marks=pytest.mark.slow),
         pytest.param("v2", "probabilistic", "beside", marks=pytest.mark.slow),

@@ -52,7 +52,7 @@ def forced_drafts() -> list[tuple[list[list[int]], Drafts]]:
     return runs
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
 def test_each_row_drafts_as_alone(runner):
     with engine_process(runner) as call:
         (outputs, drafts), (alone_outputs, alone_drafts) = call(forced_drafts)

@@ -47,7 +47,7 @@ def parallel(speculative_config: object, forced: bool = False, tokens: int = 24)
         return outcome, llm.collective_rpc(masks_of)
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
 def test_ranks_agree(runner, monkeypatch):
     with two_ranks(runner, monkeypatch) as call:
         plain, _ = call(parallel, None)
