@@ -150,18 +150,22 @@ class Controller:
         self._request_ids = list(request_ids)
 
     def drafted(
-        self, rows: int, marks: tuple[DeviceEvent, DeviceEvent, DeviceEvent], predicted: float, optimized: int
+        self,
+        rows: int,
+        events: tuple[DeviceEvent, DeviceEvent, DeviceEvent],
+        predicted: float,
+        optimized: int,
     ) -> None:
         """Compare what drafting by skipping took with the costs.
 
         Args:
             rows: of the batch.
-            marks: its start, the end of its optimisation pass, and its end.
+            events: its start, the end of its optimisation pass, and its end.
             predicted: seconds of the draft steps.
             optimized: rows of the pass; 0 = there was none.
         """
         seconds = self.costs.optimize(optimized, self._num_layers, self._budgets[-1]) if optimized else 0.0
-        self._times.drafted(rows, marks, predicted, seconds)
+        self._times.drafted(rows, events, predicted, seconds)
 
     def choose(
         self,

@@ -80,7 +80,7 @@ class RoundTimes:
     def drafted(
         self,
         rows: int,
-        marks: tuple[DeviceEvent, DeviceEvent, DeviceEvent],
+        events: tuple[DeviceEvent, DeviceEvent, DeviceEvent],
         predicted: float,
         pass_seconds: float,
     ) -> None:
@@ -88,15 +88,15 @@ class RoundTimes:
 
         Args:
             rows: of the batch.
-            marks: its start, the end of its optimisation pass, and its end.
+            events: its start, the end of its optimisation pass, and its end.
             predicted: seconds of the draft steps, without correction.
             pass_seconds: likewise of the pass; 0 = there was none.
         """
-        self._parts.append(_Part(rows, None, marks[0], marks[2]))
+        self._parts.append(_Part(rows, None, events[0], events[2]))
         if predicted:
-            self._corrections.add("draft_scale", 1, predicted, *marks[1:])
+            self._corrections.add("draft_scale", 1, predicted, *events[1:])
         if pass_seconds:
-            self._corrections.add("pass_scale", 1, pass_seconds, *marks[:2])
+            self._corrections.add("pass_scale", 1, pass_seconds, *events[:2])
 
     def round_ended(self, request_ids: Sequence[str], ended: DeviceEvent) -> None:
         """A round of these requests has ended."""

@@ -56,9 +56,9 @@ class LayerSkipDraft:
     Attributes:
         draft: the tokens.
         due: rows whose layers were chosen anew; the first token of these is certain.
-        marks: the start of the round, the end of its optimisation pass, and its end.
+        events: the start of the round, the end of its optimisation pass, and its end.
     """
 
     draft: DraftTokenBuffer
     due: np.ndarray
-    marks: tuple[DeviceEvent, DeviceEvent, DeviceEvent]
+    events: tuple[DeviceEvent, DeviceEvent, DeviceEvent]

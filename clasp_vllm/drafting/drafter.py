@@ -190,8 +190,8 @@ class Drafter:
             if skip_drafts.draft.confidence is not None:
                 sure = skip_drafts.draft.confidence.new_zeros(rows, skip_drafts.draft.confidence.shape[1])
                 sure[_rows(skipping, rows)] = skip_drafts.draft.confidence
-            self.controller.drafted(rows, skip_drafts.marks, self._predicted, skip_drafts.due.size)
-            ended = skip_drafts.marks[-1]
+            self.controller.drafted(rows, skip_drafts.events, self._predicted, skip_drafts.due.size)
+            ended = skip_drafts.events[-1]
         drafts = UnverifiedDrafts(
             request_ids, slots, looked_up, certain, lengths, drafted, limits, sure, choice
         )

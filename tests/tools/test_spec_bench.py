@@ -8,7 +8,7 @@ import pytest
 from engines import DEMO_MODEL
 
 from clasp_vllm.bench.report import write_report
-from clasp_vllm.bench.serving import add_arguments, fill_in
+from clasp_vllm.bench.serving_options import add_arguments, fill_in
 from clasp_vllm.cli import main
 from clasp_vllm.tools.prompts import datasets
 from clasp_vllm.tools.spec_bench import GROUPS, Question, ServedChat, asked, prompts, read_questions, select
