@@ -20,7 +20,7 @@ ALLOWED = {
     "calibration": {"skipping", "tools", "policies"},
     "bench": {"skipping", "control", "drafting", "policies", "tools", "engine"},
 }
-LOWEST = {"device", "config", "plugin"}
+LOWEST = {"device", "config"}
 
 
 def imported(folder: str) -> dict[str, set[str]]:
