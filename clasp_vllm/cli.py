@@ -11,7 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from clasp_vllm import __version__
-from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
+from clasp_vllm.config import ConfigError, LayerSkipConfig, explain, parse_config, read_settings
 from clasp_vllm.tools.options import split_arguments
 
 # Each a module with `add_arguments` and `main`, imported when its command is asked for: `keys` and `check`
@@ -64,7 +64,7 @@ def _keys(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     try:
         config = parse_config(read_settings(args.config))
-        print(*config.explain(args.num_layers), sep="\n")
+        print(*explain(config, args.num_layers), sep="\n")
     except ConfigError as error:
         print(f"clasp-vllm: error: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,16 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from clasp_vllm.config import CHOICES, ConfigError, LayerSkipConfig, is_ours, parse_config, read_settings
+from clasp_vllm.config import (
+    CHOICES,
+    ConfigError,
+    LayerSkipConfig,
+    explain,
+    is_ours,
+    parse_config,
+    read_settings,
+    resolve,
+)
 
 BAD = [
     ({"method": "clasp", "skip_raito": 0.5}, ["skip_raito=0.5", "did you mean skip_ratio?", "allowed keys"]),
@@ -99,7 +108,7 @@ def test_bad_settings(settings, parts):
 def test_more_than_the_model_has(settings, num_layers, parts):
     config = parse_config(settings)
     with pytest.raises(ConfigError) as error:
-        config.budget(num_layers)
+        resolve(config, num_layers, max_num_seqs=8)
     for part in parts:
         assert part in str(error.value)
 
@@ -161,7 +170,7 @@ def test_same_meaning_however_it_is_given(tmp_path):
     ],
 )
 def test_budget(settings, num_layers, budget):
-    assert parse_config(settings).budget(num_layers) == budget
+    assert resolve(parse_config(settings), num_layers, max_num_seqs=8).budgets[-1] == budget
 
 
 @pytest.mark.parametrize(
@@ -175,7 +184,7 @@ def test_budget(settings, num_layers, budget):
     ],
 )
 def test_what_a_key_fixes_is_not_chosen(settings, budgets):
-    assert parse_config(settings).budgets(6) == budgets
+    assert resolve(parse_config(settings), 6, max_num_seqs=8).budgets == budgets
 
 
 @pytest.mark.parametrize(
@@ -203,8 +212,32 @@ def test_a_list_of_choices_can_be_written_in_a_file(tmp_path):
     assert parse_config(read_settings(path)).open_choices == set(CHOICES)
 
 
+@pytest.mark.parametrize(
+    ("settings", "max_num_seqs", "optimized", "scratch"),
+    [
+        ({"method": "clasp"}, 256, 4, 4 * 16),
+        ({"method": "clasp"}, 2, 2, 2 * 16),  # a pass is of running requests
+        ({"method": "clasp", "num_skipped_layers": 3, "max_optimized_requests": 8}, 256, 8, 8 * 3),
+        ({"method": "clasp", "num_skipped_layers": 0}, 256, 4, 1),  # costs are measured in one
+        ({"method": "layer_skip", "adaptive": True}, 256, 0, 1),
+        ({"method": "layer_skip"}, 256, 0, 0),
+    ],
+)
+def test_blocks_held_back(settings, max_num_seqs, optimized, scratch):
+    resolved = resolve(parse_config(settings), 24, max_num_seqs)
+    assert (resolved.optimized_requests, resolved.scratch_blocks) == (optimized, scratch)
+
+
+def test_defaults_of_what_no_controller_chooses():
+    fixed = resolve(parse_config({"method": "clasp", "adaptive": False}), 24, 8)
+    assert (fixed.interval, fixed.exit_threshold, fixed.mask_memory) == (32, 0.3, 0.9)
+    chosen = resolve(parse_config({"method": "clasp"}), 24, 8)
+    assert (chosen.interval, chosen.exit_threshold) == (None, None)
+    assert resolve(parse_config({"method": "layer_skip"}), 24, 8).mask_memory == 0
+
+
 def test_it_says_what_is_chosen():
-    assert parse_config({"method": "clasp"}).explain(24) == [
+    assert explain(parse_config({"method": "clasp"}), 24) == [
         "method: clasp",
         "draft tokens per round: up to 8",
         "layers skipped: up to 16 of 24",
@@ -212,9 +245,9 @@ def test_it_says_what_is_chosen():
         "drafting stops where a further token would not pay",
         "no speculation where it does not pay",
     ]
-    assert "drafting stops below a probability of 0.3" in parse_config({"method": "layer_skip"}).explain()
-    fixed = parse_config({"method": "clasp", "adaptive": False, "draft_exit_threshold": 0.0}).explain(24)
-    assert fixed[1:] == [
+    assert "drafting stops below a probability of 0.3" in explain(parse_config({"method": "layer_skip"}))
+    fixed = parse_config({"method": "clasp", "adaptive": False, "draft_exit_threshold": 0.0})
+    assert explain(fixed, 24)[1:] == [
         "draft tokens per round: 8",
         "layers skipped: 12 of 24",
         "layers chosen anew every 32 rounds, for at most 4 requests in one step",
@@ -226,7 +259,7 @@ def test_it_says_what_is_chosen():
 def test_examples_are_valid(path):
     config = parse_config(read_settings(path))
     num_layers = 80 if "70b" in path.name else 32
-    assert config.budget(num_layers) > 0
+    assert resolve(config, num_layers, max_num_seqs=256).budgets[-1] > 0
 
 
 def test_every_key_is_described():
@@ -252,7 +285,7 @@ _VALUES = st.recursive(
 def test_any_settings_give_a_config_or_a_message(settings):
     try:
         config = parse_config({"method": "clasp", **settings})
-        config.budget(24)
+        resolve(config, 24, max_num_seqs=8)
     except ConfigError as error:
         assert str(error)
 

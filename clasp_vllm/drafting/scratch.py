@@ -26,11 +26,6 @@ class ScratchBlocks:
         self._ids = ids.view(max_rows, columns)
         self.block_size = block_size
 
-    @staticmethod
-    def count(max_rows: int, columns: int) -> int:
-        """How many blocks have to be held back."""
-        return max_rows * columns
-
     def virtual_requests(self, block_table: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block tables of the programme's columns, and the copies to make first.
 

@@ -14,25 +14,19 @@ from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
 from vllm.v1.core.kv_cache_utils import update_kv_cache_capacity
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from clasp_vllm.calibration.fingerprint import fingerprint
-from clasp_vllm.calibration.store import Calibration
-from clasp_vllm.config import METHODS, ConfigError, LayerSkipConfig
+from clasp_vllm.config import ConfigError, DraftSettings, resolve
 from clasp_vllm.control.controller import Controller
 from clasp_vllm.control.costs import LayerShares, PassCosts
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.draft import DrafterOptions
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.passes import DraftRunner, Passes
-from clasp_vllm.drafting.policy import Policy
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.engine.attention import TargetAttention
 from clasp_vllm.engine.eager import eager_view
+from clasp_vllm.engine.methods import METHODS, Target
 from clasp_vllm.engine.speculative_config import layer_skip_config
-from clasp_vllm.policies.clasp import Clasp
-from clasp_vllm.policies.evidence import SkipEvidence
-from clasp_vllm.policies.knn_ssd import KnnSsd
-from clasp_vllm.skipping.skip_mask import evenly_spaced_layers, layers_mask
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings hold
 
@@ -56,13 +50,11 @@ def _layer_shares(vllm_config: VllmConfig) -> LayerShares:
     )
 
 
-def num_scratch_blocks(vllm_config: VllmConfig) -> int:
-    """KV blocks to hold back from the scheduler for optimisation passes."""
+def draft_settings(vllm_config: VllmConfig) -> DraftSettings:
+    """Our configuration, resolved for the model and the engine."""
     config = layer_skip_config(vllm_config)
     assert config is not None
-    columns = config.budget(num_layers_of(vllm_config))
-    count = 0 if config.interval is None else ScratchBlocks.count(_max_optimized(vllm_config), columns)
-    return max(count, int(config.is_adaptive))  # costs are measured in one
+    return resolve(config, num_layers_of(vllm_config), vllm_config.scheduler_config.max_num_seqs)
 
 
 def hold_back_scratch_blocks(vllm_config: VllmConfig, scheduler_config: KVCacheConfig) -> None:
@@ -78,7 +70,7 @@ def hold_back_scratch_blocks(vllm_config: VllmConfig, scheduler_config: KVCacheC
             "layer skipping does not support models with several KV cache groups (mixed sliding-window "
             "and full attention): use a model with one kind of attention"
         )
-    scratch = num_scratch_blocks(vllm_config)
+    scratch = draft_settings(vllm_config).scratch_blocks
     block_size = scheduler_config.kv_cache_groups[0].kv_cache_spec.block_size
     max_model_len = vllm_config.model_config.max_model_len
     needed = -(-max_model_len // block_size) + 1  # and the null block
@@ -92,12 +84,6 @@ def hold_back_scratch_blocks(vllm_config: VllmConfig, scheduler_config: KVCacheC
     scheduler_config.num_blocks -= scratch
     vllm_config.cache_config.num_gpu_blocks = scheduler_config.num_blocks
     update_kv_cache_capacity(vllm_config, scheduler_config)
-
-
-def _max_optimized(vllm_config: VllmConfig) -> int:
-    config = layer_skip_config(vllm_config)
-    assert config is not None
-    return min(config.optimized_requests, vllm_config.scheduler_config.max_num_seqs)
 
 
 def build_decoder(model: nn.Module) -> Decoder:
@@ -128,79 +114,51 @@ def build_drafter(
     """
     config = layer_skip_config(vllm_config)
     assert config is not None
+    settings = draft_settings(vllm_config)
+    logger.info_once("Layer skipping: %s", settings.summary)
+    shares = _layer_shares(vllm_config)
+    method = METHODS[config.method](settings, Target(vllm_config, decoder, shares, device))
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-    calibration = None
-    if config.calibration is not None:
-        calibration = Calibration(config.calibration)
-        calibration.check_model(decoder.norm_weights())
-        if vllm_config.model_config.quantization is None:
-            served, cache = vllm_config.model_config, vllm_config.load_config.download_dir
-            calibration.check_checkpoint(fingerprint(served.model, served.revision, cache))
-    num_layers, shares = num_layers_of(vllm_config), _layer_shares(vllm_config)
-    masks, budgets = _first_masks(config, num_layers, shares, calibration)
-    budget = budgets[-1]
-    optimized = _max_optimized(vllm_config)
-    first_scratch = kv_cache_config.num_blocks - num_scratch_blocks(vllm_config)
-    max_rows = max(max_num_seqs, optimized * (budget + 1))
+    most, optimized = method.budgets[-1], settings.optimized_requests
+    first_scratch = kv_cache_config.num_blocks - settings.scratch_blocks
+    max_rows = max(max_num_seqs, optimized * (most + 1))
     attention = TargetAttention(vllm_config, kv_cache_config, device, max_rows, first_scratch)
     scratch = None
     if optimized:
-        scratch = ScratchBlocks(first_scratch, optimized, budget, attention.block_size, device)
-    logger.info_once("Layer skipping: %s", "; ".join(config.explain(decoder.num_layers)))
-    sequences = SequenceTable(max_num_seqs, masks)
+        scratch = ScratchBlocks(first_scratch, optimized, most, attention.block_size, device)
+    sequences = SequenceTable(max_num_seqs, method.masks)
     passes = Passes(decoder, attention, scratch, model.compute_logits, graphs)
-    share = _share_rank_zero if get_tp_group().world_size > 1 else _own
+    ranks = get_tp_group().world_size
+    share = _share_rank_zero if ranks > 1 else _own
 
     def make_controller(costs: PassCosts) -> Controller:
         return Controller(
             costs,
             max_num_seqs,
-            budgets,
-            num_layers,
+            method.budgets,
+            decoder.num_layers,
             shares,
-            config.num_speculative_tokens,
-            config.optimization_interval,
-            config.open_choices,
+            settings.num_speculative_tokens,
+            settings.interval,
+            settings.open_choices,
             padded=padded,
             drop_stopped=drop_stopped,
-            ranks=get_tp_group().world_size,
+            ranks=ranks,
             log=lambda line: logger.debug("Layer skipping: %s", line),
         )
 
-    policy = Policy()
-    if METHODS[config.method].passes:
-        evidence = None
-        if config.memory:
-            evidence = SkipEvidence(max_num_seqs, num_layers, budget + 1, config.memory, device)
-        policy = Clasp(sequences, passes, budgets, optimized, evidence, share)
-    if calibration is not None:
-        names = [task.name for task in calibration.manifest.tasks]
-        policy = KnnSsd(sequences, calibration.anchors, calibration.masks(), names, share)
-    options = DrafterOptions(budgets, config.interval or 1, config.exit_threshold)
     drafter = Drafter(
         decoder,
         passes,
         sequences,
-        policy,
-        options,
-        make_controller if config.is_adaptive else None,
+        method.policy(sequences, passes, share),
+        DrafterOptions(method.budgets, settings.interval or 1, settings.exit_threshold),
+        make_controller if settings.adaptive else None,
         share,
         on_failure=_go_on_without_drafts,
     )
     drafter.drop_stopped = drop_stopped
     return drafter, attention
-
-
-def _first_masks(
-    config: LayerSkipConfig, num_layers: int, shares: LayerShares, calibration: Calibration | None
-) -> tuple[Tensor, tuple[int, ...]]:
-    """[budgets, num_layers, 2] masks to begin with, and the budgets in layers."""
-    if calibration is not None:  # as prompts of no task known
-        masks = calibration.masks()
-        return masks[-1:], (round(num_layers - float(shares.layers_run(masks).mean())),)
-    budgets = config.budgets(num_layers)
-    skipped = (config.skip_layers or evenly_spaced_layers(num_layers, number) for number in budgets)
-    return torch.stack([layers_mask(num_layers, skip_layers) for skip_layers in skipped]), tuple(budgets)
 
 
 def _own(tensor: Tensor) -> Tensor:

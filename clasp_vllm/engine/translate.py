@@ -12,7 +12,7 @@ from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from clasp_vllm.calibration.store import Calibration
-from clasp_vllm.config import ConfigError, parse_config
+from clasp_vllm.config import ConfigError, parse_config, resolve
 from clasp_vllm.control.planner import draft_lengths
 from clasp_vllm.engine.speculative_config import LayerSkipSpeculativeConfig
 
@@ -43,10 +43,10 @@ def speculative_config(
                 )
             settings[key] = value
     config = parse_config(settings)
-    config.budget(target_model_config.get_total_num_hidden_layers())
+    num_layers = target_model_config.get_total_num_hidden_layers()
+    resolve(config, num_layers, max_num_seqs=1)  # refuses layers that there are not
     if config.calibration is not None:
-        shape = target_model_config.get_total_num_hidden_layers(), target_model_config.get_hidden_size()
-        Calibration(config.calibration).check_shape(*shape)
+        Calibration(config.calibration).check_shape(num_layers, target_model_config.get_hidden_size())
     schedule = config.num_speculative_tokens_per_batch_size
     if schedule is not None:
         try:

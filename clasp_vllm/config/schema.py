@@ -1,20 +1,11 @@
-"""The speculative configuration: what a user may write, its checks and its meaning.
-
-Nothing here imports vLLM, so that a bad configuration is refused before anything is loaded.
-"""
+"""The speculative configuration: what a user may write, and which keys go together."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import reprlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 @dataclass(frozen=True)
@@ -49,11 +40,15 @@ METHODS_OF_KEY = {
     "max_optimized_requests": ("clasp",),
     "mask_memory": ("clasp",),
 }
-LARGEST_SKIP_RATIO = 2 / 3  # where the controller chooses
 # What the controller chooses: how many layers to skip, how far to draft, when to stop early, and whether to
 # speculate at all.
 CHOICES = ("layers", "length", "exit", "speculation")
+# What holds if nothing else is said, and the controller does not choose.
+SKIP_RATIO = 0.5
 EXIT_THRESHOLD = 0.3
+OPTIMIZATION_INTERVAL = 32  # rounds
+MAX_OPTIMIZED_REQUESTS = 4
+MASK_MEMORY = 0.9
 
 # vLLM's own keys, passed through under their own names.
 VLLM_KEYS = (
@@ -66,11 +61,6 @@ VLLM_KEYS = (
     "prompt_lookup_min",
     "prompt_lookup_max",
 )
-
-
-# Values in messages are cut: a few lines of YAML can stand for gigabytes.
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 8, 8, 200, 200
 
 
 class ConfigError(ValueError):
@@ -103,7 +93,7 @@ class LayerSkipConfig(BaseModel):
         ge=0,
         lt=1,
         description="Share of the layers to skip, rounded to whole layers. If neither this nor "
-        "num_skipped_layers nor skip_layers is given: 0.5, or chosen up to two thirds if adaptive.",
+        f"num_skipped_layers nor skip_layers is given: {SKIP_RATIO}, or chosen up to two thirds if adaptive.",
     )
     num_skipped_layers: int | None = Field(
         default=None,
@@ -123,22 +113,22 @@ class LayerSkipConfig(BaseModel):
         default=None,
         ge=1,
         le=1_000_000,
-        description="clasp only: rounds between two choices of a request's layers (default 32, or chosen "
-        "if adaptive).",
+        description="clasp only: rounds between two choices of a request's layers (default "
+        f"{OPTIMIZATION_INTERVAL}, or chosen if adaptive).",
     )
     max_optimized_requests: int | None = Field(
         default=None,
         ge=1,
         le=1024,
         description="clasp only: how many requests may have their layers chosen in one step "
-        "(default 4). Each holds back num_skipped_layers blocks of KV cache.",
+        f"(default {MAX_OPTIMIZED_REQUESTS}). Each holds back num_skipped_layers blocks of KV cache.",
     )
     mask_memory: float | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="clasp only: how much the choices of earlier passes count in the next (default 0.9); "
-        "0 = each choice goes by one token alone, as in the paper.",
+        description="clasp only: how much the choices of earlier passes count in the next (default "
+        f"{MASK_MEMORY}); 0 = each choice goes by one token alone, as in the paper.",
     )
     ngram_cascade: bool | None = Field(
         default=None,
@@ -208,36 +198,6 @@ class LayerSkipConfig(BaseModel):
             raise ValueError(f"skip_layers={self.skip_layers!r} names a layer twice")
         return self
 
-    def budget(self, num_layers: int) -> int:
-        """The number of layers to skip in a model of ``num_layers``; the most, where it is chosen.
-
-        Raises:
-            ConfigError: not smaller than the number of layers, or a layer that does not exist.
-        """
-        if self.skip_layers is not None:
-            beyond = [layer for layer in self.skip_layers if layer >= num_layers]
-            if beyond:
-                raise ConfigError(
-                    f"skip_layers: {beyond[0]} is not a layer of the model; allowed are 0 to {num_layers - 1}"
-                )
-            budget = len(self.skip_layers)
-            key = "skip_layers"
-        elif self.num_skipped_layers is not None:
-            budget, key = self.num_skipped_layers, "num_skipped_layers"
-        else:
-            ratio = self.skip_ratio
-            if ratio is None:
-                ratio = LARGEST_SKIP_RATIO if self.chooses_budget else 0.5
-            budget, key = round(ratio * num_layers), "skip_ratio"
-            if self.skip_ratio is None:
-                budget = min(budget, num_layers - 1)
-        if budget >= num_layers:
-            raise ConfigError(
-                f"{key}: skipping {budget} layers leaves none; the model has {num_layers}, "
-                f"allowed are 0 to {num_layers - 1} skipped layers"
-            )
-        return budget
-
     @property
     def is_adaptive(self) -> bool:
         """Whether a controller chooses what the configuration leaves open."""
@@ -269,162 +229,10 @@ class LayerSkipConfig(BaseModel):
         return "layers" in self.open_choices
 
     @property
-    def exit_threshold(self) -> float | None:
-        """The probability below which drafting stops; None where the controller says when."""
-        if self.draft_exit_threshold is None and "exit" not in self.open_choices:
-            return EXIT_THRESHOLD
-        return self.draft_exit_threshold
-
-    @property
     def cascades(self) -> bool:
         """Whether the context is looked up where tokens are on the host; elsewhere if ``ngram_cascade``."""
         return self.is_adaptive if self.ngram_cascade is None else self.ngram_cascade
 
-    def budgets(self, num_layers: int) -> tuple[int, ...]:
-        """The numbers of layers to skip that there are to choose from, ascending."""
-        most = self.budget(num_layers)
-        return tuple(range(1, most + 1)) if self.chooses_budget and most else (most,)
-
-    @property
-    def interval(self) -> int | None:
-        """Rounds between two optimisation passes; None for fixed masks."""
-        return self.optimization_interval or 32 if METHODS[self.method].passes else None
-
-    @property
-    def optimized_requests(self) -> int:
-        """How many requests may be optimised in one step."""
-        return self.max_optimized_requests or 4 if METHODS[self.method].passes else 0
-
-    @property
-    def memory(self) -> float:
-        """What the averages over earlier passes keep; 0 where there are none."""
-        if not METHODS[self.method].passes:
-            return 0.0
-        return 0.9 if self.mask_memory is None else self.mask_memory
-
-    def explain(self, num_layers: int | None = None) -> list[str]:
-        """What the configuration will do, in words; some of them need the model's number of layers."""
-        most = "up to " if "length" in self.open_choices else ""
-        lines = [f"method: {self.method}", f"draft tokens per round: {most}{self.num_speculative_tokens}"]
-        if self.calibration is not None:
-            lines.append(f"layers skipped: by task, as in {self.calibration}")
-        elif num_layers is not None:
-            most = "up to " if self.chooses_budget else ""
-            lines.append(f"layers skipped: {most}{self.budget(num_layers)} of {num_layers}")
-        if self.interval is not None:
-            rounds = f"every {self.interval} rounds"
-            if self.is_adaptive and self.optimization_interval is None:
-                rounds = "as often as it pays"
-            lines.append(
-                f"layers chosen anew {rounds}, for at most {self.optimized_requests} requests in one step"
-            )
-        threshold = self.exit_threshold
-        if threshold is None:
-            lines.append("drafting stops where a further token would not pay")
-        elif threshold:
-            lines.append(f"drafting stops below a probability of {threshold}")
-        else:
-            lines.append("drafting never stops early")
-        if "speculation" in self.open_choices:
-            lines.append("no speculation where it does not pay")
-        return lines
-
     def vllm_settings(self) -> dict[str, Any]:
         """vLLM's own keys, for its SpeculativeConfig."""
         return {key: getattr(self, key) for key in VLLM_KEYS}
-
-
-def is_ours(settings: object) -> bool:
-    """Whether a speculative configuration asks for one of our methods, or uses keys only we have."""
-    if not isinstance(settings, Mapping):
-        return False
-    own_keys = {*LayerSkipConfig.model_fields, *REMOVED_KEYS} - {"method", *VLLM_KEYS}
-    return settings.get("method") in (*METHODS, *REMOVED_METHODS) or (
-        settings.get("method") is None and not own_keys.isdisjoint(settings)
-    )
-
-
-def read_settings(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The key-value pairs of a configuration given as a mapping, as JSON or as a file's path.
-
-    Raises:
-        ConfigError: the file is missing or unreadable, or it does not hold key-value pairs.
-    """
-    if isinstance(source, Mapping):
-        return dict(source)
-    text = str(source)
-    if text.lstrip().startswith(("{", "[")):
-        settings, origin = _parse(text, json.loads, "the JSON given"), "the JSON given"
-    else:
-        path = Path(text).expanduser()
-        if not path.is_file():
-            raise ConfigError(
-                f"speculative configuration {text!r}: no such file; "
-                "allowed is a JSON object or the path of a YAML or JSON file"
-            )
-        origin = f"file {text!r}"
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"speculative configuration {origin}: {error}") from error
-        settings = _parse(content, yaml.safe_load, origin)
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise ConfigError(
-            f"speculative configuration {origin}: holds {_describe(settings)}; "
-            "allowed are key-value pairs, such as `method: clasp`"
-        )
-    return settings
-
-
-def _parse(text: str, load: Any, origin: str) -> object:
-    try:
-        return load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(
-            f"speculative configuration {origin} cannot be read: {' '.join(str(error).split())}"
-        ) from error
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, list):
-        return "a list"
-    if isinstance(value, dict):
-        return "keys that are not text"
-    return "nothing" if value is None else _SHORT.repr(value)
-
-
-def parse_config(settings: Mapping[str, Any]) -> LayerSkipConfig:
-    """Check the settings of one of our methods.
-
-    Raises:
-        ConfigError: names each key that is wrong, its value and what is allowed.
-    """
-    names = {key.replace("-", "_"): value for key, value in settings.items()}
-    try:
-        return LayerSkipConfig.model_validate(names)
-    except ValidationError as error:
-        problems = "; ".join(_explain(dict(e), names) for e in error.errors())
-        raise ConfigError(f"speculative configuration: {problems}") from None
-
-
-def _explain(error: dict[str, Any], settings: Mapping[str, Any]) -> str:
-    if not error["loc"]:
-        return str(error["msg"]).removeprefix("Value error, ")
-    key = str(error["loc"][0])
-    value = _SHORT.repr(settings.get(key))
-    choices = settings.get(key) if key == "adaptive" else None
-    if isinstance(choices, list) and "sharing" in choices:
-        return (
-            f"adaptive={value}: sharing was removed, for it gained nothing; allowed are {', '.join(CHOICES)}"
-        )
-    why = REMOVED_METHODS.get(str(settings.get(key))) if key == "method" else None
-    if why is not None:
-        return f"method={value} was removed, for {why}; allowed are {', '.join(METHODS)}"
-    if key in REMOVED_KEYS:
-        return f"{key}={value} was removed: {REMOVED_KEYS[key]}"
-    if error["type"] == "extra_forbidden":
-        known = list(LayerSkipConfig.model_fields)
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"unknown key {key}={value}; {hint}allowed keys: {', '.join(known)}"
-    return f"{key}={value}: {str(error['msg']).lower()}"

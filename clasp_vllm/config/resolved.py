@@ -1,0 +1,157 @@
+"""What a configuration means for one model and engine: what a user left open has its value here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from clasp_vllm.config.schema import (
+    EXIT_THRESHOLD,
+    MASK_MEMORY,
+    MAX_OPTIMIZED_REQUESTS,
+    METHODS,
+    OPTIMIZATION_INTERVAL,
+    SKIP_RATIO,
+    ConfigError,
+    LayerSkipConfig,
+)
+
+LARGEST_SKIP_RATIO = 2 / 3  # where the controller chooses
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DraftSettings:
+    """The settings of a drafter.
+
+    Attributes:
+        budgets: numbers of layers to skip, ascending, of which the controller chooses if there are several.
+            knn_ssd's skip sets come from its calibration instead.
+        skip_layers: the fixed layers to skip; None: evenly spaced to begin with.
+        calibration: the folder of a calibration, or None.
+        open_choices: what the controller chooses, of ``CHOICES``.
+        adaptive: whether there is a controller.
+        interval: rounds between two optimisation passes; None where the controller chooses, or without
+            passes.
+        optimized_requests: how many requests one pass chooses layers for at most; 0 without passes.
+        scratch_blocks: KV blocks to hold back from the scheduler.
+        mask_memory: what the averages over earlier passes keep, in [0, 1).
+        exit_threshold: the probability below which drafting stops; None where the controller says when.
+        summary: all of this in words.
+    """
+
+    num_speculative_tokens: int
+    budgets: tuple[int, ...]
+    skip_layers: tuple[int, ...] | None
+    calibration: str | None
+    open_choices: frozenset[str]
+    adaptive: bool
+    interval: int | None
+    optimized_requests: int
+    scratch_blocks: int
+    mask_memory: float
+    exit_threshold: float | None
+    summary: str
+
+
+def resolve(config: LayerSkipConfig, num_layers: int, max_num_seqs: int) -> DraftSettings:
+    """Give every setting its value.
+
+    Raises:
+        ConfigError: as many layers are to be skipped as there are, or one that does not exist.
+    """
+    most = _budget(config, num_layers)
+    passes = METHODS[config.method].passes
+    optimized = min(_optimized_requests(config), max_num_seqs)
+    return DraftSettings(
+        num_speculative_tokens=config.num_speculative_tokens,
+        budgets=tuple(range(1, most + 1)) if config.chooses_budget and most else (most,),
+        skip_layers=None if config.skip_layers is None else tuple(config.skip_layers),
+        calibration=config.calibration,
+        open_choices=config.open_choices,
+        adaptive=config.is_adaptive,
+        interval=_interval(config),
+        optimized_requests=optimized,
+        # A column each of a pass's requests; costs are measured in one.
+        scratch_blocks=max(optimized * most, int(config.is_adaptive)),
+        mask_memory=_or_default(config.mask_memory, MASK_MEMORY) if passes else 0.0,
+        exit_threshold=_exit_threshold(config),
+        summary="; ".join(explain(config, num_layers)),
+    )
+
+
+def explain(config: LayerSkipConfig, num_layers: int | None = None) -> list[str]:
+    """What a configuration will do, in words; some of them need the model's number of layers.
+
+    Raises:
+        ConfigError: as ``resolve``.
+    """
+    most = "up to " if "length" in config.open_choices else ""
+    lines = [f"method: {config.method}", f"draft tokens per round: {most}{config.num_speculative_tokens}"]
+    if config.calibration is not None:
+        lines.append(f"layers skipped: by task, as in {config.calibration}")
+    elif num_layers is not None:
+        most = "up to " if config.chooses_budget else ""
+        lines.append(f"layers skipped: {most}{_budget(config, num_layers)} of {num_layers}")
+    if METHODS[config.method].passes:
+        interval = _interval(config)
+        rounds = "as often as it pays" if interval is None else f"every {interval} rounds"
+        lines.append(
+            f"layers chosen anew {rounds}, for at most {_optimized_requests(config)} requests in one step"
+        )
+    threshold = _exit_threshold(config)
+    if threshold is None:
+        lines.append("drafting stops where a further token would not pay")
+    elif threshold:
+        lines.append(f"drafting stops below a probability of {threshold}")
+    else:
+        lines.append("drafting never stops early")
+    if "speculation" in config.open_choices:
+        lines.append("no speculation where it does not pay")
+    return lines
+
+
+def _budget(config: LayerSkipConfig, num_layers: int) -> int:
+    """The number of layers to skip; the most, where it is chosen."""
+    if config.skip_layers is not None:
+        beyond = [layer for layer in config.skip_layers if layer >= num_layers]
+        if beyond:
+            raise ConfigError(
+                f"skip_layers: {beyond[0]} is not a layer of the model; allowed are 0 to {num_layers - 1}"
+            )
+        key, budget = "skip_layers", len(config.skip_layers)
+    elif config.num_skipped_layers is not None:
+        key, budget = "num_skipped_layers", config.num_skipped_layers
+    elif config.skip_ratio is not None:
+        key, budget = "skip_ratio", round(config.skip_ratio * num_layers)
+    else:
+        ratio = LARGEST_SKIP_RATIO if config.chooses_budget else SKIP_RATIO
+        return min(round(ratio * num_layers), num_layers - 1)
+    if budget >= num_layers:
+        raise ConfigError(
+            f"{key}: skipping {budget} layers leaves none; the model has {num_layers}, "
+            f"allowed are 0 to {num_layers - 1} skipped layers"
+        )
+    return budget
+
+
+def _interval(config: LayerSkipConfig) -> int | None:
+    if config.is_adaptive or not METHODS[config.method].passes:
+        return config.optimization_interval
+    return _or_default(config.optimization_interval, OPTIMIZATION_INTERVAL)
+
+
+def _optimized_requests(config: LayerSkipConfig) -> int:
+    if not METHODS[config.method].passes:
+        return 0
+    return _or_default(config.max_optimized_requests, MAX_OPTIMIZED_REQUESTS)
+
+
+def _exit_threshold(config: LayerSkipConfig) -> float | None:
+    if "exit" in config.open_choices:
+        return None
+    return _or_default(config.draft_exit_threshold, EXIT_THRESHOLD)
+
+
+def _or_default(value: T | None, default: T) -> T:
+    return default if value is None else value
