@@ -48,7 +48,7 @@ class Controller:
         last: the last choice, whatever was done; None: there was none.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what holds from the start on
         self,
         costs: PassCosts,
         capacity: int,

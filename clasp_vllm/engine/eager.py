@@ -6,6 +6,8 @@ norms and SiLU. A draft calls layers one at a time and uncompiled, where the ker
 operations of the native forms.
 """
 
+# ruff: noqa: SLF001 - kernels and a module's dispatch have no public names
+
 from __future__ import annotations
 
 import copy

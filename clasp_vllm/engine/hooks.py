@@ -97,7 +97,7 @@ def install() -> None:
 def _cli_argument(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
-        action = parser._option_string_actions.get("--speculative-config")
+        action = parser._option_string_actions.get("--speculative-config")  # noqa: SLF001 - argparse has no other
         if action is None:
             return parser
         action.type = parse_cli_argument
@@ -214,7 +214,7 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _post_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def post_step(self: Any, model_executed: bool) -> None:
-        drafts = vars(self.scheduler).pop("_layer_skip_drafts", None)
+        drafts = vars(self.scheduler).pop("layer_skip_drafts", None)
         if drafts is None:
             original(self, model_executed)
         elif drafts.req_ids:

@@ -38,12 +38,12 @@ def schedule_requested_length(scheduler: Any, output: ModelRunnerOutput) -> None
     config = scheduler.vllm_config
     if config.parallel_config.data_parallel_size > 1:
         return  # engines that run in step must verify alike
-    longest = getattr(scheduler, "_layer_skip_longest", None)
+    longest = getattr(scheduler, "layer_skip_longest", None)
     if longest is None:
         longest = [scheduler.num_spec_tokens] * (scheduler.scheduler_config.max_num_seqs + 1)
         if config.speculative_config.layer_skip.num_speculative_tokens_per_batch_size:
             longest = scheduler.dynamic_sd_lookup
-        scheduler._layer_skip_longest = longest
+        scheduler.layer_skip_longest = longest
     scheduler.dynamic_sd_lookup = [min(most, length) for most in longest]
 
 
@@ -51,7 +51,7 @@ def take_drafts(scheduler: Any, output: ModelRunnerOutput) -> None:
     """Keep the drafts that came with a runner's output until the end of the step."""
     drafts = _take(output, DRAFTS)
     if drafts is not None:
-        scheduler._layer_skip_drafts = DraftTokenIds(*drafts)
+        scheduler.layer_skip_drafts = DraftTokenIds(*drafts)
 
 
 def _take(output: ModelRunnerOutput, key: str) -> Any:
@@ -78,22 +78,7 @@ def send_counts(drafter: Drafter, output: Any, runner: Any) -> Any:
         output = getattr(output, name, output)
     if not isinstance(output, ModelRunnerOutput):
         return outer
-    data: dict[str, Any] = {}
-    counts = drafter.statistics.take()
-    if counts:
-        data[KEY] = counts
-    tasks = drafter.policy.take_tasks()
-    if tasks:
-        data[TASKS] = tasks
-    kept = drafter.statistics.take_kept()
-    if kept:
-        data[KEPT] = kept
-    if counts:
-        data[CHOSEN] = drafter.policy.gauges() | (drafter.controller.gauges() if drafter.controller else {})
-    if drafter.controller is not None:
-        length = drafter.controller.take_requested_draft_length()
-        if length is not None:
-            data[REQUESTED_LENGTH] = length
+    data = _counted(drafter)
     if runner.device.type == "cpu" and not getattr(runner, "use_async_scheduling", True):
         drafts = runner.take_draft_token_ids()
         data[DRAFTS] = (drafts.req_ids, drafts.draft_token_ids) if drafts is not None else ([], [])
@@ -102,6 +87,21 @@ def send_counts(drafter: Drafter, output: Any, runner: Any) -> Any:
     stats = ECConnectorOutput(ec_connector_stats=ECConnectorStats(data=data))
     sent = ModelRunnerOutput.with_ec_conn_output(output, stats)
     return sent if outer is output else outer
+
+
+def _counted(drafter: Drafter) -> dict[str, Any]:
+    """What has been counted since the last call, by the keys it travels under."""
+    controller = drafter.controller
+    counts = drafter.statistics.take()
+    data: dict[str, Any] = {
+        KEY: counts,
+        TASKS: drafter.policy.take_tasks(),
+        KEPT: drafter.statistics.take_kept(),
+        CHOSEN: drafter.policy.gauges() | (controller.gauges() if controller else {}) if counts else {},
+    }
+    data = {key: value for key, value in data.items() if value}
+    length = controller.take_requested_draft_length() if controller else None
+    return data if length is None else data | {REQUESTED_LENGTH: length}
 
 
 class LayerSkipStatLogger(AggregateStatLoggerBase):

@@ -18,6 +18,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from clasp_vllm.config import ConfigError
 from clasp_vllm.device import to_device
 from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, prompt_tokens
+from clasp_vllm.drafting.draft import DraftOutput
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.passes import top_probability
 from clasp_vllm.engine.build import (
@@ -105,7 +106,7 @@ class LayerSkipProposer(DraftModelProposer):
         self._matches = None
         return self.drafter.idles(batch.req_ids)
 
-    def propose(  # type: ignore[override]
+    def propose(  # type: ignore[override]  # noqa: PLR0913 - vLLM's signature
         self,
         num_speculative_tokens: int,
         target_token_ids: Tensor,
@@ -144,11 +145,32 @@ class LayerSkipProposer(DraftModelProposer):
         if rows.size == 0:
             return drafts
 
+        batch = self._batch(rows, next_token_ids, positions, common_attn_metadata, matches)
+        sampling = _DraftSampling(self, rows, num_reqs, sampling_metadata)
+        output = self.drafter.draft(batch, num_speculative_tokens, sampling.sample)
+        log_statistics(self.drafter)
+        if output is not None:
+            drafts[to_device(rows, self.device)] = output.tokens
+            self._last_draft_probs = sampling.distribution(output)
+        # With async scheduling the verification is under way: without drafts any tokens will do.
+        return drafts if self.runner.use_async_scheduling else _worth_verifying(output, rows, num_reqs)
+
+    def _batch(
+        self,
+        rows: np.ndarray,
+        next_token_ids: Tensor,
+        positions: Tensor,
+        common_attn_metadata: CommonAttentionMetadata,
+        matches: NgramMatches | None,
+    ) -> DraftBatch:
+        """The ``rows`` to draft for, of all requests of the step."""
+        num_reqs = len(positions)
+        request_ids = self.runner.input_batch.req_ids[:num_reqs]
         max_lengths = common_attn_metadata.seq_lens_cpu_upper_bound
         if max_lengths is None:
             max_lengths = torch.full((num_reqs,), self.max_model_len, dtype=torch.int32)
         greedy = self.runner.input_batch.greedy_reqs
-        batch = DraftBatch(
+        return DraftBatch(
             request_ids,
             next_token_ids,
             positions,
@@ -158,47 +180,14 @@ class LayerSkipProposer(DraftModelProposer):
             matches,
         ).select(rows)
 
-        probs: list[Tensor] = []
-        greedily = np.zeros(rows.size, dtype=bool)
-        if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
-            greedily = self._drafted_greedily(rows, sampling_metadata)
+    @property
+    def draws(self) -> bool:
+        """Whether draft tokens of sampling requests are drawn, not the likeliest."""
+        return self._enable_probabilistic_draft_probs
 
-        def sample(
-            hidden: Tensor, positions: Tensor, step: int, of: np.ndarray
-        ) -> tuple[Tensor, Tensor | None]:
-            logits = self.model.compute_logits(hidden)
-            metadata = _select_rows(sampling_metadata, rows[of], num_reqs, self.device)
-            confidence = top_probability(logits) if self.drafter.asks_confidence else None
-            tokens, step_probs = self._sample_from_logits(logits, metadata)
-            if step_probs is not None:
-                probs.append(step_probs)
-                if greedily.any():
-                    likeliest = to_device(greedily[of], self.device)
-                    tokens = torch.where(likeliest, step_probs.argmax(-1), tokens)
-            return tokens, confidence
-
-        drafted = self.drafter.draft(batch, num_speculative_tokens, sample)
-        short: list[list[int]] = [[] for _ in range(num_reqs)]
-        if drafted is None:
-            # With async scheduling the verification is under way: any tokens will do.
-            return drafts if self.runner.use_async_scheduling else short
-        tokens, lengths, drawn = drafted
-        on_device = to_device(rows, self.device)
-        drafts[on_device] = tokens
-        if probs:
-            drawn[greedily] = -1
-            draft_probs = self._draft_distribution(torch.cat(probs), drawn, tokens)
-            self._last_draft_probs = draft_probs
-            if rows.size < num_reqs:
-                self._last_draft_probs = draft_probs.new_zeros(num_reqs, *draft_probs.shape[1:])
-                self._last_draft_probs[on_device] = draft_probs
-        log_statistics(self.drafter)
-        if self.runner.use_async_scheduling:
-            return drafts
-        # The scheduler is waiting for the tokens: give it no more than are worth verifying.
-        for row, ids, length in zip(rows, tokens.tolist(), lengths.tolist(), strict=True):
-            short[row] = ids[:length]
-        return short
+    def draw(self, logits: Tensor, metadata: SamplingMetadata) -> tuple[Tensor, Tensor | None]:
+        """[rows] tokens and, where they are drawn, [rows, vocab] float32, their distributions."""
+        return self._sample_from_logits(logits, metadata)
 
     def _look_up(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> NgramMatches | None:
         """Prompt-lookup matches of the batch, of ``rows`` only; None: not known."""
@@ -219,30 +208,77 @@ class LayerSkipProposer(DraftModelProposer):
         draft_token_ids = self._lookup.propose(self._lookup.k, sampled, lengths, tokens)
         return NgramMatches.of(draft_token_ids, self._lookup.k)
 
-    def _drafted_greedily(self, rows: np.ndarray, metadata: SamplingMetadata) -> np.ndarray:
+
+class _DraftSampling:
+    """Samples draft tokens for ``rows`` of a step, and keeps what the rejection sampler must know of it."""
+
+    def __init__(
+        self, proposer: LayerSkipProposer, rows: np.ndarray, num_reqs: int, metadata: SamplingMetadata
+    ) -> None:
+        self._proposer, self._rows, self._num_reqs, self._metadata = proposer, rows, num_reqs, metadata
+        self._probs: list[Tensor] = []  # [rows sampled, vocab] each
+        self._greedily = np.zeros(rows.size, dtype=bool)
+        if proposer.draws and not metadata.all_greedy:
+            self._greedily = self._drafted_greedily()
+
+    def sample(
+        self, hidden: Tensor, positions: Tensor, step: int, of: np.ndarray
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``drafting.draft.Sample``."""
+        proposer = self._proposer
+        logits = proposer.model.compute_logits(hidden)
+        metadata = _select_rows(self._metadata, self._rows[of], self._num_reqs, proposer.device)
+        confidence = top_probability(logits) if proposer.drafter.asks_confidence else None
+        tokens, probs = proposer.draw(logits, metadata)
+        if probs is not None:
+            self._probs.append(probs)
+            if self._greedily.any():
+                likeliest = to_device(self._greedily[of], proposer.device)
+                tokens = torch.where(likeliest, probs.argmax(-1), tokens)
+        return tokens, confidence
+
+    def distribution(self, output: DraftOutput) -> Tensor | None:
+        """[num_reqs, num_tokens, vocab] float32: what each draft was drawn from; None if all are greedy.
+
+        Tokens that count as certain have all probability: they were looked up, fill up a draft stopped early,
+        or are of requests drafted for greedily.
+        """
+        if not self._probs:
+            return None
+        output.drawn[self._greedily] = -1
+        probs, device = torch.cat(self._probs), output.tokens.device
+        draft_probs = probs[to_device(output.drawn.clip(0), device)]
+        certain = to_device(output.drawn < 0, device).unsqueeze(-1)
+        draft_probs.masked_fill_(certain, 0.0).scatter_add_(2, output.tokens.unsqueeze(-1), certain.float())
+        if len(self._rows) == self._num_reqs:
+            return draft_probs
+        of_all = draft_probs.new_zeros(self._num_reqs, *draft_probs.shape[1:])
+        of_all[to_device(self._rows, device)] = draft_probs
+        return of_all
+
+    def _drafted_greedily(self) -> np.ndarray:
         """[rows] bool, which sampling requests are not to have drafts drawn, but the likeliest tokens.
 
         Those with a grammar: the scheduler cuts drafts where it forbids a token, and so by what was drawn,
         which is exact only for tokens that count as certain. And those with a seed: vLLM draws drafts without
         regard to it.
         """
-        requests, names = self.runner.requests, self.runner.input_batch.req_ids
-        all_params = [requests[names[row]].sampling_params for row in rows]
+        runner = self._proposer.runner
+        requests, names = runner.requests, runner.input_batch.req_ids
+        all_params = [requests[names[row]].sampling_params for row in self._rows]
         grammars = [params is not None and params.structured_outputs is not None for params in all_params]
-        return np.array(grammars, dtype=bool) | np.isin(rows, list(metadata.generators))
+        seeded = np.isin(self._rows, list(self._metadata.generators))
+        return np.array(grammars, dtype=bool) | seeded
 
-    def _draft_distribution(self, probs: Tensor, drawn: np.ndarray, tokens: Tensor) -> Tensor:
-        """[rows, num_tokens, vocab] float32: the distribution each draft token was drawn from.
 
-        Args:
-            probs: [rows sampled, vocab].
-            drawn: [rows, num_tokens] int64, which of these each token is; -1 for those that count as certain:
-                they were looked up, fill up a draft stopped early, or are of requests drafted for greedily.
-            tokens: [rows, num_tokens] int64.
-        """
-        draft_probs = probs[to_device(drawn.clip(0), probs.device)]
-        certain = to_device(drawn < 0, probs.device).unsqueeze(-1)
-        return draft_probs.masked_fill_(certain, 0.0).scatter_add_(2, tokens.unsqueeze(-1), certain.float())
+def _worth_verifying(output: DraftOutput | None, rows: np.ndarray, num_reqs: int) -> list[list[int]]:
+    """By request, the tokens for a scheduler that waits for them: no more than are worth verifying."""
+    short: list[list[int]] = [[] for _ in range(num_reqs)]
+    if output is not None:
+        lengths = output.lengths.tolist()
+        for row, ids, length in zip(rows, output.tokens.tolist(), lengths, strict=True):
+            short[row] = ids[:length]
+    return short
 
 
 def _select_rows(

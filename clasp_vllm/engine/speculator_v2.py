@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from clasp_vllm.device import to_device
 from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, prompt_tokens
+from clasp_vllm.drafting.draft import Sample
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import (
     build_decoder,
@@ -131,7 +132,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         return logits
 
     @torch.inference_mode()
-    def propose(
+    def propose(  # noqa: PLR0913 - vLLM's signature
         self,
         input_batch: InputBatch,
         attn_metadata: Any,
@@ -184,14 +185,30 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         ).select(rows)
         on_device = to_device(rows, self.device)
         idx_mapping = input_batch.idx_mapping[on_device]
+        output = self.drafter.draft(batch, num_tokens, self._sampler(idx_mapping))
+        drafts.zero_()
+        if output is None:
+            # All that the verification under way needs is tokens with known draft probabilities.
+            drawn = np.full((rows.size, num_tokens), -1)
+        else:
+            drawn = output.drawn
+            drafts[on_device, :num_tokens] = output.tokens
+        if self.draft_logits is not None:
+            self._mark_certain(idx_mapping, drawn < 0, drafts[on_device])
+        log_statistics(self.drafter)
+        return drafts
+
+    def _sampler(self, idx_mapping: Tensor) -> Sample:
+        """Samples draft tokens for [rows] requests; ``idx_mapping`` are their slots."""
 
         def sample(
             hidden: Tensor, positions: Tensor, step: int, of: np.ndarray
         ) -> tuple[Tensor, Tensor | None]:
+            every = len(of) == len(idx_mapping)
             tokens = self.sample_draft(
                 hidden,
                 positions,
-                idx_mapping if len(of) == len(rows) else idx_mapping[to_device(of, self.device)],
+                idx_mapping if every else idx_mapping[to_device(of, self.device)],
                 self.temperature,
                 self.seeds,
                 self._step.fill_(step),
@@ -200,18 +217,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             )
             return tokens, self._confidence if self.drafter.asks_confidence else None
 
-        drafted = self.drafter.draft(batch, num_tokens, sample)
-        drafts.zero_()
-        if drafted is None:
-            # All that the verification under way needs is tokens with known draft probabilities.
-            drawn = np.full((rows.size, num_tokens), -1)
-        else:
-            drawn = drafted.drawn
-            drafts[on_device, :num_tokens] = drafted.tokens
-        if self.draft_logits is not None:
-            self._mark_certain(idx_mapping, drawn < 0, drafts[on_device])
-        log_statistics(self.drafter)
-        return drafts
+        return sample
 
     def _looked_up(self, input_batch: InputBatch, num_sampled: Tensor) -> NgramMatches | None:
         """Prompt-lookup matches of the batch."""

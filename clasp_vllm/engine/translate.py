@@ -30,19 +30,7 @@ def speculative_config(
         ConfigError: a setting is wrong, or the model or the engine has a feature that layer skipping
             cannot serve.
     """
-    settings = dict(engine_args.speculative_config or {})
-    for flag, key, value in (
-        ("--spec-method", "method", engine_args.spec_method),
-        ("--spec-tokens", "num_speculative_tokens", engine_args.spec_tokens),
-    ):
-        if value is not None:
-            if settings.get(key, value) != value:
-                raise ConfigError(
-                    f"{flag}={value!r} and the speculative configuration's {key}={settings[key]!r} "
-                    "exclude each other; give one of them"
-                )
-            settings[key] = value
-    config = parse_config(settings)
+    config = parse_config(_settings(engine_args))
     num_layers = target_model_config.get_total_num_hidden_layers()
     resolve(config, num_layers, max_num_seqs=1)  # refuses layers that there are not
     if config.calibration is not None:
@@ -79,6 +67,23 @@ def speculative_config(
     return made
 
 
+def _settings(engine_args: Any) -> dict[str, Any]:
+    """The keys given, those given as flags of their own among them."""
+    settings = dict(engine_args.speculative_config or {})
+    for flag, key, value in (
+        ("--spec-method", "method", engine_args.spec_method),
+        ("--spec-tokens", "num_speculative_tokens", engine_args.spec_tokens),
+    ):
+        if value is not None:
+            if settings.get(key, value) != value:
+                raise ConfigError(
+                    f"{flag}={value!r} and the speculative configuration's {key}={settings[key]!r} "
+                    "exclude each other; give one of them"
+                )
+            settings[key] = value
+    return settings
+
+
 def graph_lengths(longest: int) -> list[list[int]]:
     """A table of draft lengths by batch size in which those that the controller may choose occur.
 
@@ -92,6 +97,7 @@ def graph_lengths(longest: int) -> list[list[int]]:
 
 def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_config: ParallelConfig) -> None:
     """Raises ConfigError for the first feature that layer skipping cannot serve."""
+    # Long, for it is one table.
     kv_cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, model_config)
     attention_kinds = set(getattr(model_config.hf_text_config, "layer_types", None) or ())
     refusals = (
