@@ -85,4 +85,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     Raises:
         ConfigError, pydantic.ValidationError: an argument is wrong; the message names it.
     """
-    return OpenAIServer.bind(ServerArguments(**args).command_line())
+    application: serve.Application = OpenAIServer.bind(  # type: ignore[attr-defined]
+        ServerArguments(**args).command_line()
+    )
+    return application

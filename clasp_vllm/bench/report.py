@@ -92,7 +92,7 @@ def _table(all_pairs: Pairs) -> list[str]:
         rows = [pair[1] for pair in repeats]
 
         def middle(group: list[Row], key: str) -> float:
-            return statistics.median(row[key] for row in group)
+            return float(statistics.median(row[key] for row in group))
 
         lengths = [row["accepted_length"] for row in rows if row["accepted_length"]]
         positions = rows[-1]["acceptance_by_position"]

