@@ -6,6 +6,7 @@ blocks. Of kernels, devices and a batch that changes it knows nothing: the engin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from clasp_vllm.drafting.batch import DraftBatch
 from clasp_vllm.drafting.decoder import Decoder
+from clasp_vllm.drafting.passes import Model
 
 BLOCK = 4  # tokens
 
@@ -152,3 +154,14 @@ class Target(nn.Module):
 
     def decoder(self) -> Decoder:
         return Decoder(self, [Layer], [Inner], "the fake")
+
+    def rounded(self, step: float) -> Model:
+        """The target with its weights rounded to multiples of ``step``, over the same cache."""
+
+        def view(module: nn.Module) -> nn.Module:
+            rounded = copy.deepcopy(module, {id(self.cache): self.cache})
+            for weight in rounded.parameters():
+                weight.data = (weight.data / step).round() * step
+            return rounded
+
+        return Model(self.decoder().with_layers(view), view(self.head))

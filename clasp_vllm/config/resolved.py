@@ -25,6 +25,7 @@ class DraftSettings:
     """The settings of a drafter.
 
     Attributes:
+        draft_weights: what drafts run: "target", the target's own weights, or a copy quantised to "int8".
         budgets: numbers of layers to skip, ascending, of which the controller chooses if there are several.
             knn_ssd's skip sets come from its calibration instead.
         skip_layers: the fixed layers to skip; None: evenly spaced to begin with.
@@ -41,6 +42,7 @@ class DraftSettings:
     """
 
     num_speculative_tokens: int
+    draft_weights: str
     budgets: tuple[int, ...]
     skip_layers: tuple[int, ...] | None
     calibration: str | None
@@ -61,19 +63,22 @@ def resolve(config: LayerSkipConfig, num_layers: int, max_num_seqs: int) -> Draf
         ConfigError: as many layers are to be skipped as there are, or one that does not exist.
     """
     most = _budget(config, num_layers)
+    quantised = config.draft_weights != "target"
     passes = METHODS[config.method].passes
     optimized = min(_optimized_requests(config), max_num_seqs)
     return DraftSettings(
         num_speculative_tokens=config.num_speculative_tokens,
-        budgets=tuple(range(1, most + 1)) if config.chooses_budget and most else (most,),
+        draft_weights=config.draft_weights,
+        # With the target's own weights a draft that skips nothing saves nothing.
+        budgets=tuple(range(0 if quantised else 1, most + 1)) if config.chooses_budget and most else (most,),
         skip_layers=None if config.skip_layers is None else tuple(config.skip_layers),
         calibration=config.calibration,
         open_choices=config.open_choices,
         adaptive=config.is_adaptive,
         interval=_interval(config),
         optimized_requests=optimized,
-        # A column each of a pass's requests; costs are measured in one.
-        scratch_blocks=max(optimized * most, int(config.is_adaptive)),
+        # One for each column of a pass that is not the target itself; costs are measured in one.
+        scratch_blocks=max(optimized * (most + quantised), int(config.is_adaptive)),
         mask_memory=_or_default(config.mask_memory, MASK_MEMORY) if passes else 0.0,
         exit_threshold=_exit_threshold(config),
         summary="; ".join(explain(config, num_layers)),
@@ -93,6 +98,8 @@ def explain(config: LayerSkipConfig, num_layers: int | None = None) -> list[str]
     elif num_layers is not None:
         most = "up to " if config.chooses_budget else ""
         lines.append(f"layers skipped: {most}{_budget(config, num_layers)} of {num_layers}")
+    if config.draft_weights != "target":
+        lines.append(f"drafts run weights quantised to {config.draft_weights}")
     if METHODS[config.method].passes:
         interval = _interval(config)
         rounds = "as often as it pays" if interval is None else f"every {interval} rounds"

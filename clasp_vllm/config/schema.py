@@ -105,6 +105,12 @@ class LayerSkipConfig(BaseModel):
         description="layer_skip only: the layers to skip, counted from 0. Without it as many layers "
         "as skip_ratio or num_skipped_layers says, evenly spaced.",
     )
+    draft_weights: Literal["target", "int8"] = Field(
+        default="target",
+        description="The weights that drafts run. target: the target's own. int8: a copy of linear layers "
+        "and head, quantised when the model is loaded, so that drafts read fewer bytes, and may pay without "
+        "skipping a layer. For dense models that are not quantised.",
+    )
     calibration: str | None = Field(
         default=None,
         description="knn_ssd only, and required there: the folder that `clasp-vllm calibrate` wrote.",

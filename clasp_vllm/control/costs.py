@@ -33,6 +33,7 @@ class PassCosts:
         fixed: [sizes] of all else: embedding, head, metadata, choosing a token.
         step_rows, step: [sizes] tokens, ascending, and seconds of the engine's own step of so many, where
             that is not a pass like a draft's; empty: it is.
+        draft_layer, draft_fixed: [sizes] of a draft's pass, where it runs other weights; empty: the same.
         plain_scale, verify_scale: corrections, learnt while serving, of engine steps without and with
             drafts to verify: one, or one for each of ``SIZES``.
         draft_scale, pass_scale: of draft steps and optimisation passes.
@@ -43,6 +44,8 @@ class PassCosts:
     fixed: tuple[float, ...]
     step_rows: tuple[float, ...] = ()
     step: tuple[float, ...] = ()
+    draft_layer: tuple[float, ...] = ()
+    draft_fixed: tuple[float, ...] = ()
     plain_scale: Any = 1.0
     verify_scale: Any = 1.0
     draft_scale: Any = 1.0
@@ -75,14 +78,17 @@ class PassCosts:
 
     def draft(self, rows: Any, layers: Any) -> Array:
         """Seconds of a draft step."""
-        return _between(self.draft_scale, 1) * self.forward(rows, layers)
+        fixed = self._at(self.draft_fixed or self.fixed, rows)
+        layer = self._at(self.draft_layer or self.layer, rows)
+        return _between(self.draft_scale, 1) * (fixed + np.asarray(layers) * layer)
 
     def optimize(self, rows: int, num_layers: int, budget: int) -> float:
         """Seconds of an optimisation pass of ``rows`` sequences."""
         columns = rows * np.array([columns_at(layer, budget) for layer in range(num_layers)])
-        fixed = float(self._at(self.fixed, columns[-1]))
-        layers = float(self._at(self.layer, columns).sum())
-        return float(_between(self.pass_scale, 1)) * (fixed + layers)
+        fixed = float(self._at(self.draft_fixed or self.fixed, columns[-1]))
+        layers = float(self._at(self.draft_layer or self.layer, columns).sum())
+        target = float(self.forward(rows, num_layers)) if self.draft_layer else 0.0
+        return float(_between(self.pass_scale, 1)) * (target + fixed + layers)
 
 
 def _interpolate(rows: Any, sizes: tuple[float, ...], values: tuple[float, ...]) -> Array:

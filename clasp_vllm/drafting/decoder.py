@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -61,6 +62,12 @@ class Decoder:
         self.num_layers = len(self.layers)
         self._embed = inner.embed_input_ids
         self._norm: Any = view(inner.norm)
+
+    def with_layers(self, view: Callable[[nn.Module], nn.Module]) -> Decoder:
+        """The same with another view of every layer."""
+        decoder = copy.copy(self)
+        decoder.layers = [view(layer) for layer in self.layers]
+        return decoder
 
     def norm_weights(self) -> list[Tensor]:
         """Of the norms before attention and MLP, layer by layer, and of the last: [hidden_size] each."""

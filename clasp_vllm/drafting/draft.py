@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -12,9 +11,23 @@ from torch import Tensor
 from clasp_vllm.device import DeviceEvent
 from clasp_vllm.drafting.tokens import DraftTokenBuffer
 
-# sample(hidden_states [n, hidden_size], positions [n], step, rows [n] of the batch) -> tokens [n] int64 and,
-# where the drafter asks for it, the probability [n] float32 of the most likely one under the draft.
-Sample = Callable[[Tensor, Tensor, int, np.ndarray], tuple[Tensor, Tensor | None]]
+
+class Sample(Protocol):
+    """Chooses draft tokens."""
+
+    def __call__(
+        self, hidden: Tensor, positions: Tensor, step: int, rows: np.ndarray, exact: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[n] int64 tokens and, where the drafter asks for it, [n] float32, how probable each's likeliest is.
+
+        Args:
+            hidden: [n, hidden_size] final states.
+            positions: [n].
+            step: of the round.
+            rows: [n] int64 of the batch.
+            exact: [m] int64, which of ``hidden`` are the target's own; None: none of them.
+        """
+        ...
 
 
 @dataclass(frozen=True)

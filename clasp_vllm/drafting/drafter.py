@@ -151,7 +151,9 @@ class Drafter:
                 slots[skipping],
                 rows,
                 choice,
-                lambda hidden, positions, step, of: sample(hidden, positions, step, skipping[of]),
+                lambda hidden, positions, step, of, exact=None: sample(
+                    hidden, positions, step, skipping[of], exact
+                ),
             )
             on_device, width = _rows(skipping, rows), skip_drafts.draft.tokens.shape[1]
             drafted[on_device, :width] = skip_drafts.draft.tokens
@@ -231,7 +233,8 @@ class Drafter:
                 hidden = self._draft_step(on, self._plans.plan(slots[left], choice))
             else:
                 on, hidden = batch, self._first_hidden(batch, slots, due, exact, choice)
-            tokens, confidence = sample(hidden, on.positions, step, left)
+            of_target = due if due.size and not step else None
+            tokens, confidence = sample(hidden, on.positions, step, left, of_target)
             if not step and confidence is not None and due.size and self.options.draft_exit_threshold is None:
                 confidence = confidence.index_fill(0, to_device(due, device), 1.0)  # no doubt there
             draft.take(left, tokens, confidence, sampled + np.arange(left.size))
@@ -315,8 +318,9 @@ class Drafter:
         if self._make_controller is None or self.passes.attention.scratch_block < 1:
             return
         costs = self.passes.measure(device)
-        shared = self._share(torch.tensor([costs.layer, costs.fixed], device=device)).tolist()
-        costs = replace(costs, layer=tuple(shared[0]), fixed=tuple(shared[1]))
+        names = [n for n in ("layer", "fixed", "draft_layer", "draft_fixed") if getattr(costs, n)]
+        shared = self._share(torch.tensor([getattr(costs, n) for n in names], device=device)).tolist()
+        costs = replace(costs, **dict(zip(names, map(tuple, shared), strict=True)))
         if steps:
             seconds = torch.tensor(measure_steps(steps, device), device=device)
             step = tuple(self._share(seconds).tolist())

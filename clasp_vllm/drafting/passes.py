@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clasp_vllm.control.costs import PassCosts, measure_pass_costs
-from clasp_vllm.device import synchronize
+from clasp_vllm.device import synchronize, to_device
 from clasp_vllm.drafting.batch import DraftBatch, PagedAttention
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.plans import Plan
@@ -40,26 +42,39 @@ class DraftRunner(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model that can be run in parts: the target, or what drafts run instead of it.
+
+    Attributes:
+        logits: the head: [rows, hidden_size] final states to [rows, vocab_size].
+    """
+
+    decoder: Decoder
+    logits: Callable[[Tensor], Tensor]
+
+
 class Passes:
-    """Runs the target's layers for one query token per row."""
+    """Runs layers of the target, or of what drafts for it, for one query token per row."""
 
     def __init__(
         self,
-        decoder: Decoder,
+        target: Model,
         attention: PagedAttention,
         scratch: ScratchBlocks | None,
-        logits: Callable[[Tensor], Tensor],
         graphs: Callable[[], DraftRunner | None] = lambda: None,
+        draft: Model | None = None,
     ) -> None:
         """
         Args:
-            logits: the model's head: [rows, hidden_size] to [rows, vocab_size].
             graphs: what runs draft steps of some sizes, if there is something now.
+            draft: the target with other weights, to draft with; None: the target itself.
         """
-        self._decoder = decoder
+        self._target = target
+        self._draft = draft or target
+        self._own_weights = draft is not None
         self.attention = attention
         self.scratch = scratch
-        self._logits = logits
         self._graphs = graphs
 
     def _runner(self, rows: int) -> DraftRunner | None:
@@ -73,26 +88,42 @@ class Passes:
 
     def draft_eagerly(self, batch: DraftBatch, plan: Plan) -> Tensor:
         """The same by calling one module after the other."""
-        state = self._decoder.embed(batch.tokens)
+        return self._run(self._draft.decoder, batch, plan)
+
+    def _run(self, decoder: Decoder, batch: DraftBatch, plan: Plan) -> Tensor:
+        state = decoder.embed(batch.tokens)
         positions = self._rotary(batch.positions)
         with self.attention.decode(batch.positions, batch.block_table, batch.max_lengths):
             for layer, part, mixed in plan.steps:
                 if not mixed:
-                    state = self._decoder.run_sublayer(layer, part, positions, state)
+                    state = decoder.run_sublayer(layer, part, positions, state)
                     continue
                 assert plan.masks is not None
                 skip = plan.masks[:, layer, part, None]
-                state = run_for_some(self._decoder, layer, part, positions, state, skip)
-            return self._decoder.finish(state)
+                state = run_for_some(decoder, layer, part, positions, state, skip)
+            return decoder.finish(state)
 
-    def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [rows, vocab_size] of final states, and the likeliest token's probability [rows] float32."""
-        runner = self._runner(len(hidden))
-        return self.head_eagerly(hidden) if runner is None else runner.head(hidden)
+    def logits(self, hidden: Tensor, exact: np.ndarray | None = None) -> Tensor:
+        """[rows, vocab_size] of final states, by the draft's head.
 
-    def head_eagerly(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        ``exact``: [n] int64, rows that hold final states of the target, and so go through its head.
+        """
+        if exact is None or not self._own_weights:
+            return self._draft.logits(hidden)
+        if len(exact) == len(hidden):
+            return self._target.logits(hidden)
+        logits, at = self._draft.logits(hidden), to_device(exact, hidden.device)
+        logits[at] = self._target.logits(hidden[at])
+        return logits
+
+    def head(self, hidden: Tensor, exact: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """Logits as above, and the likeliest token's probability [rows] float32."""
+        runner = self._runner(len(hidden)) if exact is None or not self._own_weights else None
+        return self.head_eagerly(hidden, exact) if runner is None else runner.head(hidden)
+
+    def head_eagerly(self, hidden: Tensor, exact: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """The same by calling the head."""
-        logits = self._logits(hidden)
+        logits = self.logits(hidden, exact)
         return logits, top_probability(logits)
 
     def programme(
@@ -105,11 +136,15 @@ class Passes:
     ) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the full model's final hidden states."""
         assert self.scratch is not None
-        rows = len(batch)
+        rows, decoder = len(batch), self._draft.decoder
         tables, source, target = self.scratch.virtual_requests(batch.block_table, batch.positions)
+        # Column 0 works on the requests' own blocks where it is the target itself.
+        own = int(not self._own_weights)
+        tables = tables[(1 - own) * rows :]
         positions = batch.positions.repeat(budget + 1)
         max_lengths = batch.max_lengths.repeat(budget + 1)
         rotary_positions = self._rotary(positions)
+        reference, hidden = self._reference(batch) if self._own_weights else (None, None)
         columns = 0
 
         with ExitStack() as context:
@@ -123,26 +158,51 @@ class Passes:
                     context.enter_context(
                         self.attention.decode(positions[first], tables[first], max_lengths[first])
                     )
-                if columns > 1:
-                    self.attention.copy_blocks(i, source, target[:, : columns - 1])
-                return self._decoder.run_layer(i, rotary_positions[: columns * rows], state)
+                if columns > own:
+                    self.attention.copy_blocks(i, source, target[:, : columns - own])
+                return decoder.run_layer(i, rotary_positions[: columns * rows], state)
 
-            state = self._decoder.embed(batch.tokens)
-            num_layers = self._decoder.num_layers
-            programme = run_programme(state, layer, num_layers, budget, prior, memory, centre)
-            delta, residual = (x[0].clone() for x in programme.states)
-            return programme, self._decoder.finish((delta, residual))
+            state = decoder.embed(batch.tokens)
+            programme = run_programme(
+                state, layer, decoder.num_layers, budget, prior, memory, centre, reference
+            )
+            if hidden is None:
+                delta, residual = (x[0].clone() for x in programme.states)
+                hidden = decoder.finish((delta, residual))
+            return programme, hidden
 
-    def agreement(self, programme: Programme, budgets: Tensor) -> Tensor:
-        """[rows, budgets] bool: the state of the budget ([budgets] int64) predicts the full model's token."""
-        states = (torch.cat((x[:1], x.index_select(0, budgets))).flatten(0, 1) for x in programme.states)
-        delta, residual = states
-        tokens = self._logits(self._decoder.finish((delta, residual))).argmax(-1).view(len(budgets) + 1, -1)
+    def _reference(self, batch: DraftBatch) -> tuple[Tensor, Tensor]:
+        """The full model's [num_layers, rows, hidden_size] float32 states, and its final hidden states."""
+        decoder, states = self._target.decoder, []
+        positions = self._rotary(batch.positions)
+        with self.attention.decode(batch.positions, batch.block_table, batch.max_lengths):
+            state = decoder.embed(batch.tokens)
+            for i in range(decoder.num_layers):
+                state = decoder.run_layer(i, positions, state)
+                states.append((state[0] + state[1]).float())
+            return torch.stack(states), decoder.finish(state)
+
+    def agreement(self, programme: Programme, budgets: Tensor, hidden: Tensor) -> Tensor:
+        """[rows, budgets] bool: the state of the budget ([budgets] int64) predicts the full model's token.
+
+        ``hidden``: [rows, hidden_size], the full model's final hidden states.
+        """
+        delta, residual = (x.index_select(0, budgets).flatten(0, 1) for x in programme.states)
+        drafts = self._draft.decoder.finish((delta, residual))
+        exact = np.arange(len(hidden))
+        tokens = self.logits(torch.cat((hidden, drafts)), exact).argmax(-1).view(len(budgets) + 1, -1)
         return (tokens[1:] == tokens[0]).t()
 
     def measure(self, device: torch.device) -> PassCosts:
         """What passes cost, while nothing is served. Writes to the scratch block."""
-        num_layers, position = self._decoder.num_layers, self.attention.block_size - 1
+        costs = self._measure(self._target, device)
+        if not self._own_weights:
+            return costs
+        draft = self._measure(self._draft, device)
+        return replace(costs, draft_layer=draft.layer, draft_fixed=draft.fixed)
+
+    def _measure(self, model: Model, device: torch.device) -> PassCosts:
+        num_layers, position = model.decoder.num_layers, self.attention.block_size - 1
         position = min(position, self.attention.max_model_len - 1)
 
         def forward(rows: int, layers: int) -> None:
@@ -152,8 +212,11 @@ class Passes:
             tokens = torch.zeros(rows, dtype=torch.int64, device=device)
             table = torch.full((rows, 1), self.attention.scratch_block, dtype=torch.int32, device=device)
             lengths = torch.full((rows,), position + 1, dtype=torch.int32)
-            hidden = self.draft(DraftBatch([], tokens, tokens + position, table, lengths), plan)
-            self.head(hidden)[0].argmax(-1)
+            batch = DraftBatch([], tokens, tokens + position, table, lengths)
+            if model is self._draft:
+                self.head(self.draft(batch, plan))[0].argmax(-1)
+            else:
+                model.logits(self._run(model.decoder, batch, plan)).argmax(-1)
 
         longest = min(self.attention.max_rows, LARGEST_MEASURED.get(device.type, 64))
         return measure_pass_costs(forward, num_layers, longest, lambda: synchronize(device))

@@ -20,10 +20,11 @@ from clasp_vllm.control.costs import LayerShares, PassCosts
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.draft import DrafterOptions
 from clasp_vllm.drafting.drafter import Drafter
-from clasp_vllm.drafting.passes import DraftRunner, Passes
+from clasp_vllm.drafting.passes import DraftRunner, Model, Passes
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.engine.attention import TargetAttention
+from clasp_vllm.engine.draft_weights import draft_logits, draft_view, num_bytes
 from clasp_vllm.engine.eager import eager_view
 from clasp_vllm.engine.methods import METHODS, Target
 from clasp_vllm.engine.speculative_config import layer_skip_config
@@ -125,9 +126,15 @@ def build_drafter(
     attention = TargetAttention(vllm_config, kv_cache_config, device, max_rows, first_scratch)
     scratch = None
     if optimized:
-        scratch = ScratchBlocks(first_scratch, optimized, most, attention.block_size, device)
+        columns = settings.scratch_blocks // optimized
+        scratch = ScratchBlocks(first_scratch, optimized, columns, attention.block_size, device)
     sequences = SequenceTable(max_num_seqs, method.masks)
-    passes = Passes(decoder, attention, scratch, model.compute_logits, graphs)  # type: ignore[arg-type]
+    draft = None
+    if settings.draft_weights != "target":
+        draft = Model(decoder.with_layers(draft_view), draft_logits(model))
+        size = num_bytes(model) / 2**30
+        logger.info_once("Layer skipping: draft weights in %s take %.2f GiB", settings.draft_weights, size)
+    passes = Passes(Model(decoder, model.compute_logits), attention, scratch, graphs, draft)  # type: ignore[arg-type]
     ranks = get_tp_group().world_size
     share = _share_rank_zero if ranks > 1 else _own
 

@@ -13,6 +13,8 @@ loads its plugins; a worker's hooks follow where it uses us, so that others neve
 | stat_loggers          | a logger of our counts, before the others| plugins' own loggers come last   |
 | update_from_output    | draft lengths that the drafter asks for  | room is made before drafting     |
 | post_step             | drafts come with the runner's output     | stock: a second call of workers  |
+| draft_weights         | linear weights are quantised for drafts, | vLLM packs them, and drops them  |
+|                       | with draft_weights, before it packs them | on a CPU                         |
 | warm_up               | the drafter starts at its end            | it measures what passes cost     |
 | sample_tokens         | our counts ride on the runner's output   | no slot for a speculator's own   |
 | speculator_v2         | our speculator in Model Runner V2        | its list of methods is closed    |
@@ -59,6 +61,12 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..
 
 def _uses_us(vllm_config: Any) -> bool:
     return getattr(vllm_config.speculative_config, "layer_skip", None) is not None
+
+
+def _drafts_quantised(vllm_config: Any) -> bool:
+    if vllm_config is None or not _uses_us(vllm_config):
+        return False
+    return bool(vllm_config.speculative_config.layer_skip.draft_weights != "target")
 
 
 def check_version() -> None:
@@ -177,6 +185,8 @@ def _worker(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         if _uses_us(vllm_config):
             install_runner_hooks(vllm_config.use_v2_model_runner)
+            if _drafts_quantised(vllm_config):
+                install_draft_weights()
             wrap(type(self), "compile_or_warm_up_model", _warm_up)
         original(self, vllm_config, *args, **kwargs)
 
@@ -253,6 +263,32 @@ def install_runner_hooks(v2: bool) -> None:
         wrap(rejection_sampler.RejectionSampler, "forward", _sample)
         wrap(GPUModelRunner, "propose_draft_token_ids", _propose)
         wrap(GPUModelRunner, "sample_tokens", _sample_tokens)
+
+
+def install_draft_weights() -> None:
+    """Install the hooks of a worker that quantises weights for drafts."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    wrap(UnquantizedLinearMethod, "process_weights_after_loading", _draft_weights)
+    wrap(UnquantizedEmbeddingMethod, "process_weights_after_loading", _draft_weights)
+
+
+def _draft_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.config.vllm import get_current_vllm_config_or_none
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    from clasp_vllm.engine.draft_weights import keep_draft_weight
+
+    def process_weights_after_loading(self: Any, layer: Any) -> None:
+        if isinstance(layer, LinearBase | ParallelLMHead) and _drafts_quantised(
+            get_current_vllm_config_or_none()
+        ):
+            keep_draft_weight(layer)
+        original(self, layer)
+
+    return process_weights_after_loading
 
 
 def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -223,11 +223,11 @@ class _DraftSampling:
             self._greedily = self._drafted_greedily()
 
     def sample(
-        self, hidden: Tensor, positions: Tensor, step: int, of: np.ndarray
+        self, hidden: Tensor, positions: Tensor, step: int, rows: np.ndarray, exact: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See ``drafting.draft.Sample``."""
-        proposer = self._proposer
-        logits: Tensor = proposer.model.compute_logits(hidden)  # type: ignore[operator]
+        proposer, of = self._proposer, rows
+        logits = proposer.drafter.passes.logits(hidden, exact)
         metadata = _select_rows(self._metadata, self._rows[of], self._num_reqs, proposer.device)
         confidence = top_probability(logits) if proposer.drafter.asks_confidence else None
         tokens, probs = proposer.draw(logits, metadata)

@@ -60,6 +60,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         self._lookup = NgramGPUSpeculator(vllm_config, device, req_states) if config.ngram_cascade else None
         self._nothing = torch.full((self.max_num_reqs, 1), -1, dtype=torch.int64, device=device)
         self._confidence: Tensor | None = None
+        self._exact: np.ndarray | None = None  # see ``Passes.logits``
         self.graphs: DraftGraphs | None = None  # here, for vLLM's memory profile to find and drop them
         self._step = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -128,7 +129,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             self.graphs = None
 
     def compute_draft_logits(self, hidden_states: Tensor, spec_step_idx: int) -> Tensor:
-        logits, self._confidence = self.drafter.passes.head(hidden_states)  # sampling may overwrite them
+        # The confidence now, for sampling may overwrite the logits.
+        logits, self._confidence = self.drafter.passes.head(hidden_states, self._exact)
         return logits
 
     @torch.inference_mode()
@@ -202,13 +204,14 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         """Samples draft tokens for [rows] requests; ``idx_mapping`` are their slots."""
 
         def sample(
-            hidden: Tensor, positions: Tensor, step: int, of: np.ndarray
+            hidden: Tensor, positions: Tensor, step: int, rows: np.ndarray, exact: np.ndarray | None = None
         ) -> tuple[Tensor, Tensor | None]:
-            every = len(of) == len(idx_mapping)
+            self._exact = exact
+            every = len(rows) == len(idx_mapping)
             tokens = self.sample_draft(
                 hidden,
                 positions,
-                idx_mapping if every else idx_mapping[to_device(of, self.device)],
+                idx_mapping if every else idx_mapping[to_device(rows, self.device)],
                 self.temperature,
                 self.seeds,
                 self._step.fill_(step),

@@ -41,7 +41,7 @@ def speculative_config(
             validate_and_normalize_dynamic_sd_schedule(schedule)
         except ValueError as error:
             raise ConfigError(f"num_speculative_tokens_per_batch_size={schedule!r}: {error}") from None
-    refuse_unsupported(engine_args, target_model_config, target_parallel_config)
+    refuse_unsupported(engine_args, target_model_config, target_parallel_config, config.draft_weights)
     vllm_settings = config.vllm_settings()
     v1_on_cpu = current_platform.is_cpu() and not envs.VLLM_USE_V2_MODEL_RUNNER
     if config.draft_sample_method is None:
@@ -95,7 +95,12 @@ def graph_lengths(longest: int) -> list[list[int]]:
     return [[size, size, length] for size, length in enumerate(ordered, start=1)]
 
 
-def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_config: ParallelConfig) -> None:
+def refuse_unsupported(
+    engine_args: Any,
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+    draft_weights: str = "target",
+) -> None:
     """Raises ConfigError for the first feature that layer skipping cannot serve."""
     # Long, for it is one table.
     kv_cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, model_config)
@@ -148,6 +153,16 @@ def refuse_unsupported(engine_args: Any, model_config: ModelConfig, parallel_con
             kv_cache_dtype not in KV_CACHE_DTYPES,
             f"a KV cache of {kv_cache_dtype}",
             f"set --kv-cache-dtype to one of {', '.join(KV_CACHE_DTYPES)}",
+        ),
+        (
+            draft_weights != "target" and model_config.quantization is not None,
+            f"draft_weights={draft_weights!r} for a model quantised by {model_config.quantization}",
+            "leave out draft_weights, or serve the model unquantised",
+        ),
+        (
+            draft_weights != "target" and model_config.is_moe,
+            f"draft_weights={draft_weights!r} for mixtures of experts",
+            "leave out draft_weights",
         ),
         (model_config.runner_type != "generate", "pooling models", "use a generative model"),
         (model_config.is_encoder_decoder, "encoder-decoder models", "use a decoder-only model"),

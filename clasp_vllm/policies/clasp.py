@@ -104,7 +104,7 @@ class Clasp(Policy):
         if self.evidence is not None:
             result["initial_mask"] = masks[len(batch)]
         if self.controller is not None:
-            agree = self._passes.agreement(programme, self._budgets)
+            agree = self._passes.agreement(programme, self._budgets, hidden)
             result["agree"] = self._share(agree.float())
         self._passed = batch.request_ids
         if self._handover.put(result):

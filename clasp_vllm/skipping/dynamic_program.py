@@ -40,8 +40,7 @@ class Programme:
             ``g(i+1, j)`` is better than running it; positive where it is skipped.
         states: the states after the last layer, a pair of [columns, rows, hidden_size]. Column
             ``j`` is what the model hands to its head when it skips the best ``j`` layers.
-        similarity: [columns, rows] float32, cosine of ``states`` to the full model's (column 0), both less
-            the centre.
+        similarity: [columns, rows] float32, cosine of ``states`` to the full model's, both less the centre.
         means: [num_layers, hidden_size] float32, the mean of ``x_i`` over the rows.
     """
 
@@ -92,6 +91,7 @@ def run_programme(
     prior: Tensor | None = None,
     memory: float = 0.0,
     centre: Tensor | None = None,
+    reference: Tensor | None = None,
 ) -> Programme:
     """Run the programme for a batch of rows. Never synchronises with the host.
 
@@ -106,6 +106,8 @@ def run_programme(
             ``memory * prior + (1 - memory) * own``: one token alone is a noisy judge (not in the paper).
         memory: see above; 0 <= memory < 1.
         centre: [num_layers, hidden_size] float32, subtracted from states before they are compared.
+        reference: [num_layers, rows, hidden_size] float32, every ``x_i``, where ``layer`` is not the full
+            model's (not in the paper): column 0 is then a draft that skips nothing.
 
     Raises:
         ValueError: max_skipped is outside of [0, num_layers).
@@ -126,8 +128,11 @@ def run_programme(
         deltas, residuals = torch.cat((delta, ran[0])), torch.cat((residual, ran[1]))
         columns = columns_at(i, max_skipped)
         hidden = (deltas + residuals).view(2, columns, rows, -1).float()
-        torch.mean(hidden[1, 0], 0, out=means[i])
-        similarity = _cosine(hidden if centre is None else hidden - centre[i])
+        full = hidden[1, 0] if reference is None else reference[i]
+        torch.mean(full, 0, out=means[i])
+        if centre is not None:
+            hidden, full = hidden - centre[i], full - centre[i]
+        similarity = _cosine(hidden, full)
 
         # Column j is what it was and runs, or what column j - 1 was and skips.
         free = slice(1, min(i, columns - 1) + 1)
@@ -160,8 +165,7 @@ def columns_at(layer: int, max_skipped: int) -> int:
     return min(1 << layer.bit_length(), max_skipped + 1)
 
 
-def _cosine(hidden: Tensor) -> Tensor:
-    """[2, columns, rows] float32 cosine of [2, columns, rows, hidden_size] to the full model's, at [1, 0]."""
-    product = (hidden * hidden[1, 0]).sum(-1)
-    norm: Tensor = torch.linalg.vector_norm(hidden, dim=-1)
-    return product / (norm * norm[1, 0]).clamp(min=1e-30)
+def _cosine(hidden: Tensor, full: Tensor) -> Tensor:
+    """[2, columns, rows] float32 cosine of [2, columns, rows, hidden_size] to [rows, hidden_size]."""
+    norm: Tensor = torch.linalg.vector_norm(hidden, dim=-1) * torch.linalg.vector_norm(full, dim=-1)
+    return (hidden * full).sum(-1) / norm.clamp(min=1e-30)

@@ -16,8 +16,8 @@ from clasp_vllm.control.planner import Choice
 from clasp_vllm.drafting.decoder import Decoder, UnsupportedArchitectureError
 from clasp_vllm.drafting.draft import DrafterOptions
 from clasp_vllm.drafting.drafter import Drafter
-from clasp_vllm.drafting.passes import Passes
-from clasp_vllm.drafting.plans import Plans
+from clasp_vllm.drafting.passes import Model, Passes
+from clasp_vllm.drafting.plans import Plan, Plans
 from clasp_vllm.drafting.policy import Policy
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
@@ -38,9 +38,9 @@ def target() -> Target:
     return Target(PROMPTS)
 
 
-def passes_of(target: Target, columns: int = 3) -> Passes:
+def passes_of(target: Target, columns: int = 3, draft: Model | None = None) -> Passes:
     scratch = ScratchBlocks(target.cache.scratch_block, len(PROMPTS), columns, BLOCK, CPU)
-    return Passes(target.decoder(), target.cache, scratch, target.head)
+    return Passes(Model(target.decoder(), target.head), target.cache, scratch, draft=draft)
 
 
 def masks_of(*skipped: list[int]) -> torch.Tensor:
@@ -52,11 +52,13 @@ def drafter_of(target: Target, budgets=(3,), policy=None, **options) -> Drafter:
     passes = passes_of(target)
     sequences = SequenceTable(8, torch.stack([layers_mask(LAYERS, range(1, 1 + n)) for n in budgets]))
     made = Policy() if policy is None else policy(sequences, passes)
-    return Drafter(passes._decoder, passes, sequences, made, DrafterOptions(budgets, 2, 0.0), **options)
+    return Drafter(
+        passes._target.decoder, passes, sequences, made, DrafterOptions(budgets, 2, 0.0), **options
+    )
 
 
 def greedy(target: Target):
-    return lambda hidden, positions, step, rows: (target.head(hidden).argmax(-1), None)
+    return lambda hidden, positions, step, rows, exact=None: (target.head(hidden).argmax(-1), None)
 
 
 # The decoder.
@@ -121,6 +123,72 @@ def test_rows_with_different_masks_get_what_they_would_get_alone(target):
 
 
 @torch.inference_mode()
+def test_columns_with_weights_of_their_own(target):
+    """The target supplies what they are compared with, and only scratch and its own slot are written."""
+    draft, budget = target.rounded(0.1), 3
+    batch, passes = target.batch(), passes_of(target, budget + 1, draft)
+    before = target.cache.memory.clone()
+    programme, hidden = passes.programme(batch, budget, None, 0.0, None)
+    changed = (before.nan_to_num(7.0) != target.cache.memory.nan_to_num(7.0)).flatten(3).any(3)
+    scratch = set(range(target.cache.scratch_block, target.cache.memory.shape[1]))
+    slots = {
+        (int(table[p // BLOCK]), int(p % BLOCK))
+        for p, table in zip(batch.positions, target.tables, strict=True)
+    }
+    written = {(block, slot) for _, block, slot in changed.nonzero().tolist() if block not in scratch}
+    assert written <= slots
+    after = target.cache.memory.clone()
+    for row, prompt in enumerate(PROMPTS):
+        logits = target.run(row, prompt[-1], len(prompt) - 1)
+        torch.testing.assert_close(target.head(hidden[row]), logits)
+    # What the pass left in the requests' own blocks is the target's own keys and values.
+    blocks = [block for block, _ in slots]
+    torch.testing.assert_close(after[:, blocks], target.cache.memory[:, blocks], equal_nan=True)
+    # Column 0 skips nothing, but is a draft: near the target, and not equal.
+    unskipped = draft.decoder.finish(tuple(x[0] for x in programme.states))
+    similarity = torch.nn.functional.cosine_similarity(unskipped, hidden)
+    assert (similarity > 0.9).all()
+    assert not torch.allclose(unskipped, hidden)
+    every = Plan([(layer, part, False) for layer in range(LAYERS) for part in (0, 1)])
+    torch.testing.assert_close(passes.draft(batch, every), unskipped)
+
+
+@torch.inference_mode()
+def test_states_of_the_target_go_through_its_head(target):
+    draft = target.rounded(0.2)
+    passes, hidden = passes_of(target, draft=draft), torch.randn(4, 16)
+    torch.testing.assert_close(passes.logits(hidden), draft.logits(hidden))
+    every = passes.logits(hidden, np.arange(4))
+    torch.testing.assert_close(every, target.head(hidden))
+    some = passes.logits(hidden, np.array([1, 3]))
+    torch.testing.assert_close(some[[1, 3]], every[[1, 3]])
+    torch.testing.assert_close(some[[0, 2]], draft.logits(hidden)[[0, 2]])
+
+
+@torch.inference_mode()
+def test_the_first_token_of_an_optimising_round_is_the_targets(target):
+    """Though the draft's weights are so coarse that it is wrong otherwise."""
+    passes = passes_of(target, 4, target.rounded(1.0))
+    sequences = SequenceTable(8, torch.stack([layers_mask(LAYERS, range(1, 1 + n)) for n in (0, 1, 2, 3)]))
+    policy = Clasp(sequences, passes, (0, 1, 2, 3), 2)
+    drafter = Drafter(passes._target.decoder, passes, sequences, policy, DrafterOptions((0, 1, 2, 3), 2, 0.0))
+    asked: list[np.ndarray | None] = []
+
+    def sample(hidden, positions, step, rows, exact=None):
+        asked.append(exact)
+        return passes.logits(hidden, exact).argmax(-1), None
+
+    right = [target.continuation(row, 1)[0] for row in range(len(PROMPTS))]
+    output = drafter.draft(target.batch(), 2, sample)
+    assert output is not None
+    due = asked[0]
+    assert due is not None
+    assert len(due) == 2
+    assert asked[1] is None
+    assert [int(output.tokens[row, 0]) for row in due] == [right[row] for row in due]
+
+
+@torch.inference_mode()
 def test_columns_are_the_programme_of_each_request(target):
     """With its exact past; and nothing but scratch and the token's own slot is written."""
     batch, passes, budget = target.batch(), passes_of(target), 3
@@ -139,7 +207,7 @@ def test_columns_are_the_programme_of_each_request(target):
             def run(x: torch.Tensor) -> torch.Tensor:
                 with target.cache.decode(positions, target.tables[row : row + 1], positions + 1):
                     state = (x[None], torch.zeros(1, 16))
-                    return sum(passes._decoder.run_layer(index, positions, state))[0]
+                    return sum(passes._target.decoder.run_layer(index, positions, state))[0]
 
             return run
 
@@ -232,7 +300,7 @@ def test_the_controller_is_made_when_costs_are_known(target):
     batch, evidence = target.batch(), drafter.controller.evidence
     trials, unsure = evidence._trials, evidence.drafts.variance[:3].copy()
 
-    def confident(hidden, positions, step, rows):
+    def confident(hidden, positions, step, rows, exact=None):
         return target.head(hidden).argmax(-1), torch.ones(len(rows))
 
     output = drafter.draft(batch, LENGTH, confident)

@@ -196,3 +196,24 @@ def test_all_budgets_backtracked_at_once():
     choices |= torch.arange(5).view(1, -1, 1) > torch.arange(7).view(-1, 1, 1)
     masks = backtrack_all(choices, torch.tensor([1, 2, 4]))
     assert torch.equal(masks, torch.stack([backtrack(choices, budget) for budget in (1, 2, 4)], dim=1))
+
+
+def test_a_draft_of_other_weights_is_compared_with_the_full_model():
+    """The reference's states stand for column 0's; with the model's own, nothing changes."""
+    model = ToyModel(7, 8, seed=11)
+    x, states = model.x0, []
+    for layer in model.layers():
+        x = layer(x)
+        states.append(x.float())
+    reference = torch.stack(states)
+    own, given = model.run(4), model.run(4, reference=reference)
+    assert torch.equal(own.margins > 0, given.margins > 0)
+    torch.testing.assert_close(own.similarity, given.similarity)
+    torch.testing.assert_close(own.means, given.means)
+    # Of a full model whose layer 2 does nothing, skipping it loses nothing, whatever the draft's does.
+    without = [x.float() for x in states]
+    y = model.x0
+    for i, layer in enumerate(model.layers()):
+        y = y if i == 2 else layer(y)
+        without[i] = y.float()
+    assert skip_sets(model.run(1, reference=torch.stack(without)).mask(1)) == [frozenset({2})] * 3
