@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -69,7 +70,9 @@ class TorchInt8:
 
     def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         scales, zeros = scale.flatten().double(), torch.zeros(len(weight), dtype=torch.int64)
-        quantised = torch._make_per_channel_quantized_tensor(weight, scales, zeros, 0)
+        with warnings.catch_warnings():  # deprecated; the packed weight is not, and is made of nothing else
+            warnings.simplefilter("ignore", UserWarning)
+            quantised = torch._make_per_channel_quantized_tensor(weight, scales, zeros, 0)
         self._packed = torch.ops.quantized.linear_prepack(quantised, None)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,7 +13,6 @@ from engines import (
     engine_process,
     force_async_scheduling,
     look_up,
-    model_runner,
     running,
 )
 
@@ -181,6 +180,16 @@ def test_distribution_is_the_targets(runner, draft, temperature, top_p, top_k, t
     assert p_value(got, exact_distribution(folder, horizon, temperature, top_p, top_k)) > 1e-3
 
 
+@pytest.mark.parametrize("draft", ["greedy", "probabilistic"])
+def test_quantised_drafts_keep_the_distribution(draft, tmp_path):
+    with engine_process("v1") as call:
+        folder = call(save_model, str(tmp_path))
+        spec = CLASP | {"draft_sample_method": draft, "draft_weights": "int8"}
+        got, accepted = call(sample, folder, 5000, 3, spec, 1.0, 1.0, 0, None)
+    assert accepted > 2500
+    assert p_value(got, exact_distribution(folder, 3, 1.0, 1.0, 0)) > 1e-3
+
+
 def test_rows_that_stop_early_leave_and_the_distribution_holds(tmp_path):
     """Drafts of different lengths in one batch, drawn and not the likeliest."""
     with engine_process("v1") as call:
@@ -239,21 +248,19 @@ def structured(samples: int, speculative_config: object) -> tuple[Counter, int, 
     uncertain = [0, 0]
     with running(speculative_config=speculative_config, seed=7) as llm:
         if speculative_config:
-            proposer = model_runner(llm).drafter
-            original, has_grammar = proposer._draft_distribution, None
+            from clasp_vllm.engine.proposer_v1 import _DraftSampling
 
-            def drafted_greedily(rows, metadata):
-                nonlocal has_grammar
-                has_grammar = type(proposer)._drafted_greedily(proposer, rows, metadata)
-                return has_grammar
+            original = _DraftSampling.distribution
 
-            def distribution(probs, drawn, tokens):
-                probabilities = original(probs, drawn, tokens)
-                for row, of in enumerate(has_grammar):
-                    uncertain[0 if of else 1] += int((probabilities[row].amax(-1) < 1).any())
+            def distribution(self, output):
+                probabilities = original(self, output)
+                if probabilities is not None:
+                    for row, has_grammar in zip(self._rows, self._greedily, strict=True):
+                        drawn = (probabilities[row].amax(-1) < 1).any()
+                        uncertain[0 if has_grammar else 1] += int(drawn)
                 return probabilities
 
-            proposer._drafted_greedily, proposer._draft_distribution = drafted_greedily, distribution
+            _DraftSampling.distribution = distribution
         grammar = StructuredOutputsParams(regex="[0-4]{4}")
         params = [
             SamplingParams(temperature=1.0, max_tokens=8, structured_outputs=one) for one in (grammar, None)
