@@ -214,7 +214,7 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _post_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def post_step(self: Any, model_executed: bool) -> None:
-        drafts = vars(self.scheduler).pop("_layer_skip_drafts", None)
+        drafts = vars(self.scheduler).pop("layer_skip_drafts", None)
         if drafts is None:
             original(self, model_executed)
         elif drafts.req_ids:

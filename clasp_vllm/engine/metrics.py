@@ -38,12 +38,12 @@ def schedule_requested_length(scheduler: Any, output: ModelRunnerOutput) -> None
     config = scheduler.vllm_config
     if config.parallel_config.data_parallel_size > 1:
         return  # engines that run in step must verify alike
-    longest = getattr(scheduler, "_layer_skip_longest", None)
+    longest = getattr(scheduler, "layer_skip_longest", None)
     if longest is None:
         longest = [scheduler.num_spec_tokens] * (scheduler.scheduler_config.max_num_seqs + 1)
         if config.speculative_config.layer_skip.num_speculative_tokens_per_batch_size:
             longest = scheduler.dynamic_sd_lookup
-        scheduler._layer_skip_longest = longest
+        scheduler.layer_skip_longest = longest
     scheduler.dynamic_sd_lookup = [min(most, length) for most in longest]
 
 
@@ -51,7 +51,7 @@ def take_drafts(scheduler: Any, output: ModelRunnerOutput) -> None:
     """Keep the drafts that came with a runner's output until the end of the step."""
     drafts = _take(output, DRAFTS)
     if drafts is not None:
-        scheduler._layer_skip_drafts = DraftTokenIds(*drafts)
+        scheduler.layer_skip_drafts = DraftTokenIds(*drafts)
 
 
 def _take(output: ModelRunnerOutput, key: str) -> Any:
