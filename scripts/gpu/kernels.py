@@ -54,7 +54,7 @@ def kernels(llm: Any) -> dict[str, Any]:
                 weights[0].t().contiguous(), scalar_types.uint4b8, 128
             )
             several = [packed.clone() for _ in range(max(2, int(400e6 / packed.nbytes)))]
-            zeros = marlin_utils.marlin_make_empty_g_idx(device)
+            zeros = marlin_utils.marlin_make_empty(device)
             for rows in BATCHES:
                 x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
                 results[f"int4 {name} {rows}"] = in_graph(
