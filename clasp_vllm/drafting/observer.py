@@ -35,6 +35,7 @@ class RoundObserver(Protocol):
 
     def round_ended(self, batch: DraftBatch, drafted: DraftRound | None) -> None:
         """The drafter has drafted for the batch; None: that failed, and there are no drafts."""
+        return
 
     def verified(self, request_ids: Sequence[str], lengths: np.ndarray, rejected: Tensor | None) -> None:
         """The engine has run a step, before the round that follows it. Not told while the drafter idles.
@@ -45,3 +46,4 @@ class RoundObserver(Protocol):
             rejected: [reqs] int on the device, how many of its draft tokens were rejected, so that
                 ``lengths - 1 - rejected`` of a decoding request were accepted; None if there were none.
         """
+        return
