@@ -16,12 +16,25 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from clasp_vllm.bench.profile import Stopwatch
 from clasp_vllm.config import ConfigError, parse_config
+from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.draft import DraftOutput, Sample
+from clasp_vllm.drafting.drafter import Drafter
+from clasp_vllm.drafting.observer import RoundObserver
+from clasp_vllm.drafting.policy import Policy
+from clasp_vllm.skipping.skip_mask import evenly_spaced_layers, layers_mask
 from clasp_vllm.tools.cost_model import Costs, break_even
-from clasp_vllm.tools.engine import model_runner, stay_in_process
+from clasp_vllm.tools.engine import drafter as drafter_of
+from clasp_vllm.tools.engine import proposer as proposer_of
+from clasp_vllm.tools.engine import stay_in_process
 from clasp_vllm.tools.options import engine_settings, number, numbers
 from clasp_vllm.tools.prompts import mixed_prompts
 from clasp_vllm.tools.provenance import about
@@ -52,103 +65,118 @@ class Timings:
         return statistics.median(self.seconds[name][2:])
 
 
-def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
-    """The costs for ``batch`` sequences. ``llm`` is an engine with our method, in this process."""
-    import numpy as np
-    import torch
-    from vllm import SamplingParams
+class MadeUpDrafts(RoundObserver):
+    """Has steps verify made-up drafts of every length in turn, and times the drafter's parts once a turn.
 
-    from clasp_vllm.drafting.draft import DraftOutput
-    from clasp_vllm.drafting.policy import Policy
-    from clasp_vllm.skipping.skip_mask import evenly_spaced_layers, layers_mask
+    Attributes:
+        length: tokens of the last round's drafts; -1: that was no round to time.
+        step: engine steps so far, which say whose turn it is.
+    """
 
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    timings = Timings(synchronize)
-    engine = llm.llm_engine
-    runner = model_runner(llm)
-    proposer = runner.drafter
-    drafter = proposer.drafter
-    num_layers = drafter.decoder.num_layers
-    longest = proposer.speculative_config.num_speculative_tokens
-    kept = sorted({num_layers, num_layers // 2, num_layers // 4})
-    lengths = [k for k in LENGTHS if k <= longest]
-    in_drafter, in_proposer, verified, steps = 0.0, 0.0, -1, 0
-    real_draft, real_propose = drafter.draft, proposer.propose
+    def __init__(
+        self, drafter: Drafter, batch: int, longest: int, timings: Timings, stopwatch: Stopwatch
+    ) -> None:
+        """
+        Args:
+            batch: sequences of the rounds to time.
+            longest: draft tokens of a round at most.
+            stopwatch: books what happens here under "drafter".
+        """
+        self.length, self.step = -1, 0
+        self.lengths = [k for k in LENGTHS if k <= longest]
+        self._drafter, self._batch, self._longest = drafter, batch, longest
+        self._timings, self._stopwatch = timings, stopwatch
 
-    def parts(drafts: Any, sample: Any) -> None:
-        def draft(tokens: int) -> Callable[[], Any]:
-            return lambda: real_draft(drafts, tokens, sample)
+    def round_started(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> DraftOutput:
+        """See ``RoundObserver``."""
+        with self._stopwatch.part("drafter"):
+            self.length = -1
+            if len(batch) == self._batch:
+                turn = self.step % (len(self.lengths) + 1)
+                if turn:
+                    self.length = self.lengths[turn - 1]
+                else:
+                    self._time_parts(batch, sample)
+            tokens = torch.zeros(len(batch), num_tokens, dtype=torch.int64, device=batch.tokens.device)
+            worth = torch.full_like(batch.positions, max(self.length, 0))
+            return DraftOutput(tokens, worth, np.full(tokens.shape, -1))
 
+    def _time_parts(self, batch: DraftBatch, sample: Sample) -> None:
+        drafter, everyone = self._drafter, np.arange(len(batch))
         options, policy = drafter.options, drafter.policy
         # So low a threshold costs what any does and stops nobody.
-        drafter.options = replace(options, draft_exit_threshold=1e-30)
-        drafter.policy = Policy()
-        for layers in kept:
-            mask = layers_mask(num_layers, evenly_spaced_layers(num_layers, num_layers - layers))
-            drafter.sequences.slots(drafts.request_ids)
-            drafter.sequences.set_masks(drafts.request_ids, mask.repeat(len(drafts), 1, 1, 1))
-            draft(1)()  # what follows from the mask is worked out once
-            timings.time(("draft", layers, 1), draft(1))
-            timings.time(("draft", layers, longest), draft(longest))
-        drafter.options, drafter.policy = options, policy
-        hidden = drafter.decoder.finish(drafter.decoder.embed(drafts.tokens))
-        everyone = np.arange(len(drafts))
-        timings.time("head", lambda: sample(hidden, drafts.positions, 0, everyone))
-        due = drafts.select(np.arange(min(batch, MASKS_AT_ONCE)))
+        drafter.options, drafter.policy = replace(options, draft_exit_threshold=1e-30), Policy()
+        drafter.observer = None  # the drafter itself is to draft
+        try:
+            self._time_drafts(batch, sample)
+        finally:
+            drafter.options, drafter.policy, drafter.observer = options, policy, self
+        hidden = drafter.decoder.finish(drafter.decoder.embed(batch.tokens))
+        self._timings.time("head", lambda: sample(hidden, batch.positions, 0, everyone))
+        due = batch.select(everyone[:MASKS_AT_ONCE])
         slots = drafter.sequences.slots(due.request_ids)
-        seconds = timings.time(
+        seconds = self._timings.time(
             "optimization pass",
             lambda: sample(policy.optimize(due, slots), due.positions, 0, everyone[: len(due)]),
         )
-        timings.seconds["optimize"].append(seconds / len(due))
+        self._timings.seconds["optimize"].append(seconds / len(due))
         policy.apply()
         if drafter.statistics.total.failures:
             raise RuntimeError("drafting failed; the log says why")
 
-    def made_up(drafts: Any, num_tokens: int, sample: Any) -> Any:
-        nonlocal in_drafter, verified
-        synchronize()
-        started = time.perf_counter()
-        verified = -1
-        if len(drafts) == batch:
-            turn = steps % (len(lengths) + 1)
-            if turn:
-                verified = lengths[turn - 1]
-            else:
-                parts(drafts, sample)
-        tokens = torch.zeros(len(drafts), num_tokens, dtype=torch.int64, device=drafts.tokens.device)
-        worth = torch.full_like(drafts.positions, max(verified, 0))
-        in_drafter += time.perf_counter() - started
-        return DraftOutput(tokens, worth, np.full(tokens.shape, -1))
+    def _time_drafts(self, batch: DraftBatch, sample: Sample) -> None:
+        """Rounds of one token and of as many as there may be, with ever fewer layers."""
+        drafter, num_layers = self._drafter, self._drafter.decoder.num_layers
+        for layers in layers_kept(num_layers):
+            mask = layers_mask(num_layers, evenly_spaced_layers(num_layers, num_layers - layers))
+            drafter.sequences.slots(batch.request_ids)
+            drafter.sequences.set_masks(batch.request_ids, mask.repeat(len(batch), 1, 1, 1))
+            drafter.draft(batch, 1, sample)  # what follows from the mask is worked out once
+            for tokens in (1, self._longest):
+                self._timings.time(("draft", layers, tokens), partial(drafter.draft, batch, tokens, sample))
 
-    def propose(*args: Any, **kwargs: Any) -> Any:
-        nonlocal in_proposer
-        synchronize()
-        started, before = time.perf_counter(), in_drafter
-        drafts = real_propose(*args, **kwargs)
-        seconds = time.perf_counter() - started
-        timings.seconds["proposer"].append(seconds - (in_drafter - before))
-        in_proposer += seconds
-        return drafts
 
-    drafter.draft, proposer.propose = made_up, propose
-    params = SamplingParams(temperature=0.0, max_tokens=repeats * (len(lengths) + 1) + 8, ignore_eos=True)
+def layers_kept(num_layers: int) -> list[int]:
+    """The numbers of layers that draft steps are timed with, ascending."""
+    return sorted({num_layers, num_layers // 2, num_layers // 4})
+
+
+def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
+    """The costs for ``batch`` sequences. ``llm`` is an engine with our method, in this process."""
+    from vllm import SamplingParams
+
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    timings, stopwatch = Timings(synchronize), Stopwatch(synchronize)
+    engine, drafter, proposer = llm.llm_engine, drafter_of(llm), proposer_of(llm)
+    longest = proposer.speculative_config.num_speculative_tokens
+    rounds = MadeUpDrafts(drafter, batch, longest, timings, stopwatch)
+    turns = len(rounds.lengths) + 1
+    params = SamplingParams(temperature=0.0, max_tokens=repeats * turns + 8, ignore_eos=True)
+    drafter.observer, unwatch = rounds, stopwatch.watch(proposer, "propose", "proposer")
     try:
         for number, prompt in enumerate(mixed_prompts(batch)):
             engine.add_request(f"costs-{batch}-{number}", prompt, params)
         while engine.has_unfinished_requests():
-            kind, before = verified, in_proposer
-            started = time.perf_counter()
+            verified = rounds.length
+            stopwatch.reset()
             engine.step()
-            timings.seconds["step", kind].append(time.perf_counter() - started - (in_proposer - before))
-            steps += 1
+            stopwatch.stop()
+            timings.seconds["step", verified].append(stopwatch.parts["else"])
+            if "proposer" in stopwatch.parts:
+                timings.seconds["proposer"].append(stopwatch.parts["proposer"])
+            rounds.step += 1
     finally:
-        drafter.draft, proposer.propose = real_draft, real_propose
+        drafter.observer = None
+        unwatch()
+    return _costs(timings, batch, rounds.lengths, layers_kept(drafter.decoder.num_layers), longest), timings
 
+
+def _costs(timings: Timings, batch: int, lengths: list[int], kept: list[int], longest: int) -> Costs:
+    """From the measurements with ``kept`` layers, and of steps that verify ``lengths`` tokens."""
     step = {layers: _line(timings, layers, longest) for layers in kept}
     layer = (step[kept[-1]][0] - step[kept[0]][0]) / (kept[-1] - kept[0])
     head = timings.median("head")
-    costs = Costs(
+    return Costs(
         batch,
         {k: timings.median(("step", k)) for k in lengths},
         layer,
@@ -157,7 +185,6 @@ def measure(llm: Any, batch: int, repeats: int) -> tuple[Costs, Timings]:
         statistics.median(step[layers][1] for layers in kept) + timings.median("proposer"),
         timings.median("optimize"),
     )
-    return costs, timings
 
 
 def _line(timings: Timings, layers: int, longest: int) -> tuple[float, float]:
@@ -169,8 +196,6 @@ def _line(timings: Timings, layers: int, longest: int) -> tuple[float, float]:
 
 def read_bandwidth(num_bytes: int, repeats: int = 5) -> float:
     """Bytes per second of reading memory in a stream: the sum of a large tensor on the engine's device."""
-    import torch
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = torch.ones(-(-num_bytes // 4096), 1024, dtype=torch.int32, device=device)
     timings = Timings(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
@@ -181,7 +206,6 @@ def read_bandwidth(num_bytes: int, repeats: int = 5) -> float:
 
 def bytes_per_token(model_config: Any) -> int:
     """Weights that a decode step reads: all but the embedding's other rows. Of dense, unquantised models."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):  # vLLM's own may be packed into another form
@@ -192,7 +216,6 @@ def bytes_per_token(model_config: Any) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-
     parser.add_argument("model", help="name or path")
     parser.add_argument("--batch", type=numbers(1), default=[1, 8], help="sequences at once (default 1,8)")
     parser.add_argument("--skip-ratio", type=float, default=0.5, help="of the optimisation pass")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from clasp_vllm.config import ConfigError, read_settings
+from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.draft import DraftRound
+from clasp_vllm.drafting.observer import RoundObserver
 from clasp_vllm.tools import engine
 from clasp_vllm.tools.options import engine_settings, number
 from clasp_vllm.tools.prompts import TASKS, task_prompts
@@ -72,25 +75,25 @@ def draw(requests: dict[str, np.ndarray], path: Path) -> None:
     pyplot.close(figure)
 
 
-def watch_masks(drafter: Any) -> dict[str, list[np.ndarray | None]]:
-    """The masks of each request by round, in a dict that grows while the engine runs."""
-    masks_by_request: dict[str, list[np.ndarray | None]] = {}
-    original, by_skipping = drafter._draft, drafter._draft_by_skipping
+class MaskRecorder(RoundObserver):
+    """Keeps what each request skipped.
 
-    def draft(batch: Any, *args: Any) -> Any:
-        for request_id in batch.request_ids:
-            masks_by_request.setdefault(request_id, []).append(None)
-        return original(batch, *args)
+    Attributes:
+        masks: by request and round, [num_layers, 2] bool, True = skipped; None where nothing was drafted by
+            skipping.
+    """
 
-    def draft_by_skipping(batch: Any, slots: Any, running: Any, choice: Any, *args: Any) -> Any:
-        drafted = by_skipping(batch, slots, running, choice, *args)
-        masks = drafter._plans.masks(slots, choice).numpy()
+    def __init__(self) -> None:
+        self.masks: dict[str, list[np.ndarray | None]] = defaultdict(list)
+
+    def round_ended(self, batch: DraftBatch, drafted: DraftRound | None) -> None:
+        """See ``RoundObserver``."""
+        masks: list[np.ndarray | None] = [None] * len(batch)
+        if drafted is not None and drafted.skip_drafts is not None:
+            for row, mask in zip(drafted.skipping, drafted.skip_drafts.masks.numpy(), strict=True):
+                masks[row] = mask
         for request_id, mask in zip(batch.request_ids, masks, strict=True):
-            masks_by_request[request_id][-1] = mask.copy()
-        return drafted
-
-    drafter._draft, drafter._draft_by_skipping = draft, draft_by_skipping
-    return masks_by_request
+            self.masks[request_id].append(mask)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,15 +137,13 @@ def main(args: argparse.Namespace) -> int:
     drafter = engine.drafter(llm)
     if drafter is None:
         raise SystemExit(f"clasp-vllm: error: nothing skips layers with {args.speculative_config}")
-    masks_by_request = watch_masks(drafter)
+    recorder = drafter.observer = MaskRecorder()
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     answers = llm.generate(prompts, params)
     num_layers, pictures = drafter.decoder.num_layers, {}
     for i, answer in enumerate(answers, start=1):
         # The engine's names of requests begin with ours.
-        masks = next(
-            (m for name, m in masks_by_request.items() if name.split("-")[0] == answer.request_id), []
-        )
+        masks = next((m for name, m in recorder.masks.items() if name.split("-")[0] == answer.request_id), [])
         name = f"{i}. {' '.join(answer.prompt.split())[:70]}"
         pictures[name] = kinds(masks, num_layers)
         tokens = len(answer.outputs[0].token_ids)

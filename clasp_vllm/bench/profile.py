@@ -6,7 +6,8 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,24 +63,31 @@ class Stopwatch:
         """Book the time since the last change."""
         self._switch()
 
-    def watch(self, owner: Any, name: str, part: str) -> None:
-        """Book the time spent in ``owner.name`` under ``part``.
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Book the time spent within under ``name``.
 
-        ``{}`` in it stands for what the part that called it begins with.
+        ``{}`` in it stands for what the part around it begins with.
         """
+        self._switch()
+        self._stack.append(name.format(self._stack[-1].partition(":")[0]))
+        self.calls[self._stack[-1]] += 1
+        try:
+            yield
+        finally:
+            self._switch()
+            self._stack.pop()
+
+    def watch(self, owner: Any, name: str, part: str) -> Callable[[], None]:
+        """Book the time spent in ``owner.name`` under ``part``, until the returned function is called."""
         original = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self._switch()
-            self._stack.append(part.format(self._stack[-1].partition(":")[0]))
-            self.calls[self._stack[-1]] += 1
-            try:
+            with self.part(part):
                 return original(*args, **kwargs)
-            finally:
-                self._switch()
-                self._stack.pop()
 
         setattr(owner, name, watched)
+        return lambda: setattr(owner, name, original)
 
 
 def watch_engine(llm: Any) -> Stopwatch:
@@ -98,7 +106,7 @@ def watch_engine(llm: Any) -> Stopwatch:
 
     stopwatch.watch(proposer, "propose", "draft: preparation")
     stopwatch.watch(ours, "draft", "draft: bookkeeping")
-    stopwatch.watch(ours, "_draft_step", "draft: forward")
+    stopwatch.watch(ours.passes, "draft", "draft: forward")
     stopwatch.watch(proposer.model, "compute_logits", "{}: head")
     stopwatch.watch(attention, "build_attn_metadata", "{}: attention metadata")
     stopwatch.watch(ours.policy, "optimize", "optimise: masks")

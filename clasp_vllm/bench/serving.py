@@ -240,6 +240,49 @@ def compare(
             )
 
 
+def compare_all(
+    args: argparse.Namespace, methods: dict[str, str], tokenizer: Any, results: dict[str, Any], progress: Any
+) -> None:
+    """Add all measurements to the results, written after each: every method beside one server of plain vLLM.
+
+    Args:
+        tokenizer: with the model's chat template; None: no task needs one.
+        progress: a ``rich`` progress display.
+
+    Raises:
+        ServerError: a server did not start, or a request failed.
+    """
+    logs = args.output / "logs"
+    bar = progress.add_task(
+        "starting plain vLLM", total=2 * args.repeats * len(workloads(args)) * len(methods)
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serve(args.model, *args.server_arguments, log=logs / "plain.log", port=args.port) as plain,
+    ):
+        chat = ServedChat(plain, tokenizer, args.max_tokens)
+        sets = datasets(args, Path(folder), chat)
+        spec_bench_tasks = filter(is_spec_bench, args.tasks)
+        results["spec_bench"] = {t: asked(questions_of(args, t), chat) for t in spec_bench_tasks}
+        for name, config in methods.items():
+            progress.update(bar, description=f"{name}: starting its server")
+            log = logs / f"{''.join(c if c.isalnum() else '_' for c in name)}.log"
+            arguments = (*args.server_arguments, "--speculative-config", config)
+            with serve(args.model, *arguments, log=log, port=args.port + 1) as other:
+                progress.update(bar, description=name)
+                servers = {True: plain, False: other}
+                for measurement in compare(name, servers, sets, args, lambda: progress.advance(bar)):
+                    results["measurements"].append(asdict(measurement))
+                    save(results, args.output)  # it may be interrupted
+            save(results, args.output)
+            write_report(results, args.output)
+
+
+def save(results: dict[str, Any], folder: Path) -> None:
+    """Write the figures."""
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
     from rich.console import Console
@@ -248,14 +291,12 @@ def main(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     try:
         methods = fill_in(args)
-        spec_bench_tasks = [task for task in args.tasks if is_spec_bench(task)]
-        tokenizer = chat_tokenizer(args.model) if spec_bench_tasks else None
+        tokenizer = chat_tokenizer(args.model) if any(map(is_spec_bench, args.tasks)) else None
     except ValueError as error:
         console.print(f"clasp-vllm: error: {error}", markup=False)
         return 2
-    args.output.mkdir(parents=True, exist_ok=True)
     logs = args.output / "logs"
-    logs.mkdir(exist_ok=True)
+    logs.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "about": {"model": args.model, **about(args.model)},
         "methods": methods,
@@ -263,35 +304,11 @@ def main(args: argparse.Namespace) -> int:
         "profiles": [],
         "costs": args.costs,
     }
-
-    def save() -> None:
-        (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-
-    def write() -> None:
-        save()
-        write_report(results, args.output)
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped too
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    per_method = 2 * args.repeats * len(workloads(args))
-    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
-        bar = progress.add_task("starting plain vLLM", total=per_method * len(methods))
+    with Progress(*columns, console=console) as progress:
         try:
-            with serve(args.model, *args.server_arguments, log=logs / "plain.log", port=args.port) as plain:
-                chat = ServedChat(plain, tokenizer, args.max_tokens)
-                sets = datasets(args, Path(folder), chat)
-                results["spec_bench"] = {t: asked(questions_of(args, t), chat) for t in spec_bench_tasks}
-                for name, config in methods.items():
-                    progress.update(bar, description=f"{name}: starting its server")
-                    log = logs / f"{''.join(c if c.isalnum() else '_' for c in name)}.log"
-                    arguments = (*args.server_arguments, "--speculative-config", config)
-                    with serve(args.model, *arguments, log=log, port=args.port + 1) as other:
-                        progress.update(bar, description=name)
-                        servers = {True: plain, False: other}
-                        for measurement in compare(name, servers, sets, args, lambda: progress.advance(bar)):
-                            results["measurements"].append(asdict(measurement))
-                            save()  # it may be interrupted
-                    write()
+            compare_all(args, methods, tokenizer, results, progress)
         except ServerError as error:
             console.print(str(error), markup=False)
             return 1
@@ -303,6 +320,7 @@ def main(args: argparse.Namespace) -> int:
         except subprocess.CalledProcessError:
             console.print(f"profiling failed; see {logs / 'profile.log'}", markup=False)
             return 1
-        write()
+    save(results, args.output)
+    write_report(results, args.output)
     console.print((args.output / "results.md").read_text(), markup=False)
     return 0

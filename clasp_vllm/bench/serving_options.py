@@ -36,7 +36,7 @@ QUICK = ("ngram", "clasp")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-
+    # Long, but a plain list: an entry for each option.
     parser.add_argument("model", help="name or path")
     parser.add_argument(
         "--method",

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from clasp_vllm.control.planner import Choice
 from clasp_vllm.device import DeviceEvent
 from clasp_vllm.drafting.tokens import DraftTokenBuffer
 
@@ -69,9 +70,32 @@ class LayerSkipDraft:
     Attributes:
         draft: the tokens.
         due: rows whose layers were chosen anew; the first token of these is certain.
+        masks: [rows, num_layers, 2] bool on the host, what each row skipped.
         events: the start of the round, the end of its optimisation pass, and its end.
     """
 
     draft: DraftTokenBuffer
     due: np.ndarray
+    masks: Tensor
     events: tuple[DeviceEvent, DeviceEvent, DeviceEvent]
+
+
+@dataclass(frozen=True)
+class DraftRound:
+    """What a round did.
+
+    Attributes:
+        slots: [rows] int64, of the ``SequenceTable``.
+        choice: what was to be drafted, and how.
+        looked_up: [rows] bool, whether the draft is an n-gram of the context.
+        skipping: [n] int64, the rows drafted for by skipping layers.
+        skip_drafts: the drafts of these; None if there are none.
+        output: the drafts of all rows.
+    """
+
+    slots: np.ndarray
+    choice: Choice
+    looked_up: np.ndarray
+    skipping: np.ndarray
+    skip_drafts: LayerSkipDraft | None
+    output: DraftOutput

@@ -24,7 +24,8 @@ from clasp_vllm.control.verification import UnverifiedDrafts
 from clasp_vllm.device import DeviceEvent, to_device
 from clasp_vllm.drafting.batch import DraftBatch, PromptTokens
 from clasp_vllm.drafting.decoder import Decoder
-from clasp_vllm.drafting.draft import DrafterOptions, DraftOutput, LayerSkipDraft, Sample
+from clasp_vllm.drafting.draft import DrafterOptions, DraftOutput, DraftRound, LayerSkipDraft, Sample
+from clasp_vllm.drafting.observer import RoundObserver
 from clasp_vllm.drafting.passes import Passes
 from clasp_vllm.drafting.plans import Plan, Plans
 from clasp_vllm.drafting.policy import Policy
@@ -66,6 +67,7 @@ class Drafter:
         self.passes = passes
         # Leave sequences that have stopped out of further steps. It takes a host that knows which: a CPU.
         self.drop_stopped = False
+        self.observer: RoundObserver | None = None  # told of every round
         self.statistics = DraftStatistics(decoder.num_layers)
         self._share = share
         self._on_failure = on_failure
@@ -78,7 +80,15 @@ class Drafter:
         Returns None if that failed and the engine can go on: a draft writes nothing that verification
         reads, so a step without drafts is as good as any other.
         """
-        return self.guarded(lambda: self._draft(batch, num_tokens, sample))
+        observer = self.observer
+        if observer is not None:
+            instead = observer.round_started(batch, num_tokens, sample)
+            if instead is not None:
+                return instead
+        drafted = self.guarded(lambda: self._draft(batch, num_tokens, sample))
+        if observer is not None:
+            observer.round_ended(batch, drafted)
+        return None if drafted is None else drafted.output
 
     def guarded(self, work: Callable[[], Result]) -> Result | None:
         """Do a part of drafting; None if that failed and the engine can go on."""
@@ -100,6 +110,8 @@ class Drafter:
             rejected: [reqs] int on the device, how many of its draft tokens were rejected; None if there
                 were none.
         """
+        if self.observer is not None:
+            self.observer.verified(request_ids, lengths, rejected)
         controller = self.controller
         if controller is not None:
             self.guarded(lambda: controller.observe(request_ids, lengths, rejected))
@@ -122,7 +134,7 @@ class Drafter:
         if prompts:
             self.guarded(lambda: self.policy.read(prompts))
 
-    def _draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> DraftOutput:
+    def _draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> DraftRound:
         rows, device = len(batch), batch.tokens.device
         sampling = np.zeros(rows, dtype=bool) if batch.sampling is None else batch.sampling
         slots, started = self._slots(batch.request_ids, sampling)
@@ -160,44 +172,37 @@ class Drafter:
             lengths[on_device] = skip_drafts.draft.lengths
             drawn[skipping, :width] = skip_drafts.draft.drawn
         self.statistics.total.plain_steps += not choice.length and not choice.ngram
+        output = DraftOutput(drafted, lengths, drawn)
+        done = DraftRound(slots, choice, looked_up, skipping, skip_drafts, output)
         if self.controller is not None:
-            self._remember(batch.request_ids, slots, skipping, looked_up, lengths, skip_drafts, choice)
-        return DraftOutput(drafted, lengths, drawn)
+            self._remember(batch.request_ids, done, self.controller)
+        return done
 
-    def _remember(
-        self,
-        request_ids: Sequence[str],
-        slots: np.ndarray,
-        skipping: np.ndarray,
-        looked_up: np.ndarray,
-        lengths: Tensor,
-        skip_drafts: LayerSkipDraft | None,
-        choice: Choice,
-    ) -> None:
-        """Tell the controller of a round. ``skipping``: rows drafted for by skipping."""
-        assert self.controller is not None
-        rows, device = len(slots), lengths.device
-        if skip_drafts is None and not looked_up.any():
-            self.controller.round_ended(request_ids, None, DeviceEvent(device))
+    def _remember(self, request_ids: Sequence[str], done: DraftRound, controller: Controller) -> None:
+        """Tell the controller of a round."""
+        rows, lengths = len(request_ids), done.output.lengths
+        skipping, skip_drafts = done.skipping, done.skip_drafts
+        if skip_drafts is None and not done.looked_up.any():
+            controller.round_ended(request_ids, None, DeviceEvent(lengths.device))
             return
         certain, limits, sure = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=np.int64), None
         drafted = None
-        ended = DeviceEvent(device)
+        ended = DeviceEvent(lengths.device)
         if skip_drafts is not None:
             certain[skipping[skip_drafts.due]] = True
-            limits[skipping] = choice.length
+            limits[skipping] = done.choice.length
             if not self.drop_stopped:
                 drafted = np.zeros(rows, dtype=np.int64)
                 drafted[skipping] = skip_drafts.draft.count
             if skip_drafts.draft.confidence is not None:
                 sure = skip_drafts.draft.confidence.new_zeros(rows, skip_drafts.draft.confidence.shape[1])
                 sure[_rows(skipping, rows)] = skip_drafts.draft.confidence
-            self.controller.drafted(rows, skip_drafts.events, self._predicted, skip_drafts.due.size)
+            controller.drafted(rows, skip_drafts.events, self._predicted, skip_drafts.due.size)
             ended = skip_drafts.events[-1]
         drafts = UnverifiedDrafts(
-            request_ids, slots, looked_up, certain, lengths, drafted, limits, sure, choice
+            request_ids, done.slots, done.looked_up, certain, lengths, drafted, limits, sure, done.choice
         )
-        self.controller.round_ended(request_ids, drafts, ended)
+        controller.round_ended(request_ids, drafts, ended)
 
     def _draft_by_skipping(
         self,
@@ -242,12 +247,13 @@ class Drafter:
             draft_steps += bool(step) or due.size < rows
         draft.finish()
         self.sequences.advance(slots, due)
-        self.statistics.count_round(self._plans.masks(slots, choice), draft_steps, due.size)
+        masks = self._plans.masks(slots, choice)
+        self.statistics.count_round(masks, draft_steps, due.size)
         if due.size:
             self.statistics.count_pass(started, optimized)
         self.statistics.total.changed = self.sequences.changed
         self.statistics.total.early_exit_tokens += int((choice.length - draft.count).sum())
-        return LayerSkipDraft(draft, due, (started, optimized, DeviceEvent(device)))
+        return LayerSkipDraft(draft, due, masks, (started, optimized, DeviceEvent(device)))
 
     def _exit(self, slots: np.ndarray, choice: Choice, device: torch.device) -> Exit | None:
         """When to stop drafting for the sequences of a round; None: never early."""

@@ -28,6 +28,7 @@ from vllm.platforms import current_platform
 
 _LIGHT_OPS = (RMSNorm, RotaryEmbeddingBase, SiluAndMul, GeluAndMul)
 _VECTOR = 8  # the CPU kernels take widths that are multiples of it
+_KERNELS = torch.ops._C  # vLLM's compiled operators
 _IR_OPS = (ir.ops.rms_norm, ir.ops.fused_add_rms_norm)
 
 
@@ -54,7 +55,7 @@ def _cpu_kernel(module: nn.Module) -> Callable[..., Any] | None:
         return None
     if type(module) is RMSNorm and module.variance_size_override is None:
         return partial(_cpu_rms_norm, module)
-    if type(module) is SiluAndMul and hasattr(torch.ops._C, "silu_and_mul"):
+    if type(module) is SiluAndMul and hasattr(_KERNELS, "silu_and_mul"):
         return _cpu_silu_and_mul
     return None
 
@@ -64,9 +65,9 @@ def _cpu_rms_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None = None) -> A
         return norm.forward_native(x, residual)
     if residual is None:
         out = torch.empty_like(x)
-        torch.ops._C.rms_norm(out, x, norm.weight, norm.variance_epsilon)
+        _KERNELS.rms_norm(out, x, norm.weight, norm.variance_epsilon)
         return out
-    torch.ops._C.fused_add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
+    _KERNELS.fused_add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
     return x, residual
 
 
@@ -74,7 +75,7 @@ def _cpu_silu_and_mul(x: Tensor) -> Tensor:
     if x.shape[-1] % (2 * _VECTOR):
         return SiluAndMul.forward_native(x)
     out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
-    torch.ops._C.silu_and_mul(out, x)
+    _KERNELS.silu_and_mul(out, x)
     return out
 
 

@@ -91,7 +91,7 @@ def stopped_early(drop: bool) -> tuple[list, int]:
         assert ours.drop_stopped  # as on any CPU
         ours.drop_stopped = drop
         drafts, rows = [], 0
-        original_draft, original_step = ours.draft, ours._draft_step
+        original_draft, original_step = ours.draft, ours.passes.draft
 
         def draft(batch, num_tokens, sample):
             drafted = original_draft(batch, num_tokens, sample)
@@ -101,12 +101,12 @@ def stopped_early(drop: bool) -> tuple[list, int]:
                 drafts.append((request.split("-")[0], row[:length]))
             return drafted
 
-        def step(batch, slots):
+        def step(batch, plan):
             nonlocal rows
             rows += len(batch)
-            return original_step(batch, slots)
+            return original_step(batch, plan)
 
-        ours.draft, ours._draft_step = draft, step
+        ours.draft, ours.passes.draft = draft, step
         generate(llm, PROMPTS[:6], max_tokens=24)
     return drafts, rows
 
