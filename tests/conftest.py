@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     core = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % (os.cpu_count() or 1)
@@ -17,13 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = ["test_config", "skipping", "drafting", "test_cli", "engine", "test_server", "test_demo"]
-
-    def rank(item: pytest.Item) -> int:
-        path = str(item.path.relative_to(ROOT / "tests"))
-        return next((i for i, part in enumerate(order) if path.startswith(part)), -1)
-
-    items.sort(key=rank)
+    items.sort(key=lambda item: item.path.relative_to(TESTS).parts[0], reverse=True)  # unit, engine, e2e
     for item in items:
         if item.get_closest_marker("slow_on_v2") and "v2" in getattr(item, "callspec", item).params.values():
             item.add_marker("slow")

@@ -1,4 +1,4 @@
-"""The costs of the parts, measured on a real engine."""
+"""The command costs on a real engine."""
 
 import json
 import subprocess
@@ -7,15 +7,8 @@ import sys
 import pytest
 from engines import DEMO_MODEL
 
-from clasp_vllm.bench.costs import Timings, break_even_table, cost_table
-from clasp_vllm.cli import main
+from clasp_vllm.bench.costs import break_even_table, cost_table
 from clasp_vllm.tools.cost_model import costs_by_batch
-
-
-def test_timings_leave_out_the_warm_up():
-    timings = Timings(lambda: None)
-    timings.seconds["x"] = [100.0, 100.0, 3.0, 1.0, 2.0]
-    assert timings.median("x") == 2.0
 
 
 def test_command(tmp_path):
@@ -48,21 +41,3 @@ def test_command(tmp_path):
         assert all(len(samples[str(("step", k))]) >= 4 for k in (0, 1, 2, 4))
     assert cost_table(list(costs.values())) in result.stdout
     assert break_even_table(list(costs.values()), 24, 4) in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("option", "part"),
-    [
-        ("--longest=1", "allowed are integers from 2 on"),
-        ("--batch=0", "allowed are integers from 1 on"),
-        ("--repeats=2", "allowed are integers from 3 on"),
-        ("--skip-ratio=1.5", "skip_ratio=1.5"),
-    ],
-)
-def test_bad_options(option, part, capsys):
-    try:
-        status = main(["costs", "model", option])
-    except SystemExit as exit_:
-        status = exit_.code
-    assert status == 2
-    assert part in capsys.readouterr().err
