@@ -1,3 +1,8 @@
 """Lossless self-speculative decoding for vLLM: the served model drafts by skipping its own layers."""
 
-__version__ = "0.1.0"
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("clasp-vllm")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "unknown"

@@ -1,4 +1,4 @@
-"""Paths, the order of the tests (fast and pure ones first), and who shares a machine with whom.
+"""The order of the tests (fast and pure ones first), their markers, and who shares a machine with whom.
 
 With ``pytest -n 2 --dist loadfile`` each worker's engines keep to a core of their own.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     core = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % (os.cpu_count() or 1)
@@ -16,14 +16,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def folder(item: pytest.Item) -> str:
+    return item.path.relative_to(TESTS).parts[0]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = ["test_config", "skipping", "drafting", "test_cli", "engine", "test_server", "test_demo"]
-
-    def rank(item: pytest.Item) -> int:
-        path = str(item.path.relative_to(ROOT / "tests"))
-        return next((i for i, part in enumerate(order) if path.startswith(part)), -1)
-
-    items.sort(key=rank)
+    items.sort(key=folder, reverse=True)  # unit, engine, e2e
     for item in items:
-        if item.get_closest_marker("slow_on_v2") and "v2" in getattr(item, "callspec", item).params.values():
+        if folder(item) != "unit":
+            item.add_marker("engine")
+        if item.path.stem.startswith("test_ray"):
+            item.add_marker("ray")
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value == "v2" for value in parameters):
+            item.add_marker("v2")
+        if item.get_closest_marker("v2") and item.get_closest_marker("slow_on_v2"):
             item.add_marker("slow")

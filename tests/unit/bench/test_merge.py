@@ -9,7 +9,7 @@ from engines import ROOT
 
 from clasp_vllm.bench.report import pairs, ratio
 
-PUBLISHED = json.loads((ROOT / "tests/bench/data/methods.json").read_text())
+PUBLISHED = json.loads((ROOT / "tests/data/methods.json").read_text())
 
 
 def run_of(methods: list[str], folder: Path) -> Path:

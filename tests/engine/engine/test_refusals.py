@@ -6,6 +6,8 @@ Architectures of another form: test_architectures.
 import pytest
 from engines import DEMO_MODEL, ROOT, engine_process, running
 
+from clasp_vllm.engine.hooks import SUPPORTED
+
 # Configurations of models (their config.json is all that is read), by transformers' name for the kind.
 MODELS = {
     "mixture of experts": ("olmoe", "OlmoeForCausalLM", {"num_hidden_layers": 4}),
@@ -148,7 +150,7 @@ def test_refused_before_loading(call, case, tmp_path):
 
 def test_other_versions_of_vllm(call):
     error = call(message, "", None, {}, version="0.99.1")
-    assert "supports vLLM 0.32.*, but vLLM 0.99.1 is installed" in error
+    assert f"supports vLLM {SUPPORTED}.*, but vLLM 0.99.1 is installed" in error
 
 
 def start(settings: dict) -> str:

@@ -58,3 +58,15 @@ def test_the_algorithms_do_not_load_vllm():
     code = f"import sys, {', '.join(modules)}; print('vllm' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_unit_tests_start_no_engine():
+    """Nor does a test lie outside of the three folders."""
+    tests = ROOT / "tests"
+    folders = {path.relative_to(tests).parts[0] for path in tests.rglob("test_*.py")}
+    assert folders == {"unit", "engine", "e2e"}
+    starting = {"engine_process", "running", "two_ranks", "serve"}
+    for path in (tests / "unit").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module != "ray":
+                assert starting.isdisjoint(alias.name for alias in node.names), path

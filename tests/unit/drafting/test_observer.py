@@ -18,7 +18,7 @@ from clasp_vllm.drafting.batch import NgramMatches
 from clasp_vllm.drafting.draft import DrafterOptions, DraftOutput
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.observer import RoundObserver
-from clasp_vllm.drafting.passes import Passes
+from clasp_vllm.drafting.passes import Model, Passes
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.policies.clasp import Clasp
@@ -52,7 +52,7 @@ def target() -> Target:
 
 def drafter_of(target: Target, **options) -> Drafter:
     scratch = ScratchBlocks(target.cache.scratch_block, len(PROMPTS), SKIPPED, BLOCK, CPU)
-    passes = Passes(target.decoder(), target.cache, scratch, target.head)
+    passes = Passes(Model(target.decoder(), target.head), target.cache, scratch)
     sequences = SequenceTable(8, layers_mask(LAYERS, range(1, 1 + SKIPPED))[None])
     policy = Clasp(sequences, passes, (SKIPPED,), max_requests=2)
     drafting = DrafterOptions((SKIPPED,), 2, 0.0)
@@ -60,7 +60,7 @@ def drafter_of(target: Target, **options) -> Drafter:
 
 
 def greedy(target: Target):
-    return lambda hidden, positions, step, rows: (target.head(hidden).argmax(-1), None)
+    return lambda hidden, positions, step, rows, exact=None: (target.head(hidden).argmax(-1), None)
 
 
 @torch.inference_mode()

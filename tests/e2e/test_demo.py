@@ -3,16 +3,13 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
-from engines import DEMO_MODEL, ROOT
-
-from clasp_vllm.tools.servers import ServerError, free_port, serve
+from engines import ROOT
 
 DEMO = str(ROOT / "scripts" / "demo" / "demo.py")
 
@@ -52,30 +49,6 @@ def test_the_assistant(tmp_path):
     assert "The capital of France is Paris." in output
     assert re.search(r"greedy answers equal +20 of 20", output)
     assert re.search(r"ratio +\d\.\d\d \(\d\.\d\d to \d\.\d\d\), 3 rounds", output)
-
-
-def test_one_model_at_a_time():
-    result = subprocess.run(
-        [sys.executable, DEMO, "some/model", "--tiny"], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
-    assert "--tiny and model some/model: only one can be served" in result.stderr
-
-
-def test_a_port_in_use_gets_another():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert free_port(port) != port
-
-
-def test_a_server_that_cannot_start_says_why(tmp_path):
-    with (
-        pytest.raises(ServerError, match=r"(?s)ended with status .*no-such-option"),
-        serve(DEMO_MODEL, "--no-such-option", log=tmp_path / "log"),
-    ):
-        pass
 
 
 @pytest.mark.slow

@@ -149,6 +149,7 @@ def test_drafts_looked_up_in_the_context():
     assert cascade.num_accepted_tokens > 0
 
 
+@pytest.mark.v2
 def test_drafts_looked_up_where_tokens_are_on_the_device():
     """Model Runner V2, where the host knows the matches a round late; beside drafts that are drawn."""
     config = CLASP | {"ngram_cascade": True, "prompt_lookup_min": 1, "draft_sample_method": "probabilistic"}
