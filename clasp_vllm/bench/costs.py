@@ -211,7 +211,7 @@ def bytes_per_token(model_config: Any) -> int:
     with torch.device("meta"):  # vLLM's own may be packed into another form
         model = AutoModelForCausalLM.from_config(model_config.hf_text_config, dtype=model_config.dtype)
     embedding = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
-    return sum(weight.nbytes for weight in model.parameters()) - embedding
+    return int(sum(weight.nbytes for weight in model.parameters()) - embedding)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

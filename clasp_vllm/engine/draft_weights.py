@@ -123,7 +123,8 @@ def _int8_product(weight: Tensor) -> type[Int8Product]:
     """The fastest kernel here for one row, by trying each once for every dtype."""
     if current_platform.is_cpu() and "fbgemm" in torch.backends.quantized.supported_engines:
         if weight.dtype not in _fastest:
-            _fastest[weight.dtype] = min((VllmInt8, TorchInt8), key=lambda make: _seconds(make, weight))
+            kernels: tuple[type[Int8Product], ...] = VllmInt8, TorchInt8
+            _fastest[weight.dtype] = min(kernels, key=lambda make: _seconds(make, weight))
             logger.info_once("Layer skipping: int8 draft weights by %s", _fastest[weight.dtype].__name__)
         return _fastest[weight.dtype]
     return VllmInt8
@@ -157,8 +158,8 @@ def draft_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The model's ``compute_logits`` with the draft's head."""
     view: Any = copy.copy(model)
     head_dtype = getattr(view.logits_processor, "head_dtype", None)
-    if head_dtype is None or head_dtype == model.lm_head.weight.dtype:
-        view._modules = {**model._modules, "lm_head": draft_view(model.lm_head)}
+    if head_dtype is None or head_dtype == view.lm_head.weight.dtype:
+        view._modules = {**model._modules, "lm_head": draft_view(view.lm_head)}
     return view.compute_logits
 
 
