@@ -19,12 +19,17 @@ from vllm.platforms import current_platform
 
 logger = init_logger(f"vllm.{__name__}")
 
-LARGEST_INT8 = 127
 KEPT_AS = "layer_skip_draft"  # on a linear layer or a head
 
 
 class Int8Product(Protocol):
-    """A product with int8 weights, one scale for each output; inputs are quantised as they come."""
+    """A product with int8 weights, one scale for each output; inputs are quantised as they come.
+
+    Attributes:
+        largest: absolute value of a weight.
+    """
+
+    largest: int
 
     def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         """
@@ -42,6 +47,8 @@ class Int8Product(Protocol):
 
 class VllmInt8:
     """vLLM's kernel for the platform. Each row of the inputs has a scale."""
+
+    largest = 127
 
     def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         self._layer = nn.Module()
@@ -65,8 +72,12 @@ class VllmInt8:
 class TorchInt8:
     """PyTorch's kernel for x86 CPUs (FBGEMM). All rows of the inputs have one scale.
 
-    For CPUs without VNNI, where vLLM's calls a product of oneDNN that is slower than that of the target.
+    For CPUs without VNNI, where vLLM's is a product of oneDNN that is slower than the target's. FBGEMM adds
+    two products of an 8-bit input and a weight in 16 bits there, which weights of up to 64 keep from
+    overflowing. (Inputs of 7 bits would too, and are less exact.)
     """
+
+    largest = 64
 
     def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         scales, zeros = scale.flatten().double(), torch.zeros(len(weight), dtype=torch.int64)
@@ -76,8 +87,7 @@ class TorchInt8:
         self._packed = torch.ops.quantized.linear_prepack(quantised, None)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        # Sums of two products of 8-bit numbers overflow in 16 bits, and without VNNI are kept there: 7 bits.
-        out = torch.ops.quantized.linear_dynamic(x.float(), self._packed, reduce_range=True).to(x.dtype)
+        out = torch.ops.quantized.linear_dynamic(x.float(), self._packed, reduce_range=False).to(x.dtype)
         return out if bias is None else out + bias
 
 
@@ -90,8 +100,9 @@ class DraftLinear(LinearMethodBase):
 
     def load(self, weight: Tensor) -> None:
         """Take a copy of the layer's weight, [outputs, inputs]."""
-        scale = weight.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / LARGEST_INT8
-        quantised = (weight / scale).round_().clamp_(-LARGEST_INT8, LARGEST_INT8).to(torch.int8)
+        largest = self._make.largest
+        scale = weight.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / largest
+        quantised = (weight / scale).round_().clamp_(-largest, largest).to(torch.int8)
         self._product = self._make(quantised, scale, weight.dtype)
         self.num_bytes = quantised.nbytes + scale.nbytes
 

@@ -104,6 +104,16 @@ CASES = {
         {"speculative_config": {"method": "clasp", "num_speculative_tokens_per_batch_size": [[2, 4, 3]]}},
         ["num_speculative_tokens_per_batch_size=[[2, 4, 3]]"],
     ),
+    "quantised drafts of experts": (
+        "mixture of experts",
+        {"speculative_config": {"method": "clasp", "draft_weights": "int8"}},
+        ["draft_weights='int8' for mixtures of experts", "leave out draft_weights"],
+    ),
+    "quantised drafts of a quantised model": (
+        None,
+        {"quantization": "fp8", "speculative_config": {"method": "clasp", "draft_weights": "int8"}},
+        ["draft_weights='int8' for a model quantised by fp8", "leave out draft_weights"],
+    ),
     "a list": (None, {"speculative_config": str(ROOT / "tests" / "data" / "list.yaml")}, ["a list"]),
 }
 
