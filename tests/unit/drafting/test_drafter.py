@@ -276,9 +276,32 @@ def test_a_failure_costs_a_draft_and_nothing_else(target):
     def broken(*_):
         raise ZeroDivisionError
 
+    drafter.start(CPU)
     assert drafter.draft(target.batch(), LENGTH, broken) is None
     assert drafter.draft(target.batch(), LENGTH, greedy(target)) is not None
     assert len(failures) == drafter.statistics.total.failures == 1
+
+
+@torch.inference_mode()
+def test_a_failure_before_the_start_has_ended_ends_it(target):
+    """In the engine's warm-up, and while passes are timed."""
+    failures: list[Exception] = []
+    drafter = drafter_of(
+        target, on_failure=lambda error, before: failures.append(error), make_controller=lambda costs: None
+    )
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        drafter.draft(target.batch(), LENGTH, broken)
+    for work in ("measure", "try_out"):
+        setattr(drafter.passes, work, broken)
+        with pytest.raises(ZeroDivisionError):
+            drafter.start(CPU)
+    with pytest.raises(ZeroDivisionError):  # it has not ended
+        drafter.draft(target.batch(), LENGTH, broken)
+    assert not failures
 
 
 @torch.inference_mode()
