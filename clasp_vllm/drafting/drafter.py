@@ -172,7 +172,7 @@ class Drafter:
                     hidden, positions, step, skipping[of], exact
                 ),
             )
-            on_device, width = _rows(skipping, rows), skip_drafts.draft.tokens.shape[1]
+            on_device, width = _rows(skipping, rows, device), skip_drafts.draft.tokens.shape[1]
             drafted[on_device, :width] = skip_drafts.draft.tokens
             lengths[on_device] = skip_drafts.draft.lengths
             drawn[skipping, :width] = skip_drafts.draft.drawn
@@ -201,7 +201,7 @@ class Drafter:
                 drafted[skipping] = skip_drafts.draft.count
             if skip_drafts.draft.confidence is not None:
                 sure = skip_drafts.draft.confidence.new_zeros(rows, skip_drafts.draft.confidence.shape[1])
-                sure[_rows(skipping, rows)] = skip_drafts.draft.confidence
+                sure[_rows(skipping, rows, lengths.device)] = skip_drafts.draft.confidence
             controller.drafted(rows, skip_drafts.events, self._predicted, skip_drafts.due.size)
             ended = skip_drafts.events[-1]
         drafts = UnverifiedDrafts(
@@ -345,5 +345,6 @@ class Drafter:
         return costs
 
 
-def _rows(left: np.ndarray, rows: int) -> slice | Tensor:
-    return slice(None) if len(left) == rows else torch.from_numpy(left)
+def _rows(left: np.ndarray, rows: int, device: torch.device) -> slice | Tensor:
+    """An index for ``left`` of some rows, on the device: one on the host would make it wait."""
+    return slice(None) if len(left) == rows else to_device(left, device)

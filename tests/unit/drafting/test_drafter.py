@@ -15,7 +15,7 @@ from clasp_vllm.control.costs import LayerShares
 from clasp_vllm.control.planner import Choice
 from clasp_vllm.drafting.decoder import Decoder, UnsupportedArchitectureError
 from clasp_vllm.drafting.draft import DrafterOptions
-from clasp_vllm.drafting.drafter import Drafter
+from clasp_vllm.drafting.drafter import Drafter, _rows
 from clasp_vllm.drafting.passes import Model, Passes
 from clasp_vllm.drafting.plans import Plan, Plans
 from clasp_vllm.drafting.policy import Policy
@@ -332,3 +332,9 @@ def test_the_controller_is_made_when_costs_are_known(target):
     lengths = output.lengths.numpy() + 1
     drafter.observe(batch.request_ids, lengths, torch.tensor([LENGTH - 1] * 3))
     assert (evidence.drafts.variance[:3] < unsure).all()
+
+
+def test_rows_are_chosen_on_the_device():
+    """An index on the host would make it wait for the device."""
+    assert _rows(np.array([0, 2]), 3, torch.device("meta")).device.type == "meta"
+    assert _rows(np.arange(3), 3, torch.device("meta")) == slice(None)
