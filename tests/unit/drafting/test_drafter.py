@@ -9,6 +9,8 @@ import pytest
 import torch
 from fake_target import BLOCK, Layer, Target
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from clasp_vllm.control.controller import Controller
 from clasp_vllm.control.costs import LayerShares
@@ -16,7 +18,7 @@ from clasp_vllm.control.planner import Choice
 from clasp_vllm.drafting.decoder import Decoder, UnsupportedArchitectureError
 from clasp_vllm.drafting.draft import DrafterOptions
 from clasp_vllm.drafting.drafter import Drafter, _rows
-from clasp_vllm.drafting.passes import Model, Passes
+from clasp_vllm.drafting.passes import CHUNK, Model, Passes, top_probability
 from clasp_vllm.drafting.plans import Plan, Plans
 from clasp_vllm.drafting.policy import Policy
 from clasp_vllm.drafting.scratch import ScratchBlocks
@@ -338,3 +340,25 @@ def test_rows_are_chosen_on_the_device():
     """An index on the host would make it wait for the device."""
     assert _rows(np.array([0, 2]), 3, torch.device("meta")).device.type == "meta"
     assert _rows(np.arange(3), 3, torch.device("meta")) == slice(None)
+
+
+class Largest(TorchDispatchMode):
+    """The largest float32 tensor that was made, in elements."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(made)[0]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("rows", [0, 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+def test_top_probability_takes_little_memory(rows):
+    logits = torch.randn(rows, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with Largest() as largest:
+        got = top_probability(logits)
+    torch.testing.assert_close(got, logits.float().softmax(-1).amax(-1) if rows else torch.empty(0))
+    assert largest.elements <= max(CHUNK * 50, rows)
