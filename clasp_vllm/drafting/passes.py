@@ -77,6 +77,12 @@ class Passes:
         self.scratch = scratch
         self._graphs = graphs
 
+    @property
+    def num_graphs(self) -> int:
+        """How many graphs of draft steps are in use; 0 where they are eager calls."""
+        graphs = self._graphs()
+        return 0 if graphs is None else graphs.num_graphs
+
     def _runner(self, rows: int) -> DraftRunner | None:
         graphs = self._graphs()
         return graphs if graphs is not None and graphs.takes(rows) else None

@@ -362,3 +362,10 @@ def test_top_probability_takes_little_memory(rows):
         got = top_probability(logits)
     torch.testing.assert_close(got, logits.float().softmax(-1).amax(-1) if rows else torch.empty(0))
     assert largest.elements <= max(CHUNK * 50, rows)
+
+
+def test_graphs_in_use_are_counted(target):
+    passes = passes_of(target)
+    assert passes.num_graphs == 0
+    passes._graphs = lambda: SimpleNamespace(num_graphs=7)
+    assert passes.num_graphs == 7
