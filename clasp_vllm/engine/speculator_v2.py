@@ -25,6 +25,7 @@ from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import (
     build_decoder,
     build_drafter,
+    first_broadcast,
     log_statistics,
 )
 from clasp_vllm.engine.graphs import DraftGraphs
@@ -66,6 +67,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         self.decoder = build_decoder(target_model)
+        first_broadcast(self.device)
         return target_model
 
     def set_attn(

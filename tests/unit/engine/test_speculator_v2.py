@@ -1,8 +1,9 @@
-"""What Model Runner V2's rejection sampler is told of drafts."""
+"""Model Runner V2's speculator by itself: what the rejection sampler is told, and memory."""
 
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 
@@ -23,3 +24,26 @@ def test_tokens_that_were_not_drawn_are_certain():
                 assert draft_probs[slot, step].sum() == 1.0
                 stored[slot, step] = ours.draft_logits[slot, step]
     assert (ours.draft_logits == stored).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_share_something_when_the_model_is_loaded(monkeypatch, ranks):
+    """NCCL allocates then, and vLLM counts what it takes before it sizes the KV cache."""
+    import clasp_vllm.engine.build as build
+    import clasp_vllm.engine.proposer_v1 as v1
+    import clasp_vllm.engine.speculator_v2 as v2
+
+    shared: list[torch.Tensor] = []
+
+    def broadcast(tensor, src):
+        shared.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(build, "get_tp_group", lambda: SimpleNamespace(world_size=ranks, broadcast=broadcast))
+    for module in (v1, v2):
+        monkeypatch.setattr(module, "build_decoder", lambda model: None)
+    device = torch.device("cpu")
+    v1.LayerSkipProposer.load_model(SimpleNamespace(device=device), None)
+    assert len(shared) == ranks - 1
+    v2.LayerSkipSpeculator.load_draft_model(SimpleNamespace(device=device), None, set())
+    assert len(shared) == 2 * (ranks - 1)
