@@ -78,6 +78,11 @@ class Passes:
         self._graphs = graphs
 
     @property
+    def draft_decoder(self) -> Decoder:
+        """The layers that draft steps run: the target's, or those with weights of their own."""
+        return self._draft.decoder
+
+    @property
     def num_graphs(self) -> int:
         """How many graphs of draft steps are in use; 0 where they are eager calls."""
         graphs = self._graphs()

@@ -23,12 +23,13 @@ from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, prompt_tokens
 from clasp_vllm.drafting.draft import Sample
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import (
+    any_rank,
     build_decoder,
     build_drafter,
     first_broadcast,
     log_statistics,
 )
-from clasp_vllm.engine.graphs import DraftGraphs
+from clasp_vllm.engine.graphs import CaptureError, DraftGraphs
 from clasp_vllm.engine.speculative_config import layer_skip_config
 
 logger = init_logger(f"vllm.{__name__}")
@@ -102,7 +103,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
                 self.vllm_config,
                 self.device,
                 cudagraph_mode,
-                self.decoder,
+                self.drafter.passes.draft_decoder,
                 self.drafter.passes,
                 self._attention,
                 self._num_blocks,
@@ -119,15 +120,17 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         try:
             graphs.capture_drafts()
             mismatch = graphs.mismatch()
-        except Exception as error:
+        except CaptureError as error:
+            # Drafts can do without: eager calls of the same steps have just worked. All else ends the start.
             if get_tp_group().world_size > 1:
                 raise  # other ranks would wait for this one for ever
             torch.cuda.synchronize()  # raises if the device does not work any more
-            logger.warning("Layer skipping drafts without CUDA graphs: capturing them failed", exc_info=error)
+            logger.warning("Layer skipping drafts without CUDA graphs: %s", error, exc_info=error)
             self.graphs = None
             return
-        if mismatch is not None:
-            logger.warning("Layer skipping drafts without CUDA graphs: %s", mismatch)
+        if any_rank(mismatch is not None):  # ranks must run the same kernels, or they hang
+            reason = mismatch or "what they compute on another rank is off"
+            logger.warning("Layer skipping drafts without CUDA graphs: %s", reason)
             self.graphs = None
 
     def compute_draft_logits(self, hidden_states: Tensor, spec_step_idx: int) -> Tensor:
