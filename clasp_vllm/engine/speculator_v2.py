@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
 
 from clasp_vllm.device import to_device
 from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, prompt_tokens
@@ -76,8 +77,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         model_state: Any,
         kv_cache_config: KVCacheConfig,
         block_tables: BlockTables,
-        *_: Any,
-        **__: Any,
+        target_input_buffers: Any,
+        target_attn_groups: list[list[AttentionGroup]],
     ) -> None:
         # The base class would build metadata for draft layers, of which there are none.
         self.block_tables = block_tables
@@ -90,6 +91,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             padded=True,
             graphs=lambda: self.graphs,
         )
+        attention.share_workspace(target_attn_groups)
         self.attn_groups = attention.attn_groups
         self._attention, self._num_blocks = attention, kv_cache_config.num_blocks
 

@@ -126,3 +126,28 @@ def test_ranks_share_something_when_the_model_is_loaded(monkeypatch, ranks):
     assert len(shared) == ranks - 1
     v2.LayerSkipSpeculator.load_draft_model(SimpleNamespace(device=device), None, set())
     assert len(shared) == 2 * (ranks - 1)
+
+
+def test_our_attention_works_in_the_runners_buffer():
+    from clasp_vllm.engine.attention import TargetAttention
+
+    class Builder:
+        """Of FlashInfer, as far as its workspace goes."""
+
+        def __init__(self, workspace):
+            self.workspace = workspace
+
+        def _get_workspace_buffer(self):
+            return self.workspace
+
+        def set_workspace_buffer(self, workspace):
+            self.workspace = workspace
+
+    def groups(builder):
+        return [[SimpleNamespace(metadata_builders=[builder])]]
+
+    ours, theirs = Builder("ours"), Builder("theirs")
+    TargetAttention.share_workspace(SimpleNamespace(attn_groups=groups(ours)), groups(theirs))
+    assert ours.workspace == "theirs"
+    other = object()  # most backends have none
+    TargetAttention.share_workspace(SimpleNamespace(attn_groups=groups(other)), groups(other))
