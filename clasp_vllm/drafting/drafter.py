@@ -56,7 +56,7 @@ class Drafter:
             make_controller: given what passes cost, the controller, if there is to be one.
             share: makes what a pass found the same on all ranks that run the layers together.
             on_failure: told of an exception while drafting and how many there were before; raises it
-                where the engine cannot go on. None: all are raised.
+                where the engine cannot go on. None: all are raised, as all before the start has ended.
         """
         self.decoder = decoder
         self.sequences = sequences
@@ -71,6 +71,7 @@ class Drafter:
         self.statistics = DraftStatistics(decoder.num_layers)
         self._share = share
         self._on_failure = on_failure
+        self._serving = False
         self._plans: Plans | None = None
         self._predicted = 0.0  # seconds of the draft steps of this round
 
@@ -91,11 +92,15 @@ class Drafter:
         return None if drafted is None else drafted.output
 
     def guarded(self, work: Callable[[], Result]) -> Result | None:
-        """Do a part of drafting; None if that failed and the engine can go on."""
+        """Do a part of drafting; None if that failed and the engine can go on.
+
+        What fails before anything is served, as in the engine's warm-up, would fail ever after: it ends the
+        start.
+        """
         try:
             return work()
         except Exception as error:
-            if self._on_failure is None:
+            if self._on_failure is None or not self._serving:
                 raise
             self._on_failure(error, self.statistics.total.failures)
             self.statistics.total.failures += 1
@@ -167,7 +172,7 @@ class Drafter:
                     hidden, positions, step, skipping[of], exact
                 ),
             )
-            on_device, width = _rows(skipping, rows), skip_drafts.draft.tokens.shape[1]
+            on_device, width = _rows(skipping, rows, device), skip_drafts.draft.tokens.shape[1]
             drafted[on_device, :width] = skip_drafts.draft.tokens
             lengths[on_device] = skip_drafts.draft.lengths
             drawn[skipping, :width] = skip_drafts.draft.drawn
@@ -196,7 +201,7 @@ class Drafter:
                 drafted[skipping] = skip_drafts.draft.count
             if skip_drafts.draft.confidence is not None:
                 sure = skip_drafts.draft.confidence.new_zeros(rows, skip_drafts.draft.confidence.shape[1])
-                sure[_rows(skipping, rows)] = skip_drafts.draft.confidence
+                sure[_rows(skipping, rows, lengths.device)] = skip_drafts.draft.confidence
             controller.drafted(rows, skip_drafts.events, self._predicted, skip_drafts.due.size)
             ended = skip_drafts.events[-1]
         drafts = UnverifiedDrafts(
@@ -314,15 +319,21 @@ class Drafter:
 
     @torch.inference_mode()
     def start(self, device: torch.device, steps: Mapping[int, Callable[[], None]] | None = None) -> None:
-        """Before anything is served: forget the engine's warm-up, and find out what passes cost.
+        """Before anything is served: forget the engine's warm-up, draft once, and find out what passes cost.
 
         ``steps``: the engine's own steps by their tokens, where they are not passes like those of drafts.
         """
         self.forget()
         self.statistics = DraftStatistics(self.decoder.num_layers)
+        self.passes.try_out(device)
         # Without a scratch block the cache is so small that it is refused next.
-        if self._make_controller is None or self.passes.attention.scratch_block < 1:
-            return
+        if self._make_controller is not None and self.passes.attention.scratch_block >= 1:
+            costs = self._measure(device, steps or {})
+            self.controller = self.policy.controller = self._make_controller(costs)
+        self._serving = True
+
+    def _measure(self, device: torch.device, steps: Mapping[int, Callable[[], None]]) -> PassCosts:
+        """What passes and the engine's own steps cost, as rank 0 finds it."""
         costs = self.passes.measure(device)
         names = [n for n in ("layer", "fixed", "draft_layer", "draft_fixed") if getattr(costs, n)]
         shared = self._share(torch.tensor([getattr(costs, n) for n in names], device=device)).tolist()
@@ -331,8 +342,9 @@ class Drafter:
             seconds = torch.tensor(measure_steps(steps, device), device=device)
             step = tuple(self._share(seconds).tolist())
             costs = replace(costs, step_rows=tuple(map(float, steps)), step=step)
-        self.controller = self.policy.controller = self._make_controller(costs)
+        return costs
 
 
-def _rows(left: np.ndarray, rows: int) -> slice | Tensor:
-    return slice(None) if len(left) == rows else torch.from_numpy(left)
+def _rows(left: np.ndarray, rows: int, device: torch.device) -> slice | Tensor:
+    """An index for ``left`` of some rows, on the device: one on the host would make it wait."""
+    return slice(None) if len(left) == rows else to_device(left, device)

@@ -77,6 +77,17 @@ class Passes:
         self.scratch = scratch
         self._graphs = graphs
 
+    @property
+    def draft_decoder(self) -> Decoder:
+        """The layers that draft steps run: the target's, or those with weights of their own."""
+        return self._draft.decoder
+
+    @property
+    def num_graphs(self) -> int:
+        """How many graphs of draft steps are in use; 0 where they are eager calls."""
+        graphs = self._graphs()
+        return 0 if graphs is None else graphs.num_graphs
+
     def _runner(self, rows: int) -> DraftRunner | None:
         graphs = self._graphs()
         return graphs if graphs is not None and graphs.takes(rows) else None
@@ -202,24 +213,31 @@ class Passes:
         return replace(costs, draft_layer=draft.layer, draft_fixed=draft.fixed)
 
     def _measure(self, model: Model, device: torch.device) -> PassCosts:
-        num_layers, position = model.decoder.num_layers, self.attention.block_size - 1
-        position = min(position, self.attention.max_model_len - 1)
-
         def forward(rows: int, layers: int) -> None:
-            skipped = evenly_spaced_layers(num_layers, num_layers - layers)
-            kept = (i for i in range(num_layers) if i not in skipped)
-            plan = Plan([(i, part, False) for i in kept for part in range(2)])
-            tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-            table = torch.full((rows, 1), self.attention.scratch_block, dtype=torch.int32, device=device)
-            lengths = torch.full((rows,), position + 1, dtype=torch.int32)
-            batch = DraftBatch([], tokens, tokens + position, table, lengths)
-            if model is self._draft:
-                self.head(self.draft(batch, plan))[0].argmax(-1)
-            else:
-                model.logits(self._run(model.decoder, batch, plan)).argmax(-1)
+            self._forward(model, rows, layers, self.attention.scratch_block, device)
 
         longest = min(self.attention.max_rows, LARGEST_MEASURED.get(device.type, 64))
-        return measure_pass_costs(forward, num_layers, longest, lambda: synchronize(device))
+        return measure_pass_costs(forward, model.decoder.num_layers, longest, lambda: synchronize(device))
+
+    def try_out(self, device: torch.device) -> None:
+        """Run a draft step, so that what cannot draft fails now. Writes to the null block."""
+        self._forward(self._draft, 1, self._draft.decoder.num_layers, 0, device)
+        synchronize(device)
+
+    def _forward(self, model: Model, rows: int, layers: int, block: int, device: torch.device) -> None:
+        """A pass of rows that all stand at the end of a block, and what they predict."""
+        num_layers, position = model.decoder.num_layers, self.attention.block_size - 1
+        position = min(position, self.attention.max_model_len - 1)
+        skipped = evenly_spaced_layers(num_layers, num_layers - layers)
+        plan = Plan([(i, part, False) for i in range(num_layers) if i not in skipped for part in range(2)])
+        tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        table = torch.full((rows, 1), block, dtype=torch.int32, device=device)
+        lengths = torch.full((rows,), position + 1, dtype=torch.int32)
+        batch = DraftBatch([], tokens, tokens + position, table, lengths)
+        if model is self._draft:
+            self.head(self.draft(batch, plan))[0].argmax(-1)
+        else:
+            model.logits(self._run(model.decoder, batch, plan)).argmax(-1)
 
     def _rotary(self, positions: Tensor) -> Tensor:
         # Past the end there is nothing to draft, but the rotary table must still hold the position.

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from clasp_vllm.device import DeviceEvent
 
-# What the controller chooses, and what it means on /metrics.
+# What is chosen and used now, and what it means on /metrics.
 GAUGES = {
+    "cuda_graphs": "CUDA graphs that draft steps are run by; 0 = module by module.",
     "draft_length": "Draft tokens by layer skipping chosen for a round; 0 = none are drafted so now.",
     "skipped_layers": "Layers that the best draft would skip.",
     "expected_ratio": "Tokens per second that the best draft promises, over plain decoding's.",

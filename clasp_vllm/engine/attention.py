@@ -14,6 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, init_attn_backend
+from vllm.v1.worker.utils import AttentionGroup
 
 from clasp_vllm.engine.eager import eager_kernels
 
@@ -85,6 +86,19 @@ class TargetAttention:
             ),
         ):
             yield metadata, slots
+
+    def share_workspace(self, attn_groups: list[list[AttentionGroup]]) -> None:
+        """Work in the buffer of the runner's metadata builders, where the backend has one.
+
+        FlashInfer's has some 394 MB, and another would be allocated where vLLM does not count it. Attention
+        is computed on one stream, so that the builders of one runner share it as well.
+        """
+        theirs = [b for groups in attn_groups for group in groups for b in group.metadata_builders]
+        own = [b for groups in self.attn_groups for group in groups for b in group.metadata_builders]
+        source = next((b for b in theirs if hasattr(b, "_get_workspace_buffer")), None)
+        for builder in own:
+            if source is not None and hasattr(builder, "set_workspace_buffer"):
+                builder.set_workspace_buffer(source._get_workspace_buffer())  # noqa: SLF001 - as vLLM does
 
     def copy_blocks(self, layer: int, source: Tensor, target: Tensor) -> None:
         """See ``PagedAttention.copy_blocks``."""

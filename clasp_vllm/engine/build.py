@@ -178,6 +178,25 @@ def _share_rank_zero(tensor: Tensor) -> Tensor:
     return shared
 
 
+def first_broadcast(device: torch.device) -> None:
+    """Share something for the first time, which is when NCCL allocates its buffers.
+
+    To be called when the model is loaded: vLLM then counts them before it gives the rest to the KV cache.
+    """
+    if get_tp_group().world_size > 1:
+        _share_rank_zero(torch.zeros(1, device=device))
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it is so on any tensor-parallel rank. All of them ask; the host waits."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return flag
+    flags = torch.tensor(int(flag), device="cpu")
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+    return bool(flags)
+
+
 def _go_on_without_drafts(error: Exception, failures_before: int) -> None:
     """Log the drafter's first failure. Raises it where drafting cannot simply be left out."""
     # Other ranks would wait for this one for ever; and after an error of the device nothing works.

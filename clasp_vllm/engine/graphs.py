@@ -8,8 +8,8 @@ write. Whatever sub-layers a step runs, it is a replay of theirs, in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,11 @@ from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.passes import Passes, run_for_some
 from clasp_vllm.drafting.plans import Plan
 from clasp_vllm.engine.attention import TargetAttention
+
+
+class CaptureError(RuntimeError):
+    """Draft steps cannot be captured, or not be replayed. Eager calls of the same have worked."""
+
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # rows; larger batches draft by eager calls
 
@@ -198,12 +203,14 @@ class DraftGraphs(CudaGraphManager):
             size.logits, size.confidence = passes.head_eagerly(buffers.hidden)
 
         with ExitStack() as context:
-            size.begin = self._record(begin)
-            size.run = {sublayer: self._record(partial(run, *sublayer)) for sublayer in sublayers}
-            if rows > 1:
-                size.keep = {sublayer: self._record(partial(keep, *sublayer)) for sublayer in sublayers}
-            size.end = self._record(end)
-        size.head = self._record(head)
+            size.begin = self._record("begin", begin)
+            for sublayer in sublayers:
+                name = "layer {}, part {}".format(*sublayer)
+                size.run[sublayer] = self._record(name, partial(run, *sublayer))
+                if rows > 1:
+                    size.keep[sublayer] = self._record(f"{name}, for some rows", partial(keep, *sublayer))
+            size.end = self._record("end", end)
+        size.head = self._record("head", head)
         return size
 
     def _make_buffers(self, rows: int) -> _Buffers:
@@ -223,14 +230,15 @@ class DraftGraphs(CudaGraphManager):
             hidden,
         )
 
-    def _record(self, work: Callable[[], None]) -> Any:
+    def _record(self, segment: str, work: Callable[[], None]) -> Any:
         """A graph of the work."""
-        graph = torch.cuda.CUDAGraph()
-        with (
-            capture_pool(self.pool, self.vllm_config) as pool,
-            torch.cuda.graph(graph, pool, stream=current_stream()),
-        ):
-            work()
+        with _about_graphs(f"capturing a segment of draft steps ({segment})"):
+            graph = torch.cuda.CUDAGraph()
+            with (
+                capture_pool(self.pool, self.vllm_config) as pool,
+                torch.cuda.graph(graph, pool, stream=current_stream()),
+            ):
+                work()
         self.num_graphs += 1
         return graph
 
@@ -241,42 +249,50 @@ class DraftGraphs(CudaGraphManager):
         Before anything is served: it writes to blocks of the cache.
         """
         generator = torch.Generator().manual_seed(0)
-        for size in self._sizes:
-            rows = min(size, self._num_blocks - 1)
-            if not rows:  # the cache of vLLM's memory profile
-                continue
-            shape = rows, self._decoder.num_layers, 2
-            masks = (torch.rand(shape, generator=generator) < 0.3).to(self.device)
-            tokens = torch.randint(
-                self.vllm_config.model_config.get_vocab_size(), (rows,), generator=generator
-            )
-            blocks = torch.arange(1, rows + 1, dtype=torch.int32).unsqueeze(1)
-            positions = torch.randint(self._attention.block_size, (rows,), generator=generator)
-            batch = DraftBatch(
-                [],
-                tokens.to(self.device),
-                positions.to(self.device),
-                blocks.to(self.device),
-                torch.full((rows,), self._attention.max_model_len, dtype=torch.int32),
-            )
-            all_skip, any_skips = masks.all(0).tolist(), masks.any(0).tolist()
-            steps = [
-                (layer, part, any_skips[layer][part])
-                for layer in range(shape[1])
-                for part in (0, 1)
-                if not all_skip[layer][part]
-            ]
-            plan = Plan(steps, masks)
-            eager = self._passes.draft_eagerly(batch, plan)
-            replayed = self.draft(batch, plan)
-            off = float((eager.float() - replayed.float()).norm() / eager.float().norm())
+        # All sizes, whatever is found: with tensor parallelism a rank that stopped would keep others waiting.
+        rows = (min(size, self._num_blocks - 1) for size in self._sizes)
+        found = [self._compare(n, generator) for n in rows if n]  # none in the cache of vLLM's memory profile
+        return next((difference for difference in found if difference is not None), None)
+
+    def _compare(self, rows: int, generator: torch.Generator) -> str | None:
+        batch, plan = self._random_step(rows, generator)
+        eager = self._passes.draft_eagerly(batch, plan)
+        eager_logits = self._passes.head_eagerly(eager)[0]
+        with _about_graphs(f"replaying a draft step of {rows} rows"):
+            states = self.draft(batch, plan).clone()
+            logits = self.head(eager)[0]
+        for name, of_eager, replayed in (("states", eager, states), ("logits", eager_logits, logits)):
+            off = float((of_eager.float() - replayed.float()).norm() / of_eager.float().norm())
             if not off < TOLERANCE[eager.dtype]:
-                return f"the states of {rows} rows are off by {off:.1e} (relative)"
-            logits, replayed = self._passes.head_eagerly(eager)[0], self.head(eager)[0]
-            off = float((logits.float() - replayed.float()).norm() / logits.float().norm())
-            if not off < TOLERANCE[eager.dtype]:
-                return f"the logits of {rows} rows are off by {off:.1e} (relative)"
+                return f"the {name} of {rows} rows are off by {off:.1e} (relative)"
         return None
+
+    def _random_step(self, rows: int, generator: torch.Generator) -> tuple[DraftBatch, Plan]:
+        """A step of rows in blocks of their own, each with random layers skipped."""
+        num_layers, vocabulary = self._decoder.num_layers, self.vllm_config.model_config.get_vocab_size()
+        masks = (torch.rand((rows, num_layers, 2), generator=generator) < 0.3).to(self.device)
+        tokens = torch.randint(vocabulary, (rows,), generator=generator)
+        blocks = torch.arange(1, rows + 1, dtype=torch.int32).unsqueeze(1)
+        positions = torch.randint(self._attention.block_size, (rows,), generator=generator)
+        lengths = torch.full((rows,), self._attention.max_model_len, dtype=torch.int32)
+        tokens, positions, blocks = (x.to(self.device) for x in (tokens, positions, blocks))
+        all_skip, any_skips = masks.all(0).tolist(), masks.any(0).tolist()
+        steps = [
+            (layer, part, any_skips[layer][part])
+            for layer in range(num_layers)
+            for part in (0, 1)
+            if not all_skip[layer][part]
+        ]
+        return DraftBatch([], tokens, positions, blocks, lengths), Plan(steps, masks)
+
+
+@contextmanager
+def _about_graphs(doing: str) -> Iterator[None]:
+    """Tells what fails here from what fails with eager calls too."""
+    try:
+        yield
+    except Exception as error:
+        raise CaptureError(f"{doing} failed: {error}") from error
 
 
 # The kernels are the same, but for how attention splits its keys.

@@ -18,6 +18,7 @@ loads its plugins; a worker's hooks follow where it uses us, so that others neve
 | warm_up               | the drafter starts at its end            | it measures what passes cost     |
 | sample_tokens         | our counts ride on the runner's output   | no slot for a speculator's own   |
 | speculator_v2         | our speculator in Model Runner V2        | its list of methods is closed    |
+| target_graphs         | a full graph for every draft length      | stock: of the next size only     |
 | proposer_v1           | our proposer in Model Runner V1          | likewise                         |
 | expand_batch (V1)     | temperature, top-k, top-p per draft token| vLLM issue 55005: garbage on CPU |
 | sample (V1)           | steps without drafts use vLLM's sampler, | its rejection sampler costs more |
@@ -25,8 +26,8 @@ loads its plugins; a worker's hooks follow where it uses us, so that others neve
 | propose (V1)          | nothing is prepared while we are off     | what is off should cost nothing  |
 
 vLLM versions: see ``SUPPORTED``. expand_batch can go when that issue is fixed, sample and propose when vLLM
-leaves out what steps without drafts do not need, the others when it lets a plugin register a speculative
-method.
+leaves out what steps without drafts do not need, target_graphs when it looks for a graph by query length, the
+others when it lets a plugin register a speculative method.
 """
 
 from __future__ import annotations
@@ -249,10 +250,12 @@ def install_runner_hooks(v2: bool) -> None:
     if v2:
         import vllm.v1.worker.gpu.model_runner as runner
         import vllm.v1.worker.gpu.spec_decode as spec_decode
+        from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
         wrap(spec_decode, "init_speculator", _speculator_v2)
         wrap(runner, "init_speculator", _speculator_v2)  # it imported the function by name
         wrap(runner.GPUModelRunner, "sample_tokens", _sample_tokens)
+        wrap(ModelCudaGraphManager, "_init_candidates", _target_graphs)
     else:
         import vllm.v1.sample.rejection_sampler as rejection_sampler
         from vllm.v1.spec_decode.draft_model import DraftModelProposer
@@ -312,6 +315,17 @@ def _speculator_v2(original: Callable[..., Any]) -> Callable[..., Any]:
         return LayerSkipSpeculator(vllm_config, device, req_states)
 
     return init_speculator
+
+
+def _target_graphs(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _init_candidates(self: Any) -> None:
+        original(self)
+        if _uses_us(self.vllm_config):
+            from clasp_vllm.engine.target_graphs import cover_draft_lengths
+
+            cover_draft_lengths(self)
+
+    return _init_candidates
 
 
 def _proposer_v1(original: Callable[..., Any]) -> Callable[..., Any]:

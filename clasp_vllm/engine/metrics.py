@@ -22,7 +22,7 @@ from clasp_vllm.drafting.statistics import COUNTERS, GAUGES
 KEY = "layer_skip"
 TASKS = "layer_skip_tasks"  # prompts, by the task that they were taken for
 KEPT = "layer_skip_kept"  # drafts, by the layers that they ran
-CHOSEN = "layer_skip_chosen"  # what the controller chose, by gauge
+CHOSEN = "layer_skip_chosen"  # what is chosen and used now, by gauge
 DRAFTS = "layer_skip_drafts"  # their requests and tokens
 REQUESTED_LENGTH = "layer_skip_requested_length"  # draft tokens to schedule
 
@@ -93,11 +93,12 @@ def _counted(drafter: Drafter) -> dict[str, Any]:
     """What has been counted since the last call, by the keys it travels under."""
     controller = drafter.controller
     counts = drafter.statistics.take()
+    gauges = {"cuda_graphs": float(drafter.passes.num_graphs)} | drafter.policy.gauges()
     data: dict[str, Any] = {
         KEY: counts,
         TASKS: drafter.policy.take_tasks(),
         KEPT: drafter.statistics.take_kept(),
-        CHOSEN: drafter.policy.gauges() | (controller.gauges() if controller else {}) if counts else {},
+        CHOSEN: gauges | (controller.gauges() if controller else {}) if counts else {},
     }
     data = {key: value for key, value in data.items() if value}
     length = controller.take_requested_draft_length() if controller else None

@@ -24,6 +24,7 @@ from clasp_vllm.drafting.passes import top_probability
 from clasp_vllm.engine.build import (
     build_decoder,
     build_drafter,
+    first_broadcast,
     log_statistics,
 )
 from clasp_vllm.engine.speculative_config import layer_skip_config
@@ -57,6 +58,7 @@ class LayerSkipProposer(DraftModelProposer):
 
     def load_model(self, target_model: nn.Module) -> None:
         self.decoder = build_decoder(target_model)
+        first_broadcast(self.device)
         self.model = target_model
         self._draft_attn_layer_names: set[str] = set()
 

@@ -17,17 +17,20 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
 
 from clasp_vllm.device import to_device
 from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, prompt_tokens
 from clasp_vllm.drafting.draft import Sample
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import (
+    any_rank,
     build_decoder,
     build_drafter,
+    first_broadcast,
     log_statistics,
 )
-from clasp_vllm.engine.graphs import DraftGraphs
+from clasp_vllm.engine.graphs import CaptureError, DraftGraphs
 from clasp_vllm.engine.speculative_config import layer_skip_config
 
 logger = init_logger(f"vllm.{__name__}")
@@ -66,6 +69,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         self.decoder = build_decoder(target_model)
+        first_broadcast(self.device)
         return target_model
 
     def set_attn(
@@ -73,8 +77,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         model_state: Any,
         kv_cache_config: KVCacheConfig,
         block_tables: BlockTables,
-        *_: Any,
-        **__: Any,
+        target_input_buffers: Any,
+        target_attn_groups: list[list[AttentionGroup]],
     ) -> None:
         # The base class would build metadata for draft layers, of which there are none.
         self.block_tables = block_tables
@@ -87,6 +91,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             padded=True,
             graphs=lambda: self.graphs,
         )
+        attention.share_workspace(target_attn_groups)
         self.attn_groups = attention.attn_groups
         self._attention, self._num_blocks = attention, kv_cache_config.num_blocks
 
@@ -100,7 +105,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
                 self.vllm_config,
                 self.device,
                 cudagraph_mode,
-                self.decoder,
+                self.drafter.passes.draft_decoder,
                 self.drafter.passes,
                 self._attention,
                 self._num_blocks,
@@ -117,15 +122,17 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         try:
             graphs.capture_drafts()
             mismatch = graphs.mismatch()
-        except Exception as error:
+        except CaptureError as error:
+            # Drafts can do without: eager calls of the same steps have just worked. All else ends the start.
             if get_tp_group().world_size > 1:
                 raise  # other ranks would wait for this one for ever
             torch.cuda.synchronize()  # raises if the device does not work any more
-            logger.warning("Layer skipping drafts without CUDA graphs: capturing them failed", exc_info=error)
+            logger.warning("Layer skipping drafts without CUDA graphs: %s", error, exc_info=error)
             self.graphs = None
             return
-        if mismatch is not None:
-            logger.warning("Layer skipping drafts without CUDA graphs: %s", mismatch)
+        if any_rank(mismatch is not None):  # ranks must run the same kernels, or they hang
+            reason = mismatch or "what they compute on another rank is off"
+            logger.warning("Layer skipping drafts without CUDA graphs: %s", reason)
             self.graphs = None
 
     def compute_draft_logits(self, hidden_states: Tensor, spec_step_idx: int) -> Tensor:

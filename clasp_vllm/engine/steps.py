@@ -17,7 +17,9 @@ def engine_steps(runner: Any) -> dict[int, Callable[[], None]]:
     manager = getattr(runner, "cudagraph_manager", None)  # Model Runner V2's
     if manager is None:
         return {}
-    graphs = {desc.num_tokens: desc for desc in manager.graphs if desc.uniform_token_count is not None}
+    uniform = (desc for desc in manager.graphs if desc.uniform_token_count is not None)
+    # Of several with as many tokens that of the most requests: a step without drafts, where it is one.
+    graphs = {desc.num_tokens: desc for desc in sorted(uniform, key=lambda desc: -desc.uniform_token_count)}
     sizes = sorted(graphs)
     timed = {next((size for size in sizes if size >= tokens), None) for tokens in SIZES}
     return {size: partial(manager.run_fullgraph, graphs[size]) for size in sizes if size in timed}

@@ -13,7 +13,6 @@ from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_
 
 from clasp_vllm.calibration.store import Calibration
 from clasp_vllm.config import ConfigError, parse_config, resolve
-from clasp_vllm.control.planner import draft_lengths
 from clasp_vllm.engine.speculative_config import LayerSkipSpeculativeConfig
 
 # Quantised caches with scales of their own beside the values are left out: nobody has tried to copy
@@ -46,9 +45,6 @@ def speculative_config(
     v1_on_cpu = current_platform.is_cpu() and not envs.VLLM_USE_V2_MODEL_RUNNER
     if config.draft_sample_method is None:
         vllm_settings["draft_sample_method"] = "probabilistic" if v1_on_cpu else "greedy"
-    one_engine = target_parallel_config.data_parallel_size == 1
-    if config.is_adaptive and schedule is None and one_engine and not current_platform.is_cpu():
-        vllm_settings["num_speculative_tokens_per_batch_size"] = graph_lengths(config.num_speculative_tokens)
     try:
         made = LayerSkipSpeculativeConfig(
             **vllm_settings,
@@ -82,17 +78,6 @@ def _settings(engine_args: Any) -> dict[str, Any]:
                 )
             settings[key] = value
     return settings
-
-
-def graph_lengths(longest: int) -> list[list[int]]:
-    """A table of draft lengths by batch size in which those that the controller may choose occur.
-
-    vLLM captures graphs for those that a batch size up to max_num_seqs has: the longest and none come first.
-    Which one is used is what the controller requests (``schedule_requested_length``), from its first step on.
-    """
-    lengths = draft_lengths(longest)
-    ordered = [lengths[-1], *lengths[:-1]]
-    return [[size, size, length] for size, length in enumerate(ordered, start=1)]
 
 
 def refuse_unsupported(

@@ -34,6 +34,19 @@ def disagreements_of(worker) -> int:
     return getattr(drafter_of(worker), "disagreements", 0)
 
 
+def goes_without_graphs(worker) -> bool:
+    """Whether this rank drops its graphs of draft steps, when those of rank 1 compute something else."""
+    from types import SimpleNamespace
+
+    from clasp_vllm.engine.speculator_v2 import LayerSkipSpeculator
+
+    mismatch = "the states are off" if worker.rank == 1 else None
+    graphs = SimpleNamespace(capture_drafts=lambda: None, mismatch=lambda: mismatch)
+    ours = SimpleNamespace(graphs=graphs)
+    LayerSkipSpeculator.capture(ours)
+    return ours.graphs is None
+
+
 def parallel(speculative_config: object, forced: bool = False, tokens: int = 24) -> tuple:
     settings = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 256 << 20}
     with running(speculative_config=speculative_config, **settings) as llm:
@@ -44,6 +57,7 @@ def parallel(speculative_config: object, forced: bool = False, tokens: int = 24)
             return outcome, None
         if forced:
             assert llm.collective_rpc(disagreements_of)[1] > 0
+            assert llm.collective_rpc(goes_without_graphs) == [True, True]
         return outcome, llm.collective_rpc(masks_of)
 
 

@@ -76,3 +76,43 @@ def test_a_drafter_that_always_fails():
     assert bad.num_draft_tokens == 0
     assert failures > 10
     assert good.num_accepted_tokens > 0
+
+
+def broken_start(settings: dict) -> None:
+    """An engine whose layers cannot be called one by one."""
+    from clasp_vllm.drafting.decoder import Decoder
+
+    def run_sublayer(*args):
+        raise SabotageError("at start-up")
+
+    Decoder.run_sublayer = run_sublayer
+    with running(speculative_config=CLASP | settings):
+        pass
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_a_failure_at_start_up_ends_the_start(runner, adaptive):
+    with engine_process(runner) as call, pytest.raises(SabotageError, match="at start-up"):
+        call(broken_start, {"adaptive": adaptive})
+
+
+def first_drafts_fail() -> None:
+    """An engine that drafts while it warms up, as Model Runner V2 does on GPUs, and cannot."""
+    from clasp_vllm.drafting.drafter import Drafter
+
+    start = Drafter.start
+
+    def warm_up_and_start(self, device, steps):
+        self.draft(None, 4, None)
+        start(self, device, steps)
+
+    Drafter.start = warm_up_and_start
+    with running(speculative_config=CLASP):
+        pass
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_a_failure_in_the_warm_up_ends_the_start(runner):
+    with engine_process(runner) as call, pytest.raises(TypeError):
+        call(first_drafts_fail)

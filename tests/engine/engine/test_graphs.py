@@ -71,13 +71,13 @@ def graphs_of(llm):
             self.buffers = super()._make_buffers(rows)
             return self.buffers
 
-        def _record(self, work):
+        def _record(self, segment, work):
             device = [x for x in vars(self.buffers).values() if isinstance(x, torch.Tensor)]
             self.num_graphs += 1
-            if work.__name__ == "begin":
+            if segment == "begin":
                 self.fresh = [None]
             buffers, fresh, tape = self.buffers, self.fresh, recorded(work, device)
-            if work.__name__ == "begin":
+            if segment == "begin":
                 lengths = torch.full(
                     (len(buffers.tokens),), ours.passes.attention.max_model_len, dtype=torch.int32
                 )
@@ -98,7 +98,7 @@ def graphs_of(llm):
         runner.vllm_config,
         runner.device,
         CUDAGraphMode.NONE,
-        ours.decoder,
+        ours.passes.draft_decoder,
         ours.passes,
         ours.passes.attention,
         runner.kv_cache_config.num_blocks,
@@ -169,14 +169,16 @@ def forced_drafts(graphs: bool) -> tuple[list[list[int]], list[list[tuple]], lis
     return outputs, drafts, replayed
 
 
-def outputs(config: dict | None, graphs: bool) -> tuple[list[list[int]], int, int]:
-    """Greedy tokens, the steps that were replayed, and failures."""
+def outputs(config: dict | None, graphs: bool) -> tuple[list[list[int]], int, int, bool]:
+    """Greedy tokens, the steps that were replayed, failures, and whether the gauge says how many graphs."""
     replayed: list[tuple[int, bool]] = []
     with running(speculative_config=config, max_num_seqs=8) as llm:
-        with with_graphs(llm, replayed) if graphs else nullcontext():
+        with with_graphs(llm, replayed) if graphs else nullcontext() as used:
             tokens = generate(llm, PROMPTS[:8], max_tokens=24).token_ids
         failures = 0 if config is None else drafter(llm).statistics.total.failures
-    return tokens, len(replayed), failures
+        gauge = [m.value for m in llm.get_metrics() if m.name == "vllm:layer_skip_cuda_graphs"]
+        counted = gauge == [] if used is None else gauge == [used.num_graphs] and used.num_graphs > 0
+    return tokens, len(replayed), failures, counted
 
 
 RUNNERS = pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
@@ -205,8 +207,9 @@ def test_drafts_are_those_of_eager_calls(runner):
 @RUNNERS
 def test_output_is_plain_vllms(runner):
     with engine_process(runner) as call:
-        plain, _, _ = call(outputs, None, False)
-        tokens, replayed, failures = call(outputs, CLASP, True)
+        plain, _, _, _ = call(outputs, None, False)
+        tokens, replayed, failures, counted = call(outputs, CLASP, True)
     assert tokens == plain
+    assert counted
     assert replayed > 5
     assert failures == 0

@@ -9,14 +9,16 @@ import pytest
 import torch
 from fake_target import BLOCK, Layer, Target
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from clasp_vllm.control.controller import Controller
 from clasp_vllm.control.costs import LayerShares
 from clasp_vllm.control.planner import Choice
 from clasp_vllm.drafting.decoder import Decoder, UnsupportedArchitectureError
 from clasp_vllm.drafting.draft import DrafterOptions
-from clasp_vllm.drafting.drafter import Drafter
-from clasp_vllm.drafting.passes import Model, Passes
+from clasp_vllm.drafting.drafter import Drafter, _rows
+from clasp_vllm.drafting.passes import CHUNK, Model, Passes, top_probability
 from clasp_vllm.drafting.plans import Plan, Plans
 from clasp_vllm.drafting.policy import Policy
 from clasp_vllm.drafting.scratch import ScratchBlocks
@@ -276,9 +278,32 @@ def test_a_failure_costs_a_draft_and_nothing_else(target):
     def broken(*_):
         raise ZeroDivisionError
 
+    drafter.start(CPU)
     assert drafter.draft(target.batch(), LENGTH, broken) is None
     assert drafter.draft(target.batch(), LENGTH, greedy(target)) is not None
     assert len(failures) == drafter.statistics.total.failures == 1
+
+
+@torch.inference_mode()
+def test_a_failure_before_the_start_has_ended_ends_it(target):
+    """In the engine's warm-up, and while passes are timed."""
+    failures: list[Exception] = []
+    drafter = drafter_of(
+        target, on_failure=lambda error, before: failures.append(error), make_controller=lambda costs: None
+    )
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        drafter.draft(target.batch(), LENGTH, broken)
+    for work in ("measure", "try_out"):
+        setattr(drafter.passes, work, broken)
+        with pytest.raises(ZeroDivisionError):
+            drafter.start(CPU)
+    with pytest.raises(ZeroDivisionError):  # it has not ended
+        drafter.draft(target.batch(), LENGTH, broken)
+    assert not failures
 
 
 @torch.inference_mode()
@@ -309,3 +334,38 @@ def test_the_controller_is_made_when_costs_are_known(target):
     lengths = output.lengths.numpy() + 1
     drafter.observe(batch.request_ids, lengths, torch.tensor([LENGTH - 1] * 3))
     assert (evidence.drafts.variance[:3] < unsure).all()
+
+
+def test_rows_are_chosen_on_the_device():
+    """An index on the host would make it wait for the device."""
+    assert _rows(np.array([0, 2]), 3, torch.device("meta")).device.type == "meta"
+    assert _rows(np.arange(3), 3, torch.device("meta")) == slice(None)
+
+
+class Largest(TorchDispatchMode):
+    """The largest float32 tensor that was made, in elements."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(made)[0]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("rows", [0, 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+def test_top_probability_takes_little_memory(rows):
+    logits = torch.randn(rows, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with Largest() as largest:
+        got = top_probability(logits)
+    torch.testing.assert_close(got, logits.float().softmax(-1).amax(-1) if rows else torch.empty(0))
+    assert largest.elements <= max(CHUNK * 50, rows)
+
+
+def test_graphs_in_use_are_counted(target):
+    passes = passes_of(target)
+    assert passes.num_graphs == 0
+    passes._graphs = lambda: SimpleNamespace(num_graphs=7)
+    assert passes.num_graphs == 7
