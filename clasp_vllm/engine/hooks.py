@@ -2,7 +2,8 @@
 
 Each entry wraps one function, leaves it as it is for configurations that are not ours, and can be
 installed any number of times. ``install`` sets those down to post_step in every process when vLLM
-loads its plugins; a worker's hooks follow where it uses us, so that others never import our engine.
+loads its plugins; a worker's hooks (``runner_hooks``) follow where it uses us, so that others never
+import our engine.
 
 | hook                  | what it changes                          | why                              |
 |-----------------------|------------------------------------------|----------------------------------|
@@ -60,12 +61,14 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..
     setattr(owner, name, staticmethod(wrapper) if static else wrapper)
 
 
-def _uses_us(vllm_config: Any) -> bool:
+def uses_us(vllm_config: Any) -> bool:
+    """Whether one of our methods drafts."""
     return getattr(vllm_config.speculative_config, "layer_skip", None) is not None
 
 
-def _drafts_quantised(vllm_config: Any) -> bool:
-    if vllm_config is None or not _uses_us(vllm_config):
+def drafts_quantised(vllm_config: Any) -> bool:
+    """Whether drafts run weights of their own. None: no engine's."""
+    if vllm_config is None or not uses_us(vllm_config):
         return False
     return bool(vllm_config.speculative_config.layer_skip.draft_weights != "target")
 
@@ -173,7 +176,7 @@ def _check_method(method: object) -> None:
 def _scratch_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
     def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
         scheduler_kv_cache_config = original(self, vllm_config)
-        if _uses_us(vllm_config):
+        if uses_us(vllm_config):
             from clasp_vllm.engine.build import hold_back_scratch_blocks
 
             hold_back_scratch_blocks(vllm_config, scheduler_kv_cache_config)
@@ -184,9 +187,11 @@ def _scratch_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _worker(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        if _uses_us(vllm_config):
+        if uses_us(vllm_config):
+            from clasp_vllm.engine.runner_hooks import install_draft_weights, install_runner_hooks
+
             install_runner_hooks(vllm_config.use_v2_model_runner)
-            if _drafts_quantised(vllm_config):
+            if drafts_quantised(vllm_config):
                 install_draft_weights()
             wrap(type(self), "compile_or_warm_up_model", _warm_up)
         original(self, vllm_config, *args, **kwargs)
@@ -197,23 +202,23 @@ def _worker(original: Callable[..., Any]) -> Callable[..., Any]:
 def _warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
     def compile_or_warm_up_model(self: Any) -> Any:
         times = original(self)
-        if _uses_us(self.vllm_config):
+        if uses_us(self.vllm_config):
             from clasp_vllm.engine.steps import engine_steps
 
-            _ours(self.model_runner).start(self.device, engine_steps(self.model_runner))
+            drafter_of(self.model_runner).start(self.device, engine_steps(self.model_runner))
         return times
 
     return compile_or_warm_up_model
 
 
-def _ours(runner: Any) -> Any:
+def drafter_of(runner: Any) -> Any:
     """The drafter of a model runner that uses us."""
     return (runner.speculator if hasattr(runner, "speculator") else runner.drafter).drafter
 
 
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        if _uses_us(self.vllm_config):
+        if uses_us(self.vllm_config):
             from clasp_vllm.engine.metrics import schedule_requested_length, take_drafts
 
             schedule_requested_length(self, model_runner_output)
@@ -237,137 +242,9 @@ def _post_step(original: Callable[..., Any]) -> Callable[..., Any]:
 def _stat_loggers(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
-        if _uses_us(vllm_config):
+        if uses_us(vllm_config):
             from clasp_vllm.engine.metrics import LayerSkipStatLogger
 
             self.stat_loggers.insert(0, LayerSkipStatLogger(vllm_config, self.engine_indexes))
 
     return __init__
-
-
-def install_runner_hooks(v2: bool) -> None:
-    """Install the hooks of a worker that uses us, before it builds its model runner."""
-    if v2:
-        import vllm.v1.worker.gpu.model_runner as runner
-        import vllm.v1.worker.gpu.spec_decode as spec_decode
-        from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
-
-        wrap(spec_decode, "init_speculator", _speculator_v2)
-        wrap(runner, "init_speculator", _speculator_v2)  # it imported the function by name
-        wrap(runner.GPUModelRunner, "sample_tokens", _sample_tokens)
-        wrap(ModelCudaGraphManager, "_init_candidates", _target_graphs)
-    else:
-        import vllm.v1.sample.rejection_sampler as rejection_sampler
-        from vllm.v1.spec_decode.draft_model import DraftModelProposer
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-        wrap(DraftModelProposer, "__new__", _proposer_v1)
-        wrap(rejection_sampler, "expand_batch_to_tokens", _expand_batch)
-        wrap(rejection_sampler.RejectionSampler, "forward", _sample)
-        wrap(GPUModelRunner, "propose_draft_token_ids", _propose)
-        wrap(GPUModelRunner, "sample_tokens", _sample_tokens)
-
-
-def install_draft_weights() -> None:
-    """Install the hooks of a worker that quantises weights for drafts."""
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-
-    wrap(UnquantizedLinearMethod, "process_weights_after_loading", _draft_weights)
-    wrap(UnquantizedEmbeddingMethod, "process_weights_after_loading", _draft_weights)
-
-
-def _draft_weights(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm.config.vllm import get_current_vllm_config_or_none
-    from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    from clasp_vllm.engine.draft_weights import keep_draft_weight
-
-    def process_weights_after_loading(self: Any, layer: Any) -> None:
-        if isinstance(layer, LinearBase | ParallelLMHead) and _drafts_quantised(
-            get_current_vllm_config_or_none()
-        ):
-            keep_draft_weight(layer)
-        original(self, layer)
-
-    return process_weights_after_loading
-
-
-def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
-    from clasp_vllm.engine.metrics import send_counts
-
-    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
-        if not _uses_us(self.vllm_config):
-            return output
-        return send_counts(_ours(self), output, self)
-
-    return sample_tokens
-
-
-def _speculator_v2(original: Callable[..., Any]) -> Callable[..., Any]:
-    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
-        if not _uses_us(vllm_config):
-            return original(vllm_config, device, req_states)
-        from clasp_vllm.engine.speculator_v2 import LayerSkipSpeculator
-
-        return LayerSkipSpeculator(vllm_config, device, req_states)
-
-    return init_speculator
-
-
-def _target_graphs(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _init_candidates(self: Any) -> None:
-        original(self)
-        if _uses_us(self.vllm_config):
-            from clasp_vllm.engine.target_graphs import cover_draft_lengths
-
-            cover_draft_lengths(self)
-
-    return _init_candidates
-
-
-def _proposer_v1(original: Callable[..., Any]) -> Callable[..., Any]:
-    def __new__(cls: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if _uses_us(vllm_config):
-            # A subclass, so that the runner's isinstance checks hold.
-            from clasp_vllm.engine.proposer_v1 import LayerSkipProposer
-
-            cls = LayerSkipProposer
-        return object.__new__(cls)
-
-    return __new__
-
-
-def _expand_batch(original: Callable[..., Any]) -> Callable[..., Any]:
-    def expand_batch_to_tokens(
-        x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
-    ) -> Any:
-        if x.device.type != "cpu":
-            return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
-        # vLLM's CPU kernel fills a copy and leaves the result as it was allocated.
-        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
-        return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
-
-    return expand_batch_to_tokens
-
-
-def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
-        if metadata.max_spec_len == 0:  # then the logits are one row for each request, as without speculation
-            return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
-        return original(self, metadata, draft_probs, logits, sampling_metadata)
-
-    return forward
-
-
-def _propose(original: Callable[..., Any]) -> Callable[..., Any]:
-    def propose_draft_token_ids(self: Any, scheduler_output: Any, sampled: Any, *args: Any) -> Any:
-        if _uses_us(self.vllm_config):
-            lengths = args[-2].seq_lens  # of common_attn_metadata
-            if self.drafter.idles(scheduler_output.total_num_scheduled_tokens, sampled, lengths):
-                return [[] for _ in range(self.input_batch.num_reqs)]
-        return original(self, scheduler_output, sampled, *args)
-
-    return propose_draft_token_ids

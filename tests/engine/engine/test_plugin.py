@@ -82,6 +82,9 @@ def test_engines_that_do_not_use_us_are_untouched(speculative_config, monkeypatc
     # The entry point and the hooks are there; nothing that drafts, and no runner hook, was loaded.
     assert installed.pop("ours") == [
         "clasp_vllm.config",
+        "clasp_vllm.config.parsing",
+        "clasp_vllm.config.resolved",
+        "clasp_vllm.config.schema",
         "clasp_vllm.engine",
         "clasp_vllm.engine.hooks",
         "clasp_vllm.plugin",

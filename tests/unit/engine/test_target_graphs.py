@@ -26,7 +26,7 @@ def graphs(monkeypatch):
     from vllm.config.compilation import CUDAGraphMode
     from vllm.platforms import current_platform
 
-    from clasp_vllm.engine.hooks import install_runner_hooks
+    from clasp_vllm.engine.runner_hooks import install_runner_hooks
 
     install_runner_hooks(v2=True)
     only_rank = SimpleNamespace(is_first_rank=True, is_last_rank=True)
