@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clasp_vllm.calibration.fingerprint import fingerprint
 from clasp_vllm.calibration.search import SEARCHES, SkipSet, Trials
@@ -22,6 +22,9 @@ from clasp_vllm.tools.engine import stay_in_process
 from clasp_vllm.tools.options import engine_settings, number
 from clasp_vllm.tools.prompts import HELD_OUT, TASKS, read_prompts, task_prompts
 from clasp_vllm.tools.provenance import about
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = "weights", "weights to search with"  # fingerprints of the models, among the settings
 EVERYTHING = "everything"  # the task of prompts that are of no task known: the best set for all together
@@ -165,24 +168,12 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
     Raises:
         ValueError: the model to search with has other layers.
     """
-    import torch
-    from safetensors.torch import load_file, save_file
-
     from clasp_vllm.calibration.acceptance import Acceptance, ModelFacts
-    from clasp_vllm.calibration.anchors import embed, find_anchors, plot, silhouette
+    from clasp_vllm.calibration.anchors import find_anchors, plot, silhouette
     from clasp_vllm.calibration.store import FORMAT, Manifest, Task, save
 
     facts = ModelFacts.of(args.model)
-    path = args.output / "embeddings.safetensors"
-    if not path.exists():
-        prompts = [prompt for group in tasks.values() for prompt in group]
-        vectors = embed(args.model, prompts, engine_settings(args.model, args.server_arguments))
-        split = torch.split(vectors, [len(group) for group in tasks.values()])
-        partial = path.with_suffix(".partial")
-        parts = {name: part.contiguous() for name, part in zip(tasks, split, strict=True)}
-        save_file(parts, partial)
-        partial.rename(path)
-    embeddings = [load_file(path)[name] for name in tasks]
+    embeddings = embeddings_of(args, tasks)
     anchors = find_anchors(embeddings, args.anchors, args.seed)
     search_prompts = {name: prompts[: args.search_prompts] for name, prompts in tasks.items()}
     search_prompts[EVERYTHING] = [prompt for prompts in search_prompts.values() for prompt in prompts]
@@ -221,6 +212,25 @@ def calibrate(args: argparse.Namespace, tasks: dict[str, list[str]]) -> dict[str
     save(args.output, manifest, anchors, facts.norms)
     plot(args.output / "anchors.png", list(tasks), embeddings, anchors)
     return manifest.model_dump()
+
+
+def embeddings_of(args: argparse.Namespace, tasks: dict[str, list[str]]) -> list[Tensor]:
+    """By task, [prompts, hidden_size] of the engine, kept in the output folder."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from clasp_vllm.calibration.anchors import embed
+
+    path = args.output / "embeddings.safetensors"
+    if not path.exists():
+        prompts = [prompt for group in tasks.values() for prompt in group]
+        vectors = embed(args.model, prompts, engine_settings(args.model, args.server_arguments))
+        split = torch.split(vectors, [len(group) for group in tasks.values()])
+        partial = path.with_suffix(".partial")
+        parts = {name: part.contiguous() for name, part in zip(tasks, split, strict=True)}
+        save_file(parts, partial)
+        partial.rename(path)
+    return [load_file(path)[name] for name in tasks]
 
 
 def search(

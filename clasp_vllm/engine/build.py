@@ -113,6 +113,7 @@ def build_drafter(
         drop_stopped: see ``Drafter``.
         graphs: see ``Passes``.
     """
+    # Long, for it puts all parts together.
     config = layer_skip_config(vllm_config)
     assert config is not None
     settings = draft_settings(vllm_config)
@@ -129,12 +130,8 @@ def build_drafter(
         columns = settings.scratch_blocks // optimized
         scratch = ScratchBlocks(first_scratch, optimized, columns, attention.block_size, device)
     sequences = SequenceTable(max_num_seqs, method.masks)
-    draft = None
-    if settings.draft_weights != "target":
-        draft = Model(decoder.with_layers(draft_view), draft_logits(model))
-        size = num_bytes(model) / 2**30
-        logger.info_once("Layer skipping: draft weights in %s take %.2f GiB", settings.draft_weights, size)
-    passes = Passes(Model(decoder, model.compute_logits), attention, scratch, graphs, draft)  # type: ignore[arg-type]
+    target = Model(decoder, model.compute_logits)  # type: ignore[arg-type]
+    passes = Passes(target, attention, scratch, graphs, _draft_model(settings, decoder, model))
     ranks = get_tp_group().world_size
     share = _share_rank_zero if ranks > 1 else _own
 
@@ -166,6 +163,15 @@ def build_drafter(
     )
     drafter.drop_stopped = drop_stopped
     return drafter, attention
+
+
+def _draft_model(settings: DraftSettings, decoder: Decoder, model: nn.Module) -> Model | None:
+    """The target with quantised weights; None: drafts run its own."""
+    if settings.draft_weights == "target":
+        return None
+    size = num_bytes(model) / 2**30
+    logger.info_once("Layer skipping: draft weights in %s take %.2f GiB", settings.draft_weights, size)
+    return Model(decoder.with_layers(draft_view), draft_logits(model))
 
 
 def _own(tensor: Tensor) -> Tensor:

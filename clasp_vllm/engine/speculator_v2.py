@@ -162,6 +162,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         num_speculative_tokens: int | None = None,
     ) -> Tensor:
         """[num_reqs, num_speculative_steps] drafts."""
+        # Long by the number of vLLM's arguments.
         num_reqs = input_batch.num_reqs
         num_tokens = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         drafts = self.draft_tokens[:num_reqs]
