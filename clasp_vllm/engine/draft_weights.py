@@ -122,7 +122,7 @@ def keep_draft_weight(layer: nn.Module) -> None:
         return
     draft = vars(layer).get(KEPT_AS)
     if draft is None:
-        draft = DraftLinear(_int8_product(weight))
+        draft = DraftLinear(int8_product(weight))
         setattr(layer, KEPT_AS, draft)
     draft.load(weight.detach())
 
@@ -130,7 +130,7 @@ def keep_draft_weight(layer: nn.Module) -> None:
 _fastest: dict[torch.dtype, type[Int8Product]] = {}
 
 
-def _int8_product(weight: Tensor) -> type[Int8Product]:
+def int8_product(weight: Tensor) -> type[Int8Product]:
     """The fastest kernel here for one row, by trying each once for every dtype."""
     if current_platform.is_cpu() and "fbgemm" in torch.backends.quantized.supported_engines:
         if weight.dtype not in _fastest:

@@ -117,3 +117,14 @@ def test_ranks_choose_alike(runner, monkeypatch):
     assert chosen[0] == chosen[1]
     assert any(length for length, *_ in chosen[0])
     assert any(ngram for _, ngram, *_ in chosen[0])
+
+
+@pytest.mark.slow
+def test_quantised_drafts(monkeypatch):
+    """Each rank quantises its shard."""
+    with two_ranks("v1", monkeypatch) as call:
+        plain, _ = call(parallel, None)
+        clasp, masks = call(parallel, CLASP | {"draft_weights": "int8"})
+    assert clasp.token_ids == plain.token_ids
+    assert masks[0] == masks[1]
+    assert clasp.num_accepted_tokens > 0
