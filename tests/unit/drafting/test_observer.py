@@ -101,6 +101,7 @@ def test_drafts_of_an_observer_take_the_place_of_the_drafters(target):
 @torch.inference_mode()
 def test_a_failure_is_told_of_and_an_observers_own_is_none(target):
     drafter = drafter_of(target, on_failure=lambda error, before: None)
+    drafter.start(CPU)
     observer = drafter.observer = Recorder()
     assert drafter.draft(target.batch(), LENGTH, None) is None  # nothing to sample with
     assert observer.told[-1] == ("ended", None)
