@@ -69,6 +69,7 @@ def plain() -> Outcome:
         return generate(llm, PROMPTS[1:7], max_tokens=40)
 
 
+@pytest.mark.slow_on_v2
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_verification_reads_nothing_that_drafting_wrote(runner):
     with engine_process(runner) as call:
