@@ -6,7 +6,7 @@ The model answers Spec-Bench's questions. At every position of the answers a dra
 the next token, the past being the full model's, as in a first draft step. The table has the share of
 positions where draft and model agree on the likeliest token, and the acceptance to expect at temperature 1
 (the sum over tokens of the smaller probability), for all linear layers and the head, for the layers alone,
-and with layers left out besides: those whose single loss costs least. The last line has the agreement with
+and with layers left out besides: those whose single loss costs least. With --each also the agreement with
 each layer quantised by itself.
 
 What kernels do to inputs is repeated in float32 here, but for the kernel that this machine would draft with,
@@ -119,6 +119,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=number(1), default=19, help="of all groups in turn")
     parser.add_argument("--max-tokens", type=number(2), default=48, help="tokens of each answer")
     parser.add_argument("--skipped", type=numbers(0), default=[0, 1, 2, 4], help="layers left out besides")
+    parser.add_argument(
+        "--best", type=numbers(0), help="those to leave out, best first (default: found by leaving out each)"
+    )
+    parser.add_argument("--each", action="store_true", help="also quantise each layer by itself")
     parser.add_argument("--output", type=Path, help="JSON file for everything")
     args = parser.parse_args()
     tokenizer = spec_bench.chat_tokenizer(args.model)
@@ -126,9 +130,10 @@ def main() -> None:
     single = [question for question in questions if len(question.turns) == 1]
     prompts = [spec_bench.render(tokenizer, q.messages(lambda _: "")) for q in single[: args.prompts]]
     drafts = Drafts(args.model, prompts, args.max_tokens)
-    every = range(drafts.num_layers)
-    alone = [drafts.score(fixed([i], drafts.num_layers))[1] for i in track(every, "each layer left out")]
-    best = sorted(every, key=alone.__getitem__, reverse=True)
+    every, best = range(drafts.num_layers), args.best
+    if best is None:
+        alone = [drafts.score(fixed([i], drafts.num_layers))[1] for i in track(every, "each layer left out")]
+        best = sorted(every, key=alone.__getitem__, reverse=True)
     linears = [name for name, module in drafts.model.named_modules() if isinstance(module, nn.Linear)]
     layers = [name for name in linears if name != "lm_head"]
     scores: dict[str, dict[str, tuple[float, float]]] = {}
@@ -142,7 +147,7 @@ def main() -> None:
         scores[kind] = dict(zip([*map(str, args.skipped), "layers alone"], skips, strict=True))
         rows.append(f"| {kind} | {' | '.join(f'{a:.3f}, {t:.3f}' for a, t in skips)} |")
     by_layer: list[float] = []
-    for i in track(every, "each layer by itself"):
+    for i in track(every if args.each else (), "each layer by itself"):
         own = [name for name in layers if f".layers.{i}." in f".{name}"]
         with quantised(drafts.model, own, KINDS["int8, the kernel here"]):
             by_layer.append(drafts.score(fixed([], drafts.num_layers))[0])
