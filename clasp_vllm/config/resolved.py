@@ -35,12 +35,14 @@ class DraftSettings:
         interval: rounds between two optimisation passes; None where the controller chooses, or without
             passes.
         optimized_requests: how many requests one pass chooses layers for at most; 0 without passes.
+        scratch_columns: scratch blocks of a request in an optimisation pass.
         scratch_blocks: KV blocks to hold back from the scheduler.
         mask_memory: what the averages over earlier passes keep, in [0, 1).
         exit_threshold: the probability below which drafting stops; None where the controller says when.
         summary: all of this in words.
     """
 
+    method: str
     num_speculative_tokens: int
     draft_weights: str
     budgets: tuple[int, ...]
@@ -50,6 +52,7 @@ class DraftSettings:
     adaptive: bool
     interval: int | None
     optimized_requests: int
+    scratch_columns: int
     scratch_blocks: int
     mask_memory: float
     exit_threshold: float | None
@@ -64,9 +67,11 @@ def resolve(config: LayerSkipConfig, num_layers: int, max_num_seqs: int) -> Draf
     """
     most = _budget(config, num_layers)
     quantised = config.draft_weights != "target"
+    columns = most + quantised  # of a pass, but for one that is the target itself
     passes = METHODS[config.method].passes
     optimized = min(_optimized_requests(config), max_num_seqs)
     return DraftSettings(
+        method=config.method,
         num_speculative_tokens=config.num_speculative_tokens,
         draft_weights=config.draft_weights,
         # With the target's own weights a draft that skips nothing saves nothing.
@@ -77,8 +82,8 @@ def resolve(config: LayerSkipConfig, num_layers: int, max_num_seqs: int) -> Draf
         adaptive=config.is_adaptive,
         interval=_interval(config),
         optimized_requests=optimized,
-        # One for each column of a pass that is not the target itself; costs are measured in one.
-        scratch_blocks=max(optimized * (most + quantised), int(config.is_adaptive)),
+        scratch_columns=columns,
+        scratch_blocks=max(optimized * columns, int(config.is_adaptive)),  # costs are measured in one
         mask_memory=_or_default(config.mask_memory, MASK_MEMORY) if passes else 0.0,
         exit_threshold=_exit_threshold(config),
         summary="; ".join(explain(config, num_layers)),

@@ -165,7 +165,7 @@ def measure_pass_costs(
 
 
 def measure_steps(
-    steps: Mapping[int, Callable[[], None]], device: torch.device, repeats: int = 4
+    steps: Mapping[int, Callable[[], object]], device: torch.device, repeats: int = 4
 ) -> list[float]:
     """Seconds of each step, the fastest of some repeats."""
     seconds = []

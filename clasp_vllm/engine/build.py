@@ -114,12 +114,10 @@ def build_drafter(
         graphs: see ``Passes``.
     """
     # Long, for it puts all parts together.
-    config = layer_skip_config(vllm_config)
-    assert config is not None
     settings = draft_settings(vllm_config)
     logger.info_once("Layer skipping: %s", settings.summary)
     shares = _layer_shares(vllm_config)
-    method = METHODS[config.method](settings, Target(vllm_config, decoder, shares, device))
+    method = METHODS[settings.method](settings, Target(vllm_config, decoder, shares, device))
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     most, optimized = method.budgets[-1], settings.optimized_requests
     first_scratch = kv_cache_config.num_blocks - settings.scratch_blocks
@@ -127,8 +125,8 @@ def build_drafter(
     attention = TargetAttention(vllm_config, kv_cache_config, device, max_rows, first_scratch)
     scratch = None
     if optimized:
-        columns = settings.scratch_blocks // optimized
-        scratch = ScratchBlocks(first_scratch, optimized, columns, attention.block_size, device)
+        columns, size = settings.scratch_columns, attention.block_size
+        scratch = ScratchBlocks(first_scratch, optimized, columns, size, device)
     sequences = SequenceTable(max_num_seqs, method.masks)
     target = Model(decoder, model.compute_logits)  # type: ignore[arg-type]
     passes = Passes(target, attention, scratch, graphs, _draft_model(settings, decoder, model))

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -16,6 +15,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import init_int8_linear_kernel
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.platforms import current_platform
+
+from clasp_vllm.control.costs import measure_steps
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -120,7 +121,7 @@ def keep_draft_weight(layer: nn.Module) -> None:
     assert isinstance(weight, Tensor)
     if weight.ndim != 2 or weight.is_meta:
         return
-    draft = vars(layer).get(KEPT_AS)
+    draft = _kept(layer)
     if draft is None:
         draft = DraftLinear(int8_product(weight))
         setattr(layer, KEPT_AS, draft)
@@ -142,20 +143,17 @@ def int8_product(weight: Tensor) -> type[Int8Product]:
 
 
 def _seconds(make: type[Int8Product], weight: Tensor) -> float:
+    """Of a product of one row."""
     outputs, inputs = weight.shape
     product = make(torch.ones(outputs, inputs, dtype=torch.int8), torch.ones(outputs, 1), weight.dtype)
-    x, times = torch.ones(1, inputs, dtype=weight.dtype), []
-    for _ in range(4):
-        before = time.perf_counter()
-        product(x, None)
-        times.append(time.perf_counter() - before)
-    return min(times)
+    x = torch.ones(1, inputs, dtype=weight.dtype)
+    return measure_steps({1: lambda: product(x, None)}, x.device)[0]
 
 
 def draft_view(module: nn.Module) -> nn.Module:
     """``module`` with the draft weights that are kept in it, sharing all else with it."""
-    kept = vars(module).get(KEPT_AS)
-    if kept is None and not any(KEPT_AS in vars(child) for child in module.modules()):
+    kept = _kept(module)
+    if kept is None and not any(map(_kept, module.modules())):
         return module
     view = copy.copy(module)
     if kept is not None:
@@ -176,4 +174,8 @@ def draft_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def num_bytes(model: nn.Module) -> int:
     """Memory that the draft weights take."""
-    return sum(vars(module)[KEPT_AS].num_bytes for module in model.modules() if KEPT_AS in vars(module))
+    return sum(kept.num_bytes for kept in map(_kept, model.modules()) if kept is not None)
+
+
+def _kept(module: nn.Module) -> DraftLinear | None:
+    return vars(module).get(KEPT_AS)

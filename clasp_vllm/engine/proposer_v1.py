@@ -228,15 +228,15 @@ class _DraftSampling:
         self, hidden: Tensor, positions: Tensor, step: int, rows: np.ndarray, exact: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See ``drafting.draft.Sample``."""
-        proposer, of = self._proposer, rows
+        proposer = self._proposer
         logits = proposer.drafter.passes.logits(hidden, exact)
-        metadata = _select_rows(self._metadata, self._rows[of], self._num_reqs, proposer.device)
+        metadata = _select_rows(self._metadata, self._rows[rows], self._num_reqs, proposer.device)
         confidence = top_probability(logits) if proposer.drafter.asks_confidence else None
         tokens, probs = proposer.draw(logits, metadata)
         if probs is not None:
             self._probs.append(probs)
             if self._greedily.any():
-                likeliest = to_device(self._greedily[of], proposer.device)
+                likeliest = to_device(self._greedily[rows], proposer.device)
                 tokens = torch.where(likeliest, probs.argmax(-1), tokens)
         return tokens, confidence
 
