@@ -1,72 +1,186 @@
-"""PREDICTION, not measurement: layer skipping for Llama 3 on an H200, from bytes and published acceptance.
+"""PREDICTION, not measurement: what speculation gains on GPUs, from bytes, operations and acceptance.
 
-    .venv/bin/python scripts/bench/predict.py [--efficiency 0.8] [--overhead 0.08]
+    .venv/bin/python scripts/bench/predict.py > docs/predictions.md
 
-Decoding of one sequence is taken to be bound by reading weights: a layer costs its bytes over the share of
-the memory's bandwidth that plain decoding reaches. A draft's layers, run one by one, cost ``overhead`` more;
-a public measurement of vLLM on an H100 (a draft that skips nothing, 0.89 to 0.94 of plain) says 6 to 11 %.
+A part of a pass takes the longer of reading its bytes and computing its products, at a share of what the data
+sheet promises; tensor parallelism adds two all-reduces a layer. Draft layers, run one by one, take ``overhead``
+more: public measurements of vLLM on an H100 (a draft that skips nothing, 0.89 to 0.94 of plain) say 6 to 11 %.
 """
 
+from __future__ import annotations
+
 import argparse
+from dataclasses import dataclass
 
-from clasp_vllm.tools.cost_model import Costs, best_ratio, break_even
+from clasp_vllm.tools.cost_model import Costs, best_ratio
 
-BANDWIDTH = 4.8e12  # bytes per second, NVIDIA's data sheet of the H200
-GB = 1e9
-INTERVAL = 8  # rounds between two optimisation passes
-# Layers, bytes of a layer and of the head in bfloat16, GPUs that share them.
-MODELS = {
-    "Llama-3-8B, 1 x H200": (32, 0.4362 * GB, 1.0507 * GB, 1),
-    "Llama-3-70B, 2 x H200 (does not fit on one)": (80, 1.7113 * GB, 2.1013 * GB, 2),
-}
-# CLaSp (arXiv 2505.24196): share of layers skipped, mean accepted length, speed-up, greedy.
-PUBLISHED = {
-    "Llama-3-8B, 1 x H200": (0.5, (3.7, 6.2), "1.24"),
-    "Llama-3-70B, 2 x H200 (does not fit on one)": (0.55, (4.0, 7.2), "1.67"),
-}
+LONGEST = 8  # draft tokens
+WORTH_IT = 1.05  # the controller asks for so much
+REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CONTEXTS = (1_000, 32_000)
+TENSOR_PARALLEL = (1, 4, 8)
 
 
-def costs_of(layers: int, layer: float, head: float, gpus: int, efficiency: float, overhead: float) -> Costs:
-    """The costs of a model on GPUs where reading weights is all that counts."""
-    speed = BANDWIDTH * efficiency * gpus
-    step = (layers * layer + head) / speed
-    columns = 1.15  # an optimisation pass: a plain step of few rows, and the states of its columns
-    return Costs(
-        1, {0: step, 16: 1.03 * step}, layer / speed * (1 + overhead), 0.0, head / speed, 0.0, step * columns
-    )
+@dataclass(frozen=True)
+class Gpu:
+    """Of NVIDIA's data sheets: bytes per second, bfloat16 operations per second (dense), bytes of memory."""
+
+    name: str
+    bandwidth: float
+    operations: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """Of its configuration: layers, and parameters of a layer, of the head, and of a token's KV in a layer."""
+
+    name: str
+    layers: int
+    layer: float
+    head: float
+    kv: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Bytes of a weight of layers and of the head, share of the layers left out, and acceptance, from and to.
+
+    ``speed``: of products over bfloat16's where they are bound by operations.
+    """
+
+    name: str
+    layer_bytes: float
+    head_bytes: float
+    skipped: float
+    acceptance: tuple[float, float]
+    speed: float = 1.0
+
+
+GPUS = (Gpu("H100", 3.35e12, 989e12, 80e9), Gpu("H200", 4.8e12, 989e12, 141e9))
+MODELS = (
+    Model("Llama-3-8B", 32, 218.1e6, 525.3e6, 2048),
+    Model("Llama-3-70B", 80, 855.7e6, 1050.7e6, 2048),
+)
+DRAFTS = (
+    # Published: the paper's mean accepted lengths of 3.7 to 7.2 are about 0.75 to 0.9 a token.
+    Draft("half of the layers", 2, 2, 0.5, (0.75, 0.9)),
+    # Measured here on SmolLM2-135M (docs/methods/draft_weights.md) and above it: larger models agree more often.
+    Draft("`fp8`", 1, 1, 0, (0.92, 0.97), 2.0),
+    Draft("`fp8`, a quarter of the layers", 1, 1, 0.25, (0.8, 0.92), 2.0),
+    # EfficientRollout (arXiv 2606.18967) has 0.90 to 0.94 with 4-bit weights, rounded to the nearest.
+    Draft("`int4`", 4.25 / 8, 1, 0, (0.85, 0.94)),
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Some GPUs of a kind, with shares of the data sheet that are reached."""
+
+    gpu: Gpu
+    number: int
+    efficiency: float
+    all_reduce: float  # seconds
+
+    def seconds(self, parameters: float, weight_bytes: float, rows: float, speed: float = 1.0) -> float:
+        """Of the products of some parameters."""
+        read = parameters * weight_bytes / (self.gpu.bandwidth * self.efficiency)
+        compute = 2 * parameters * rows / (self.gpu.operations * speed * self.efficiency)
+        return max(read, compute) / self.number
+
+    def kv_seconds(self, model: Model, requests: int, context: int) -> float:
+        """Of a layer's attention to the contexts."""
+        return requests * context * 2 * model.kv / (self.gpu.bandwidth * self.efficiency * self.number)
+
+    def reduce_seconds(self) -> float:
+        """Of a layer's all-reduces."""
+        return 0.0 if self.number == 1 else 2 * self.all_reduce
+
+
+def costs(
+    model: Model, machine: Machine, draft: Draft, requests: int, context: int, overhead: float
+) -> Costs:
+    """The costs of a batch."""
+
+    def step(tokens: int) -> float:
+        rows = requests * (1 + tokens)
+        layer = machine.seconds(model.layer, 2, rows) + machine.kv_seconds(model, requests, context)
+        return model.layers * (layer + machine.reduce_seconds()) + machine.seconds(model.head, 2, rows)
+
+    layer = machine.seconds(model.layer, draft.layer_bytes, requests, draft.speed)
+    layer += machine.kv_seconds(model, requests, context) + machine.reduce_seconds()
+    head = machine.seconds(model.head, draft.head_bytes, requests, draft.speed)
+    steps = {tokens: step(tokens) for tokens in range(LONGEST + 1)}
+    return Costs(requests, steps, layer * (1 + overhead), 0.0, head, 0.0)
+
+
+def fits(model: Model, machine: Machine, draft: Draft, requests: int, context: int) -> bool:
+    """Whether weights, draft weights and the KV cache do."""
+    weights = 2 * (model.layers * model.layer + 2 * model.head)
+    if draft.layer_bytes != 2:
+        weights += model.layers * model.layer * draft.layer_bytes + model.head * draft.head_bytes
+    cache = requests * context * 2 * model.kv * model.layers
+    return weights + cache < 0.9 * machine.gpu.memory * machine.number
+
+
+def cell(model: Model, machine: Machine, draft: Draft, requests: int, context: int, overhead: float) -> str:
+    """What to expect, and the draft lengths that it takes; nothing where it does not fit."""
+    if not fits(model, machine, draft, requests, context):
+        return ""
+    parts = costs(model, machine, draft, requests, context, overhead)
+    kept = model.layers * (1 - draft.skipped)
+    ratios = [best_ratio(parts, alpha, kept, LONGEST) for alpha in draft.acceptance]
+    if ratios[1][0] < WORTH_IT:
+        return "off"
+    low = "off" if ratios[0][0] < WORTH_IT else f"{ratios[0][0]:.2f}"
+    return f"{low} to {ratios[1][0]:.2f} ({ratios[1][1]})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--efficiency", type=float, default=0.8, help="share of the bandwidth reached")
-    parser.add_argument("--overhead", type=float, default=0.08, help="of a draft's layers over their bytes")
+    parser.add_argument("--efficiency", type=float, default=0.8, help="share of the data sheet reached")
+    parser.add_argument("--overhead", type=float, default=0.08, help="of a draft's layers")
+    parser.add_argument("--all-reduce", type=float, default=8e-6, help="seconds of one")
     args = parser.parse_args()
-    print(
-        f"Prediction: {BANDWIDTH / 1e12:.1f} TB/s x {args.efficiency:g}, draft layers +{args.overhead:.0%}."
-    )
-    for name, shape in MODELS.items():
-        costs, layers = costs_of(*shape, args.efficiency, args.overhead), shape[0]
-        print(f"\n**{name}**: a plain step takes {1000 * costs.step[0]:.2f} ms\n")
-        print("Fixed masks:\n")
-        print("| layers skipped | acceptance to break even | ratio at 0.7 | at 0.8 | at 0.9 | at 0.95 |")
-        print("|---|---|---|---|---|---|")
-        for share in (0.25, 0.4, 0.5, 0.6):
-            kept = layers - round(share * layers)
-            needed = break_even(costs, kept, 16)
-            best = [best_ratio(costs, alpha, kept, 16) for alpha in (0.7, 0.8, 0.9, 0.95)]
-            cells = ["never" if needed is None else f"{needed:.2f}"]
-            cells += [f"{ratio:.2f} (K={length})" for ratio, length in best]
-            print(f"| {share:.0%} | {' | '.join(cells)} |")
-        share, lengths, reported = PUBLISHED[name]
-        kept = layers - round(share * layers)
-        # A draft that stops at its first doubtful token takes about as many steps as it advances by tokens,
-        # one of them an optimisation pass in every INTERVAL-th round.
-        often = 1 / INTERVAL
-        ratios = [costs.ratio(tokens, tokens, tokens - often, kept, often) for tokens in lengths]
-        print(
-            f"\nAt published mean accepted lengths of {lengths[0]} to {lengths[1]} with {share:.0%} skipped: "
-            f"{ratios[0]:.2f} to {ratios[1]:.2f} (the paper, on transformers: {reported})."
-        )
+    print(PAGE.format(efficiency=args.efficiency, overhead=args.overhead, all_reduce=1e6 * args.all_reduce))
+    for model in MODELS:
+        for gpu in GPUS:
+            for number in TENSOR_PARALLEL:
+                machine = Machine(gpu, number, args.efficiency, args.all_reduce)
+                if not fits(model, machine, DRAFTS[0], 1, CONTEXTS[0]):
+                    continue
+                plain = 1000 * costs(model, machine, DRAFTS[0], 1, CONTEXTS[0], 0).step[0]
+                print(f"\n## {model.name}, {number} x {gpu.name}\n")
+                print(f"A plain step of one request takes {plain:.2f} ms.\n")
+                print(f"| context | drafts | {' | '.join(map(str, REQUESTS))} |")
+                print("|---|---|" + "---|" * len(REQUESTS))
+                for context in CONTEXTS:
+                    for draft in DRAFTS:
+                        cells = [
+                            cell(model, machine, draft, requests, context, args.overhead)
+                            for requests in REQUESTS
+                        ]
+                        print(f"| {context:,} | {draft.name} | {' | '.join(cells)} |")
+
+
+PAGE = """\
+# Predictions for GPUs
+
+**Not measured.** `scripts/bench/predict.py` wrote this page from the bytes and operations of a pass, at {efficiency:.0%}
+of what NVIDIA's data sheets promise, with {overhead:.0%} more for the layers of a draft and {all_reduce:.0f} µs for an
+all-reduce: tokens per second over plain decoding's, by requests at once, with the best draft length of up to 8 (in
+brackets) and drafts in CUDA graphs. **off**: it promises less than 1.05, and the controller does not speculate. An
+empty cell does not fit the memory.
+
+What is accepted is assumed, from and to: with half of the layers 0.75 and 0.9 of the tokens (about what the paper's
+mean accepted lengths say), with `draft_weights: fp8` 0.92 and 0.97, with a quarter of the layers skipped besides 0.8
+and 0.92, with `int4` 0.85 and 0.94 (EfficientRollout, arXiv 2606.18967, has 0.90 to 0.94).
+
+**What to set**: at low load `draft_weights: int4`, or `fp8` where there is memory for it and 4 bits agree too rarely;
+skipping layers alone where there is no memory for draft weights. Verification is nearly free until operations bound
+it (some 200 to 300 rows on these GPUs), so the gain falls off between 16 and 128 requests. With long contexts
+reading the KV cache, which drafts and target do alike, takes most of the gain of lower precision away, and skipping
+layers keeps its own. More GPUs for one model leave less to gain: all-reduces cost a draft as much as a plain step."""
 
 
 if __name__ == "__main__":

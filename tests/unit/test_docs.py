@@ -33,5 +33,11 @@ def test_page(page: Path):
         assert len(line) <= LONGEST or table or fenced or "http" in line, line
 
 
+def test_predictions_are_what_the_script_prints():
+    command = [sys.executable, str(ROOT / "scripts" / "bench" / "predict.py")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == (ROOT / "docs" / "predictions.md").read_text()
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
