@@ -2,9 +2,10 @@
 
     .venv/bin/python scripts/bench/predict.py > docs/predictions.md
 
-A part of a pass takes the longer of reading its bytes and computing its products, at a share of what the data
-sheet promises; tensor parallelism adds two all-reduces a layer. Draft layers, run one by one, take ``overhead``
-more: public measurements of vLLM on an H100 (a draft that skips nothing, 0.89 to 0.94 of plain) say 6 to 11 %.
+A part of a pass takes the longer of reading its bytes and computing its products, at a share of what the
+data sheet promises; tensor parallelism adds two all-reduces a layer. Draft layers, run one by one, take
+``overhead`` more: public measurements of vLLM on an H100 (a draft that skips nothing, 0.89 to 0.94 of plain)
+say 6 to 11 %.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Model:
-    """Of its configuration: layers, and parameters of a layer, of the head, and of a token's KV in a layer."""
+    """Of its configuration: layers; parameters of a layer and the head; of a token in a layer's cache."""
 
     name: str
     layers: int
@@ -65,7 +66,7 @@ MODELS = (
 DRAFTS = (
     # Published: the paper's mean accepted lengths of 3.7 to 7.2 are about 0.75 to 0.9 a token.
     Draft("half of the layers", 2, 2, 0.5, (0.75, 0.9)),
-    # Measured here on SmolLM2-135M (docs/methods/draft_weights.md) and above it: larger models agree more often.
+    # Measured here on SmolLM2-135M, and above it: larger models agree more often.
     Draft("`fp8`", 1, 1, 0, (0.92, 0.97), 2.0),
     Draft("`fp8`, a quarter of the layers", 1, 1, 0.25, (0.8, 0.92), 2.0),
     # EfficientRollout (arXiv 2606.18967) has 0.90 to 0.94 with 4-bit weights, rounded to the nearest.
@@ -142,7 +143,10 @@ def main() -> None:
     parser.add_argument("--overhead", type=float, default=0.08, help="of a draft's layers")
     parser.add_argument("--all-reduce", type=float, default=8e-6, help="seconds of one")
     args = parser.parse_args()
-    print(PAGE.format(efficiency=args.efficiency, overhead=args.overhead, all_reduce=1e6 * args.all_reduce))
+    reduce = f"{1e6 * args.all_reduce:.0f}"
+    print(
+        PAGE.format(efficiency=f"{args.efficiency:.0%}", overhead=f"{args.overhead:.0%}", all_reduce=reduce)
+    )
     for model in MODELS:
         for gpu in GPUS:
             for number in TENSOR_PARALLEL:
@@ -166,21 +170,23 @@ def main() -> None:
 PAGE = """\
 # Predictions for GPUs
 
-**Not measured.** `scripts/bench/predict.py` wrote this page from the bytes and operations of a pass, at {efficiency:.0%}
-of what NVIDIA's data sheets promise, with {overhead:.0%} more for the layers of a draft and {all_reduce:.0f} µs for an
-all-reduce: tokens per second over plain decoding's, by requests at once, with the best draft length of up to 8 (in
-brackets) and drafts in CUDA graphs. **off**: it promises less than 1.05, and the controller does not speculate. An
-empty cell does not fit the memory.
+**Not measured.** `scripts/bench/predict.py` wrote this page from the bytes and operations of a pass, at
+{efficiency} of what NVIDIA's data sheets promise, with {overhead} more for the layers of a draft and
+{all_reduce} µs for an all-reduce: tokens per second over plain decoding's, by requests at once, with the
+best draft length of up to 8 (in brackets) and drafts in CUDA graphs. **off**: it promises less than 1.05,
+and the controller does not speculate. An empty cell does not fit the memory.
 
-What is accepted is assumed, from and to: with half of the layers 0.75 and 0.9 of the tokens (about what the paper's
-mean accepted lengths say), with `draft_weights: fp8` 0.92 and 0.97, with a quarter of the layers skipped besides 0.8
-and 0.92, with `int4` 0.85 and 0.94 (EfficientRollout, arXiv 2606.18967, has 0.90 to 0.94).
+What is accepted is assumed, from and to: with half of the layers 0.75 and 0.9 of the tokens (about what the
+paper's mean accepted lengths say), with `draft_weights: fp8` 0.92 and 0.97, with a quarter of the layers
+skipped besides 0.8 and 0.92, with `int4` 0.85 and 0.94 (EfficientRollout, arXiv 2606.18967, has 0.90 to
+0.94).
 
-**What to set**: at low load `draft_weights: int4`, or `fp8` where there is memory for it and 4 bits agree too rarely;
-skipping layers alone where there is no memory for draft weights. Verification is nearly free until operations bound
-it (some 200 to 300 rows on these GPUs), so the gain falls off between 16 and 128 requests. With long contexts
-reading the KV cache, which drafts and target do alike, takes most of the gain of lower precision away, and skipping
-layers keeps its own. More GPUs for one model leave less to gain: all-reduces cost a draft as much as a plain step."""
+**What to set**: at low load `draft_weights: int4`, or `fp8` where there is memory for it and 4 bits agree
+too rarely; skipping layers alone where there is no memory for draft weights. Verification is nearly free
+until operations bound it (some 200 to 300 rows on these GPUs), so the gain falls off between 16 and 128
+requests. With long contexts reading the KV cache, which drafts and target do alike, takes most of the gain
+of lower precision away, and skipping layers keeps its own. More GPUs for one model leave less to gain:
+all-reduces cost a draft as much as a plain step."""
 
 
 if __name__ == "__main__":
