@@ -56,12 +56,12 @@ PROMPTS = [
 REPEATING = "a = 1, b = 2, c = 3, d = 4; " * 4
 
 
-def tiny_llama(folder: Path) -> Path:
+def tiny_llama(folder: Path, seed: int = 0, **settings: Any) -> Path:
     """A random Llama of six layers with the demo model's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=4096,
         hidden_size=64,
@@ -74,6 +74,7 @@ def tiny_llama(folder: Path) -> Path:
         initializer_range=0.12,  # with less the output is one token repeated
         bos_token_id=0,
         eos_token_id=1,
+        **settings,
     )
     LlamaForCausalLM(config).float().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

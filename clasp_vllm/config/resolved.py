@@ -25,7 +25,8 @@ class DraftSettings:
     """The settings of a drafter.
 
     Attributes:
-        draft_weights: what drafts run: "target", the target's own weights, or a copy quantised to "int8".
+        draft_weights: what drafts run: "target", the target's own weights, or a copy quantised to "int8",
+            "fp8" or "int4"; "auto": one of them.
         budgets: numbers of layers to skip, ascending, of which the controller chooses if there are several.
             knn_ssd's skip sets come from its calibration instead.
         skip_layers: the fixed layers to skip; None: evenly spaced to begin with.
@@ -66,16 +67,16 @@ def resolve(config: LayerSkipConfig, num_layers: int, max_num_seqs: int) -> Draf
         ConfigError: as many layers are to be skipped as there are, or one that does not exist.
     """
     most = _budget(config, num_layers)
-    quantised = config.draft_weights != "target"
-    columns = most + quantised  # of a pass, but for one that is the target itself
+    # With the target's own weights a draft that skips nothing saves nothing.
+    least = 0 if config.quantises else 1
+    columns = most + config.quantises  # of a pass, but for one that is the target itself
     passes = METHODS[config.method].passes
     optimized = min(_optimized_requests(config), max_num_seqs)
     return DraftSettings(
         method=config.method,
         num_speculative_tokens=config.num_speculative_tokens,
         draft_weights=config.draft_weights,
-        # With the target's own weights a draft that skips nothing saves nothing.
-        budgets=tuple(range(0 if quantised else 1, most + 1)) if config.chooses_budget and most else (most,),
+        budgets=tuple(range(least, most + 1)) if config.chooses_budget and most else (most,),
         skip_layers=None if config.skip_layers is None else tuple(config.skip_layers),
         calibration=config.calibration,
         open_choices=config.open_choices,
@@ -103,13 +104,14 @@ def explain(config: LayerSkipConfig, num_layers: int | None = None) -> list[str]
     elif num_layers is not None:
         most = "up to " if config.chooses_budget else ""
         lines.append(f"layers skipped: {most}{_budget(config, num_layers)} of {num_layers}")
-    if config.draft_weights != "target":
-        lines.append(f"drafts run weights quantised to {config.draft_weights}")
+    if config.quantises:
+        to = "what pays" if config.draft_weights == "auto" else config.draft_weights
+        lines.append(f"drafts run weights quantised to {to}")
     if METHODS[config.method].passes:
         interval = _interval(config)
         rounds = "as often as it pays" if interval is None else f"every {interval} rounds"
         lines.append(
-            f"layers chosen anew {rounds}, for at most {_optimized_requests(config)} requests in one step"
+            f"layers chosen again {rounds}, for at most {_optimized_requests(config)} requests in one step"
         )
     threshold = _exit_threshold(config)
     if threshold is None:

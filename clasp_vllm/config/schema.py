@@ -14,16 +14,18 @@ class Method:
 
     Attributes:
         adaptive: whether a controller chooses what is left open, by default.
-        passes: whether it chooses layers anew by optimisation passes.
+        passes: whether it chooses layers by optimisation passes.
+        needs: keys that must be given.
     """
 
     adaptive: bool
     passes: bool
+    needs: tuple[str, ...] = ()
 
 
 METHODS = {
     "clasp": Method(adaptive=True, passes=True),
-    "knn_ssd": Method(adaptive=True, passes=False),
+    "knn_ssd": Method(adaptive=True, passes=False, needs=("calibration",)),
     "layer_skip": Method(adaptive=False, passes=False),
 }
 REMOVED_METHODS = {"swift": "it was slower than plain decoding"}  # and why
@@ -49,6 +51,7 @@ EXIT_THRESHOLD = 0.3
 OPTIMIZATION_INTERVAL = 32  # rounds
 MAX_OPTIMIZED_REQUESTS = 4
 MASK_MEMORY = 0.9
+DRAFT_WEIGHTS_GROUP_SIZE = 64
 
 # vLLM's own keys, passed through under their own names.
 VLLM_KEYS = (
@@ -84,7 +87,7 @@ class LayerSkipConfig(BaseModel):
         default=None,
         description="Choose in each round how many layers to skip, how far to draft, when to "
         "stop early, and whether to speculate at all, by what has been accepted and "
-        "what it costs (default for clasp and knn_ssd: true). What is fixed by another key stays so. "
+        "what it costs (default for clasp and knn_ssd: true). What other keys set is not changed. "
         "A list = only what it names of layers, length, exit and speculation; "
         "false = as much as the keys say, always.",
     )
@@ -105,11 +108,17 @@ class LayerSkipConfig(BaseModel):
         description="layer_skip only: the layers to skip, counted from 0. Without it as many layers "
         "as skip_ratio or num_skipped_layers says, evenly spaced.",
     )
-    draft_weights: Literal["target", "int8"] = Field(
+    draft_weights: Literal["target", "int8", "fp8", "int4", "auto"] = Field(
         default="target",
-        description="The weights that drafts run. target: the target's own. int8: a copy of linear layers "
+        description="The weights that drafts run. target: the target's own. Else a copy of linear layers "
         "and head, quantised when the model is loaded, so that drafts read fewer bytes, and may pay without "
-        "skipping a layer. For dense models that are not quantised.",
+        "skipping a layer. With int4 the head has 8 bits. auto: what promises most by timing kernels at the "
+        "start, and fits the memory; it may be target. For dense models that are not quantised.",
+    )
+    draft_weights_group_size: Literal[32, 64, 128] | None = Field(
+        default=None,
+        description="draft_weights: int4 or auto only: how many int4 weights share a scale "
+        f"(default {DRAFT_WEIGHTS_GROUP_SIZE}). Fewer are more exact, and kernels may not have them.",
     )
     calibration: str | None = Field(
         default=None,
@@ -188,8 +197,6 @@ class LayerSkipConfig(BaseModel):
                     f"{key}={getattr(self, key)!r} is only allowed with method: {' or '.join(allowed)}, "
                     f"not with method: {self.method}"
                 )
-        if self.method == "knn_ssd" and self.calibration is None:
-            raise ValueError("calibration=None: method: knn_ssd needs the folder of a calibration")
         for choice, why in self._fixed().items():
             if isinstance(self.adaptive, list) and choice in self.adaptive:
                 raise ValueError(f"adaptive={self.adaptive!r}: {choice} cannot be chosen, for {why}")
@@ -203,6 +210,32 @@ class LayerSkipConfig(BaseModel):
         if self.skip_layers is not None and len(set(self.skip_layers)) < len(self.skip_layers):
             raise ValueError(f"skip_layers={self.skip_layers!r} names a layer twice")
         return self
+
+    @model_validator(mode="after")
+    def _has_what_its_method_needs(self) -> LayerSkipConfig:
+        for key in METHODS[self.method].needs:
+            if getattr(self, key) is None:
+                raise ValueError(f"{key}=None: method: {self.method} needs it")
+        return self
+
+    @model_validator(mode="after")
+    def _group_size_of_int4(self) -> LayerSkipConfig:
+        if self.draft_weights_group_size is not None and self.draft_weights not in ("int4", "auto"):
+            raise ValueError(
+                f"draft_weights_group_size={self.draft_weights_group_size} is only allowed with "
+                f"draft_weights: int4 or auto, not with draft_weights: {self.draft_weights}"
+            )
+        return self
+
+    @property
+    def quantises(self) -> bool:
+        """Whether drafts run weights of their own, or may, with auto."""
+        return self.draft_weights != "target"
+
+    @property
+    def group_size(self) -> int:
+        """Weights of int4 drafts that share a scale."""
+        return self.draft_weights_group_size or DRAFT_WEIGHTS_GROUP_SIZE
 
     @property
     def is_adaptive(self) -> bool:

@@ -167,8 +167,10 @@ def _draft_model(settings: DraftSettings, decoder: Decoder, model: nn.Module) ->
     """The target with quantised weights; None: drafts run its own."""
     if settings.draft_weights == "target":
         return None
-    size = num_bytes(model) / 2**30
-    logger.info_once("Layer skipping: draft weights in %s take %.2f GiB", settings.draft_weights, size)
+    size = num_bytes(model)
+    if not size:  # auto may come to that
+        return None
+    logger.info_once("Layer skipping: draft weights (%s) take %.2f GiB", settings.draft_weights, size / 2**30)
     return Model(decoder.with_layers(draft_view), draft_logits(model))
 
 

@@ -44,9 +44,14 @@ def eager_view(module: nn.Module) -> nn.Module:
     view._modules = {name: child and eager_view(child) for name, child in module._modules.items()}
     if isinstance(view, _LIGHT_OPS):
         assert isinstance(view, CustomOp)
-        view._enforce_enable = True
-        view._forward_method = _cpu_kernel(view) or view.dispatch_forward(compile_native=False)
+        enable_kernel(view)
     return view
+
+
+def enable_kernel(op: CustomOp) -> None:
+    """Let ``op`` call vLLM's kernel, whatever the compiler wants of it."""
+    op._enforce_enable = True
+    op._forward_method = _cpu_kernel(op) or op.dispatch_forward(compile_native=False)
 
 
 def _cpu_kernel(module: nn.Module) -> Callable[..., Any] | None:

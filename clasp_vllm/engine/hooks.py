@@ -1,34 +1,9 @@
-"""The ledger of every place where the plugin changes vLLM.
+"""Every place where the plugin changes vLLM. What each hook is for, and when it goes, is listed in
+``docs/developer/hooks.md``.
 
-Each entry wraps one function, leaves it as it is for configurations that are not ours, and can be
-installed any number of times. ``install`` sets those down to post_step in every process when vLLM
-loads its plugins; a worker's hooks (``runner_hooks``) follow where it uses us, so that others never
-import our engine.
-
-| hook                  | what it changes                          | why                              |
-|-----------------------|------------------------------------------|----------------------------------|
-| cli_argument          | --speculative-config takes a file's path | stock: JSON only                 |
-| speculative_config    | our methods become a SpeculativeConfig   | its list of methods is closed    |
-| scratch_blocks        | the scheduler gets fewer KV blocks       | the rest is scratch              |
-| worker                | installs its runner's hooks              | late, and only where we are used |
-| stat_loggers          | a logger of our counts, before the others| plugins' own loggers come last   |
-| update_from_output    | draft lengths that the drafter asks for  | room is made before drafting     |
-| post_step             | drafts come with the runner's output     | stock: a second call of workers  |
-| draft_weights         | linear weights are quantised for drafts, | vLLM packs them, and drops them  |
-|                       | with draft_weights, before it packs them | on a CPU                         |
-| warm_up               | the drafter starts at its end            | it measures what passes cost     |
-| sample_tokens         | our counts ride on the runner's output   | no slot for a speculator's own   |
-| speculator_v2         | our speculator in Model Runner V2        | its list of methods is closed    |
-| target_graphs         | a full graph for every draft length      | stock: of the next size only     |
-| proposer_v1           | our proposer in Model Runner V1          | likewise                         |
-| expand_batch (V1)     | temperature, top-k, top-p per draft token| vLLM issue 55005: garbage on CPU |
-| sample (V1)           | steps without drafts use vLLM's sampler, | its rejection sampler costs more |
-|                       | as with Model Runner V2                  |                                  |
-| propose (V1)          | nothing is prepared while we are off     | what is off should cost nothing  |
-
-vLLM versions: see ``SUPPORTED``. expand_batch can go when that issue is fixed, sample and propose when vLLM
-leaves out what steps without drafts do not need, target_graphs when it looks for a graph by query length, the
-others when it lets a plugin register a speculative method.
+A hook wraps one function, leaves it as it is for configurations that are not ours, and can be installed any
+number of times. ``install`` sets those of this file in every process when vLLM loads its plugins; a worker's
+hooks (``runner_hooks``) follow where it uses us, so that others never import our engine.
 """
 
 from __future__ import annotations
@@ -64,13 +39,6 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..
 def uses_us(vllm_config: Any) -> bool:
     """Whether one of our methods drafts."""
     return getattr(vllm_config.speculative_config, "layer_skip", None) is not None
-
-
-def drafts_quantised(vllm_config: Any) -> bool:
-    """Whether drafts run weights of their own. None: no engine's."""
-    if vllm_config is None or not uses_us(vllm_config):
-        return False
-    return bool(vllm_config.speculative_config.layer_skip.draft_weights != "target")
 
 
 def check_version() -> None:
@@ -191,7 +159,7 @@ def _worker(original: Callable[..., Any]) -> Callable[..., Any]:
             from clasp_vllm.engine.runner_hooks import install_draft_weights, install_runner_hooks
 
             install_runner_hooks(vllm_config.use_v2_model_runner)
-            if drafts_quantised(vllm_config):
+            if vllm_config.speculative_config.layer_skip.quantises:
                 install_draft_weights()
             wrap(type(self), "compile_or_warm_up_model", _warm_up)
         original(self, vllm_config, *args, **kwargs)

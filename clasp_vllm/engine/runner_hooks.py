@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from clasp_vllm.engine.hooks import drafter_of, drafts_quantised, uses_us, wrap
+from clasp_vllm.engine.hooks import drafter_of, uses_us, wrap
 
 
 def install_runner_hooks(v2: bool) -> None:
@@ -48,10 +48,8 @@ def _draft_weights(original: Callable[..., Any]) -> Callable[..., Any]:
     from clasp_vllm.engine.draft_weights import keep_draft_weight
 
     def process_weights_after_loading(self: Any, layer: Any) -> None:
-        if isinstance(layer, LinearBase | ParallelLMHead) and drafts_quantised(
-            get_current_vllm_config_or_none()
-        ):
-            keep_draft_weight(layer)
+        if isinstance(layer, LinearBase | ParallelLMHead):
+            keep_draft_weight(layer, get_current_vllm_config_or_none())
         original(self, layer)
 
     return process_weights_after_loading

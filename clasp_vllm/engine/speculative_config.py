@@ -50,5 +50,5 @@ class LayerSkipSpeculativeConfig(SpeculativeConfig):
 
 
 def layer_skip_config(vllm_config: Any) -> LayerSkipConfig | None:
-    """Our settings in a VllmConfig, or None where it does not use us."""
-    return getattr(vllm_config.speculative_config, "layer_skip", None)
+    """Our settings in a VllmConfig, which may be None; None where it does not use us."""
+    return getattr(getattr(vllm_config, "speculative_config", None), "layer_skip", None)

@@ -12,7 +12,7 @@ from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from clasp_vllm.calibration.store import Calibration
-from clasp_vllm.config import ConfigError, parse_config, resolve
+from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, resolve
 from clasp_vllm.engine.speculative_config import LayerSkipSpeculativeConfig
 
 # Quantised caches with scales of their own beside the values are left out: nobody has tried to copy
@@ -41,6 +41,8 @@ def speculative_config(
         except ValueError as error:
             raise ConfigError(f"num_speculative_tokens_per_batch_size={schedule!r}: {error}") from None
     refuse_unsupported(engine_args, target_model_config, target_parallel_config, config.draft_weights)
+    if config.quantises:
+        _refuse_precision(config, target_model_config)
     vllm_settings = config.vllm_settings()
     v1_on_cpu = current_platform.is_cpu() and not envs.VLLM_USE_V2_MODEL_RUNNER
     if config.draft_sample_method is None:
@@ -78,6 +80,17 @@ def _settings(engine_args: Any) -> dict[str, Any]:
                 )
             settings[key] = value
     return settings
+
+
+def _refuse_precision(config: LayerSkipConfig, model_config: ModelConfig) -> None:
+    from clasp_vllm.engine.precisions import unavailable  # brings all of vLLM's kernels with it
+
+    reason = unavailable(config.draft_weights, model_config.dtype, config.group_size)
+    if reason is not None:
+        raise ConfigError(
+            f"draft_weights={config.draft_weights!r} has no kernel here: {reason}. Allowed are those of "
+            "target, int8, fp8 and int4 that have one"
+        )
 
 
 def refuse_unsupported(
@@ -140,12 +153,12 @@ def refuse_unsupported(
             f"set --kv-cache-dtype to one of {', '.join(KV_CACHE_DTYPES)}",
         ),
         (
-            draft_weights != "target" and model_config.quantization is not None,
+            draft_weights not in ("target", "auto") and model_config.quantization is not None,
             f"draft_weights={draft_weights!r} for a model quantised by {model_config.quantization}",
             "leave out draft_weights, or serve the model unquantised",
         ),
         (
-            draft_weights != "target" and model_config.is_moe,
+            draft_weights not in ("target", "auto") and model_config.is_moe,
             f"draft_weights={draft_weights!r} for mixtures of experts",
             "leave out draft_weights",
         ),

@@ -10,7 +10,7 @@ and with layers left out besides: those whose single loss costs least. With --ea
 each layer quantised by itself.
 
 What kernels do to inputs is repeated in float32 here, but for the kernel that this machine would draft with,
-which is run itself (``engine/draft_weights.py``).
+which is run itself (``engine/precisions.py``).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from masks import Drafts, fixed
+from masks import DraftAcceptance, fixed
 from rich.progress import track
 from torch import Tensor, nn
 
-from clasp_vllm.engine.draft_weights import DraftLinear, int8_product
+from clasp_vllm.engine.precisions import fastest_int8
 from clasp_vllm.tools import spec_bench
 from clasp_vllm.tools.options import number, numbers
 from clasp_vllm.tools.provenance import about
@@ -55,9 +55,9 @@ def int8_by_row(weight: Tensor) -> Product:
 
 def int8_here(weight: Tensor) -> Product:
     """int8 by the kernel that drafts on this machine, a row at a time."""
-    linear = DraftLinear(int8_product(weight))
-    linear.load(weight)
-    return lambda x: torch.cat([linear.apply(nn.Module(), row[None]) for row in x])
+    product = fastest_int8(weight)(group_size=0)
+    product.load(weight)
+    return lambda x: torch.cat([product(row[None], None) for row in x])
 
 
 def fp8_by_row(weight: Tensor) -> Product:
@@ -129,7 +129,7 @@ def main() -> None:
     questions = spec_bench.select(spec_bench.read_questions(args.spec_bench), spec_bench.TASK)
     single = [question for question in questions if len(question.turns) == 1]
     prompts = [spec_bench.render(tokenizer, q.messages(lambda _: "")) for q in single[: args.prompts]]
-    drafts = Drafts(args.model, prompts, args.max_tokens)
+    drafts = DraftAcceptance(args.model, prompts, args.max_tokens)
     every, best = range(drafts.num_layers), args.best
     if best is None:
         alone = [drafts.score(fixed([i], drafts.num_layers))[1] for i in track(every, "each layer left out")]

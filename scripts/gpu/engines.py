@@ -50,7 +50,10 @@ def start_equality(args: argparse.Namespace, cuda: bool) -> dict[str, Engine]:
         }
         if cuda:
             settings["attention_backend"] = "TRITON_ATTN"
-        for name, config in (("plain", None), ("half", half), ("default", {"method": "clasp"})):
+        int8, fp8, int4 = ({**half, "draft_weights": precision} for precision in ("int8", "fp8", "int4"))
+        configs = {"plain": None, "half": half, "default": {"method": "clasp"}}
+        configs |= {"int8": int8, "fp8": fp8, "int4": int4} if cuda else {"int8": int8}
+        for name, config in configs.items():
             engines[f"{dtype}_{name}"] = Engine(
                 f"{dtype}_{name}", DEMO_MODEL, config, settings, args.out / f"{dtype}_{name}.log"
             )
@@ -92,15 +95,20 @@ def start_shape(args: argparse.Namespace, cuda: bool) -> dict[str, Engine]:
         return {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates} if cuda else {}
 
     def clasp(skipped: int, tokens: int, rate: float, **keys: Any) -> dict[str, Any]:
-        fixed = {"num_skipped_layers": skipped, "optimization_interval": 64, "num_speculative_tokens": tokens}
-        return {**FIXED, **fixed, **accepting(rate, tokens), **keys}
+        layers = {"num_skipped_layers": skipped, "optimization_interval": 64}
+        return {**FIXED, **layers, **fixed(tokens, rate), **keys}
+
+    def fixed(tokens: int, rate: float) -> dict[str, Any]:
+        return {"draft_exit_threshold": 0, "num_speculative_tokens": tokens, **accepting(rate, tokens)}
 
     nothing = {"method": "layer_skip", "skip_layers": [], "adaptive": False, "ngram_cascade": False}
     configs: dict[str, Any] = {
         "plain": None,
-        "skip0_k3": {**nothing, "draft_exit_threshold": 0, "num_speculative_tokens": 3, **accepting(0.95, 3)},
+        "skip0_k3": {**nothing, **fixed(3, 0.95)},
         "skip16_k4": clasp(layers // 2, 4, 0.8),
         "skip8_k3": clasp(layers // 4, 3, 0.9),
+        "fp8_k4": {**nothing, "draft_weights": "fp8", **fixed(4, 0.94)},
+        "int4_k4": {**nothing, "draft_weights": "int4", **fixed(4, 0.90)},
         "default_a80": {"method": "clasp", **accepting(0.8, 8)},
         "default_a50": {"method": "clasp", **accepting(0.5, 8)},
     }

@@ -54,7 +54,7 @@ BAD = [
     ({"method": "layer_skip", "skip_layers": [1], "skip_ratio": 0.5}, ["skip_ratio and skip_layers"]),
     ({"method": "layer_skip", "optimization_interval": 4}, ["optimization_interval=4", "method: clasp"]),
     ({"skip_ratio": 0.5}, ["method=None", "required"]),
-    ({"method": "knn_ssd"}, ["calibration=None", "needs the folder"]),
+    ({"method": "knn_ssd"}, ["calibration=None", "method: knn_ssd needs it"]),
     (
         {"method": "knn_ssd", "calibration": "x", "skip_ratio": 0.5},
         ["skip_ratio=0.5", "clasp or layer_skip"],
@@ -80,6 +80,15 @@ BAD = [
     (
         {"method": "clasp", "num_speculative_tokens_per_batch_size": [[1, 2, "3"]]},
         ["num_speculative_tokens_per_batch_size", "integer"],
+    ),
+    ({"method": "clasp", "draft_weights": "int3"}, ["draft_weights='int3'", "'fp8', 'int4' or 'auto'"]),
+    (
+        {"method": "clasp", "draft_weights": "int4", "draft_weights_group_size": 48},
+        ["draft_weights_group_size=48", "32, 64 or 128"],
+    ),
+    (
+        {"method": "clasp", "draft_weights": "int8", "draft_weights_group_size": 64},
+        ["draft_weights_group_size=64", "draft_weights: int4 or auto", "not with draft_weights: int8"],
     ),
     ({"method": "clasp", "synthetic_acceptance_rates": [2.0]}, ["synthetic_acceptance_rates=[2.0]"]),
     ({"method": "clasp", "synthetic_acceptance_length": 0.5}, ["synthetic_acceptance_length=0.5"]),
@@ -241,7 +250,7 @@ def test_it_says_what_is_chosen():
         "method: clasp",
         "draft tokens per round: up to 8",
         "layers skipped: up to 16 of 24",
-        "layers chosen anew as often as it pays, for at most 4 requests in one step",
+        "layers chosen again as often as it pays, for at most 4 requests in one step",
         "drafting stops where a further token would not pay",
         "no speculation where it does not pay",
     ]
@@ -250,7 +259,7 @@ def test_it_says_what_is_chosen():
     assert explain(fixed, 24)[1:] == [
         "draft tokens per round: 8",
         "layers skipped: 12 of 24",
-        "layers chosen anew every 32 rounds, for at most 4 requests in one step",
+        "layers chosen again every 32 rounds, for at most 4 requests in one step",
         "drafting never stops early",
     ]
 

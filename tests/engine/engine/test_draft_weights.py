@@ -1,7 +1,7 @@
 """Drafts by quantised weights: the output stays plain vLLM's, and only what is named is quantised."""
 
 import pytest
-from engines import PROMPTS, Outcome, drafter, engine_process, generate, model_runner, running
+from engines import PROMPTS, Outcome, drafter, engine_process, generate, model_runner, running, tiny_llama
 
 INT8 = {
     "method": "layer_skip",
@@ -10,6 +10,7 @@ INT8 = {
     "num_speculative_tokens": 5,
     "draft_exit_threshold": 0.0,
 }
+INT4 = INT8 | {"draft_weights": "int4", "draft_weights_group_size": 32}
 CLASP = {
     "method": "clasp",
     "adaptive": False,
@@ -86,11 +87,122 @@ def test_memory_is_named_and_none_is_taken_without(call):
     assert call(quantised, None) == (0, 0, 0)
 
 
-def linear(dtype: str, kernel: str) -> float:
-    """The relative error of a quantised product."""
+class UnpackedInt4:
+    """Stands for vLLM's kernels for 4 bits, of which that for CPUs needs AVX-512: it unpacks the weight."""
+
+    def __init__(self, config, weight: str, scale: str) -> None:
+        assert config.partition_weight_shape == config.full_weight_shape
+        self.config, self.names = config, (weight, scale)
+
+    def process_weights_after_loading(self, layer) -> None:
+        for parameter in (getattr(layer, name) for name in self.names):
+            assert (parameter.input_dim, parameter.output_dim) == (1, 0)
+
+    def apply_weights(self, layer, x, bias=None):
+        import torch
+        from vllm.model_executor.layers.quantization.utils import quant_utils
+
+        packed, scale = (getattr(layer, name) for name in self.names)
+        of = self.config.weight_type
+        assert (packed.packed_dim, packed.packed_factor) == (1, 8)
+        values = quant_utils.unpack_quantized_values_into_int32(packed, of, packed_dim=1) - of.bias
+        weight = values * scale.repeat_interleave(self.config.group_size, 1)
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+
+def without_int4_kernel() -> None:
+    """Let ``UnpackedInt4`` be the kernel where there is none."""
     import torch
 
-    from clasp_vllm.engine import draft_weights
+    from clasp_vllm.engine import precisions
+
+    if precisions.unavailable("int4", torch.float32, 64):
+        precisions.choose_mp_linear_kernel = lambda config: UnpackedInt4
+
+
+@pytest.mark.parametrize("config", [INT8 | {"draft_weights": "fp8"}, INT4], ids=["fp8", "int4"])
+@pytest.mark.slow_on_v2
+def test_other_precisions(call, plain, config):
+    """The less exact the weights, the fewer drafts are accepted."""
+    call(without_int4_kernel)
+    got = call(outcome, config)
+    assert got.token_ids == plain.token_ids
+    assert 0.2 < got.num_accepted_tokens / got.num_draft_tokens < 0.99
+
+
+def reloaded(first: str, second: str, speculative_config: object) -> Outcome:
+    """What comes after another checkpoint has been loaded in place."""
+    with running(first, speculative_config=speculative_config) as llm:
+        generate(llm, PROMPTS[:4])
+        llm.reset_prefix_cache()
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": second})
+        return generate(llm, PROMPTS)
+
+
+def loaded(model: str) -> Outcome:
+    with running(model) as llm:
+        return generate(llm, PROMPTS)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.slow_on_v2
+def test_reloaded_weights_are_quantised_anew(call, tmp_path, tied):
+    """Drafts by the old ones would be accepted once in a while at most."""
+    models = [str(tiny_llama(tmp_path / str(seed), seed=seed, tie_word_embeddings=tied)) for seed in (0, 1)]
+    expected = call(loaded, models[1])
+    got = call(reloaded, *models, INT8)
+    assert got.token_ids == expected.token_ids
+    assert got.num_accepted_tokens / got.num_draft_tokens > 0.7
+
+
+def chosen(acceptance: float) -> tuple[list[str], Outcome]:
+    """What auto takes where drafts at every precision agree so often, and the output."""
+    from clasp_vllm.engine import auto_precision, draft_weights
+
+    auto_precision.AGREEMENT = dict.fromkeys(auto_precision.AGREEMENT, acceptance)
+    auto_precision._choose.cache_clear()
+    seen = []
+    original = auto_precision.auto_precision
+    draft_weights.auto_precision = lambda *args: seen.append(original(*args)) or seen[-1]
+    try:
+        return seen, outcome(INT8 | {"draft_weights": "auto"})
+    finally:
+        draft_weights.auto_precision = original
+
+
+@pytest.mark.slow_on_v2
+def test_auto(call, plain):
+    """A precision that never agrees is not taken, whatever it costs."""
+    taken, got = call(chosen, 0.0)
+    assert set(taken) == {"target"}
+    assert got.token_ids == plain.token_ids
+    assert got.num_accepted_tokens == got.num_draft_tokens > 0  # the target's own weights
+
+
+def refusal() -> str:
+    import os
+
+    from vllm.model_executor.kernels import linear
+
+    names = [kernel.__name__ for kernels in linear._POSSIBLE_KERNELS.values() for kernel in kernels]
+    os.environ["VLLM_DISABLED_KERNELS"] = ",".join(names)
+    with pytest.raises(ValueError, match="draft_weights") as error, running(speculative_config=INT4):
+        pass
+    return str(error.value)
+
+
+def test_a_precision_without_a_kernel_is_refused():
+    with engine_process("v1") as call:
+        assert "draft_weights='int4' has no kernel here" in call(refusal)
+
+
+def linear(dtype: str, product: str) -> float:
+    """The relative error of a quantised product."""
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from clasp_vllm.engine import precisions
+    from clasp_vllm.engine.draft_weights import DraftLinear
 
     torch.manual_seed(0)
     weight, x = (
@@ -99,17 +211,24 @@ def linear(dtype: str, kernel: str) -> float:
     )
     bias = torch.randn(96, dtype=weight.dtype)
     torch.set_default_dtype(weight.dtype)  # as while vLLM loads a model
-    method = draft_weights.DraftLinear(getattr(draft_weights, kernel))
-    method.load(weight)
+    with set_current_vllm_config(VllmConfig()):
+        method = DraftLinear(getattr(precisions, product)(group_size=32))
+        method.product.load(weight.flip(0))
+    method.product.load(weight)  # in the first one's place, while serving
     got, exact = method.apply(torch.nn.Module(), x, bias), torch.nn.functional.linear(x, weight, bias)
     assert got.dtype == x.dtype
-    assert method.num_bytes == 96 * 64 + 96 * 4
+    scales = 2 * weight.element_size() if product == "Int4" else 4  # of an output
+    assert method.product.num_bytes == 96 * ((32 if product == "Int4" else 64) + scales)
     return float((got - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kernel", ["VllmInt8", "TorchInt8"])
-def test_products(dtype, kernel):
+@pytest.mark.parametrize(
+    ("product", "error"),
+    # Without VNNI, oneDNN rounds inputs more coarsely than to 8 bits.
+    [("Int8", 0.1), ("TorchInt8", 0.03), ("Fp8", 0.06), ("Int4", 0.2)],
+)
+def test_products(dtype, product, error):
     with engine_process("v1") as call:
-        # Without VNNI, oneDNN rounds inputs more coarsely than to 8 bits.
-        assert 1e-4 < call(linear, dtype, kernel) < (0.1 if kernel == "VllmInt8" else 0.03)
+        call(without_int4_kernel)
+        assert 1e-4 < call(linear, dtype, product) < error

@@ -1,0 +1,104 @@
+"""``draft_weights: auto``: the precision that promises most on this device, by timing its products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+
+from clasp_vllm.control.costs import Array, measure_steps
+from clasp_vllm.control.planner import WORTH_IT
+from clasp_vllm.engine.precisions import product_of, unavailable
+
+logger = init_logger(f"vllm.{__name__}")
+
+# How often a draft's token is the target's, of a model of 135 million parameters
+# (docs/methods/draft_weights.md). Larger models agree more often.
+AGREEMENT = {"int8": 0.92, "fp8": 0.94, "int4": 0.79}
+BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.54}  # of a weight with its share of the scales
+LONGEST = 8  # draft tokens
+SHARE = 0.5  # of the memory that is left for the KV cache, what draft weights may take
+REPEATS = 8  # of a product, so that its launch does not count
+
+
+def auto_precision(vllm_config: VllmConfig, group_size: int) -> str:
+    """int8, fp8, int4, or target where none promises enough or fits; the same on all ranks."""
+    model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    if model.quantization is not None or model.is_moe:
+        kind = "a mixture of experts" if model.is_moe else "quantised"
+        logger.info_once("Layer skipping: draft_weights: auto takes target, for the model is %s", kind)
+        return "target"
+    text, hidden = model.hf_text_config, model.get_hidden_size()
+    width = text.intermediate_size // ranks
+    heads = model.get_num_attention_heads(vllm_config.parallel_config)
+    heads += model.get_num_kv_heads(vllm_config.parallel_config)
+    layers = model.get_num_layers(vllm_config.parallel_config)
+    parameters = hidden * (layers * (2 * heads * model.get_head_size() + 3 * width))
+    parameters += hidden * model.get_vocab_size() // ranks
+    left = _memory_left(vllm_config.cache_config.gpu_memory_utilization)
+    fitting = tuple(name for name, size in BYTES.items() if parameters * size <= SHARE * left)
+    return _choose(fitting, 2 * width, hidden, model.dtype, group_size)
+
+
+@cache
+def _choose(
+    candidates: tuple[str, ...], outputs: int, inputs: int, dtype: torch.dtype, group_size: int
+) -> str:
+    """By the products of an MLP's first layer."""
+    weight = torch.randn(outputs, inputs, dtype=dtype)
+    target = [
+        _seconds(lambda x: nn.functional.linear(x, weight), torch.randn(rows, inputs, dtype=dtype))
+        for rows in range(1, LONGEST + 2)
+    ]
+    promised = {"target": 1.0}
+    for name in candidates:
+        if unavailable(name, dtype, group_size) is None:
+            product = product_of(name, weight, head=False)(group_size)
+            product.load(weight)
+            row = torch.randn(1, inputs, dtype=dtype)
+            seconds = _seconds(partial(product, bias=None), row)
+            promised[name] = expected_ratio(AGREEMENT[name], np.array(target), seconds)
+    best = max(promised, key=promised.__getitem__)
+    if promised[best] < WORTH_IT:
+        best = "target"
+    group = get_tp_group()
+    if group.world_size > 1:
+        best = group.broadcast_object(best, src=0)
+    words = ", ".join(f"{name} {ratio:.2f}" for name, ratio in promised.items())
+    logger.info_once("Layer skipping: draft_weights: auto takes %s, of %s times plain decoding", best, words)
+    return best
+
+
+def expected_ratio(acceptance: float, verify: Array, draft: float) -> float:
+    """Tokens per second over plain decoding's, with the best number of draft tokens.
+
+    Args:
+        verify: seconds of a step of 1, 2, ... rows.
+        draft: of a draft step.
+    """
+    steps = np.arange(len(verify))
+    tokens = np.cumsum(acceptance**steps)
+    return float((tokens * verify[0] / (verify + steps * draft)).max())
+
+
+def _seconds(product: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    def repeat() -> None:
+        for _ in range(REPEATS):
+            product(x)
+
+    return measure_steps({0: repeat}, x.device)[0] / REPEATS
+
+
+def _memory_left(utilization: float) -> float:
+    """Bytes, of what the engine may take."""
+    if not torch.cuda.is_available():
+        return float(psutil.virtual_memory().available)
+    free, total = torch.cuda.mem_get_info()
+    return free - (1 - utilization) * total

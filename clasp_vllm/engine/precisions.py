@@ -1,0 +1,277 @@
+"""Linear products with quantised weights, by vLLM's kernels: one class for each precision."""
+
+# ruff: noqa: SLF001 - torch has no public name for what it quantises
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.custom_op import CustomOp
+from vllm.model_executor.kernels.linear import (
+    MPLinearLayerConfig,
+    choose_mp_linear_kernel,
+    init_fp8_linear_kernel,
+    init_int8_linear_kernel,
+)
+from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    get_fp8_min_max,
+    kFp8DynamicTokenSym,
+    kFp8StaticChannelSym,
+    pack_quantized_values_into_int32,
+    quantize_weights,
+)
+from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
+from vllm.platforms import current_platform
+from vllm.scalar_type import scalar_types
+
+from clasp_vllm.control.costs import measure_steps
+from clasp_vllm.engine.eager import enable_kernel
+
+logger = init_logger(f"vllm.{__name__}")
+
+INT4 = scalar_types.uint4b8
+ROWS = 4096  # of a weight, to quantise at a time: copies of a large one might not fit
+
+
+class Product(Protocol):
+    """A product with a quantised weight.
+
+    Attributes:
+        num_bytes: of the weight and its scales.
+    """
+
+    num_bytes: int
+
+    def __init__(self, group_size: int) -> None:
+        """``group_size``: inputs that share a scale; of int4 alone."""
+        ...
+
+    def load(self, weight: Tensor) -> None:
+        """Keep a quantised copy of [outputs, inputs]; of a later one at the same addresses: graphs read them.
+
+        Raises:
+            ValueError: vLLM has no kernel for this shape.
+        """
+        ...
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[rows, inputs] to [rows, outputs], of the weight's dtype."""
+        ...
+
+
+class _KernelProduct:
+    """By a kernel of vLLM, which finds what it needs in a module."""
+
+    num_bytes = 0
+
+    def __init__(self, group_size: int = 0) -> None:
+        self._group_size = group_size
+        self._layer = nn.Module()
+        self._kernel: Any = None
+
+    def load(self, weight: Tensor) -> None:
+        # Kernels for GPUs compute in 16 bits.
+        wide = weight.dtype == torch.float32 and not current_platform.is_cpu()
+        self._dtype = torch.bfloat16 if wide else weight.dtype
+        layer = self._quantise(weight)
+        self.num_bytes = sum(parameter.nbytes for parameter in layer.parameters())
+        if self._kernel is None:
+            self._kernel = self._choose_kernel(weight)
+            for part in vars(self._kernel).values():  # which quantise inputs
+                if isinstance(part, CustomOp):
+                    enable_kernel(part)
+        self._kernel.process_weights_after_loading(layer)
+        if getattr(self._layer, "weight", None) is None:  # the first, or kept in the kernel, as by oneDNN
+            self._layer = layer
+            return
+        new = dict(layer.named_parameters())
+        for name, parameter in self._layer.named_parameters():
+            parameter.data.copy_(new[name])
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(self._dtype)
+        out: Tensor = self._kernel.apply_weights(self._layer, x.to(self._dtype), bias)
+        return out.to(x.dtype)
+
+    def _quantise(self, weight: Tensor) -> nn.Module:
+        """The module that the kernel takes."""
+        raise NotImplementedError
+
+    def _choose_kernel(self, weight: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class Int8(_KernelProduct):
+    """A scale for each output. Inputs are quantised as they come, with a scale for each row."""
+
+    def _quantise(self, weight: Tensor) -> nn.Module:
+        return _module(*quantise(weight, 127, torch.int8), "input_zero_point", "azp_adj")
+
+    def _choose_kernel(self, weight: Tensor) -> Any:
+        return init_int8_linear_kernel(
+            is_channelwise=True, is_static_input_scheme=False, input_symmetric=True, module_name="drafts"
+        )
+
+
+class TorchInt8:
+    """PyTorch's kernel for x86 CPUs (FBGEMM). All rows of the inputs have one scale.
+
+    For CPUs without VNNI, where vLLM's is a product of oneDNN that is slower than the target's. FBGEMM adds
+    two products of an 8-bit input and a weight in 16 bits there, which weights of up to 64 keep from
+    overflowing. (Inputs of 7 bits would too, and are less exact.)
+    """
+
+    num_bytes = 0
+
+    def __init__(self, group_size: int = 0) -> None:
+        """``group_size`` is for others."""
+
+    def load(self, weight: Tensor) -> None:
+        """See ``Product``. Nothing reads the packed weight by its address."""
+        quantised, scale = quantise(weight, 64, torch.int8)
+        self.num_bytes = quantised.nbytes + scale.nbytes
+        scales, zeros = scale.flatten().double(), torch.zeros(len(weight), dtype=torch.int64)
+        with warnings.catch_warnings():  # deprecated; the packed weight is not, and is made of nothing else
+            warnings.simplefilter("ignore", UserWarning)
+            tensor = torch._make_per_channel_quantized_tensor(quantised, scales, zeros, 0)
+        self._packed = torch.ops.quantized.linear_prepack(tensor, None)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out = torch.ops.quantized.linear_dynamic(x.float(), self._packed, reduce_range=False).to(x.dtype)
+        return out if bias is None else out + bias
+
+
+class Fp8(_KernelProduct):
+    """E4M3, a scale for each output. Inputs are quantised as they come, with a scale for each row."""
+
+    def _quantise(self, weight: Tensor) -> nn.Module:
+        quantised, scale = quantise(weight, get_fp8_min_max()[1], current_platform.fp8_dtype())
+        layer = _module(quantised.t(), scale, "input_scale_ub")
+        layer.orig_dtype = self._dtype  # type: ignore[assignment]
+        return layer
+
+    def _choose_kernel(self, weight: Tensor) -> Any:
+        return _fp8_kernel((weight.shape[0], weight.shape[1]), self._dtype)
+
+
+class Int4(_KernelProduct):
+    """A scale for each group of inputs of an output. Inputs stay as they are."""
+
+    def _quantise(self, weight: Tensor) -> nn.Module:
+        _, quantised, scale, _ = quantize_weights(weight.t(), INT4, self._group_size)
+        packed = pack_quantized_values_into_int32(quantised.t().contiguous(), INT4, packed_dim=1)
+        # As in a checkpoint of compressed-tensors, which all kernels take.
+        dims: dict[str, Any] = {"input_dim": 1, "output_dim": 0, "weight_loader": None}
+        layer = nn.Module()
+        layer.weight = PackedvLLMParameter(data=packed, packed_dim=1, packed_factor=8, **dims)
+        layer.weight_scale = GroupQuantScaleParameter(data=scale.t().contiguous().to(self._dtype), **dims)
+        layer.bias = None
+        return layer
+
+    def _choose_kernel(self, weight: Tensor) -> Any:
+        of = _int4_config(weight.shape[1], weight.shape[0], self._dtype, self._group_size)
+        return choose_mp_linear_kernel(of)(of, "weight", "weight_scale")
+
+
+def _module(weight: Tensor, scale: Tensor, *absent: str) -> nn.Module:
+    """What kernels for 8 bits take; ``absent``: parameters that they ask for."""
+    layer = nn.Module()
+    layer.logical_widths = [len(scale)]  # type: ignore[assignment]
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+    for name in ("bias", "input_scale", *absent):
+        layer.register_parameter(name, None)
+    return layer
+
+
+def _fp8_kernel(shape: tuple[int, int], dtype: torch.dtype) -> Any:
+    return init_fp8_linear_kernel(
+        activation_quant_key=kFp8DynamicTokenSym,
+        weight_quant_key=kFp8StaticChannelSym,
+        weight_shape=shape,
+        input_dtype=dtype,
+        out_dtype=dtype,
+        module_name="drafts",
+    )
+
+
+def _int4_config(inputs: int, outputs: int, dtype: torch.dtype, group_size: int) -> MPLinearLayerConfig:
+    """What vLLM chooses a kernel by."""
+    return MPLinearLayerConfig(
+        full_weight_shape=(inputs, outputs),
+        partition_weight_shape=(inputs, outputs),
+        weight_type=INT4,
+        act_type=dtype,
+        group_size=group_size,
+        zero_points=False,
+    )
+
+
+def quantise(weight: Tensor, largest: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[outputs, inputs] to values of ``dtype`` up to ``largest``, and the [outputs, 1] float32 scales."""
+    quantised = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    scale = torch.empty(len(weight), 1, device=weight.device, dtype=torch.float32)
+    parts = (tensor.split(ROWS) for tensor in (weight, quantised, scale))
+    for of, into, factor in zip(*parts, strict=True):
+        factor.copy_(of.abs().amax(1, keepdim=True)).clamp_(min=1e-12).div_(largest)
+        values = of / factor
+        if not dtype.is_floating_point:
+            values.round_()
+        into.copy_(values.clamp_(-largest, largest))
+    return quantised, scale
+
+
+def product_of(precision: str, weight: Tensor, head: bool) -> type[Product]:
+    """The class for a linear layer or a head.
+
+    Args:
+        precision: int8, fp8 or int4. A head loses more by 4 bits than it saves and gets 8.
+    """
+    if precision == "int4" and not head:
+        return Int4
+    if precision == "fp8" or (precision == "int4" and current_platform.is_cuda_alike()):
+        return Fp8
+    return fastest_int8(weight)
+
+
+_fastest: dict[torch.dtype, type[Product]] = {}
+
+
+def fastest_int8(weight: Tensor) -> type[Product]:
+    """The fastest kernel here for one row, by trying each once for every dtype."""
+    if not current_platform.is_cpu() or "fbgemm" not in torch.backends.quantized.supported_engines:
+        return Int8
+    if weight.dtype not in _fastest:
+        kernels: tuple[type[Product], ...] = Int8, TorchInt8
+        _fastest[weight.dtype] = min(kernels, key=lambda kernel: _seconds(kernel, weight))
+        logger.info_once("Layer skipping: int8 draft weights by %s", _fastest[weight.dtype].__name__)
+    return _fastest[weight.dtype]
+
+
+def _seconds(kernel: type[Product], weight: Tensor) -> float:
+    """Of a product of one row."""
+    product, x = kernel(0), weight.new_ones(1, weight.shape[1])
+    product.load(weight)
+    return measure_steps({1: lambda: product(x, None)}, x.device)[0]
+
+
+def unavailable(precision: str, dtype: torch.dtype, group_size: int) -> str | None:
+    """Why there is no kernel for a precision here; None: there is one. Touches no GPU."""
+    try:
+        if precision == "int4":
+            of = _int4_config(1024, 1024, dtype, group_size)
+            kernel = choose_mp_linear_kernel(of)
+            if kernel is CPUWNA16LinearKernel and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+                return "vLLM's kernel for CPUs needs AVX-512"
+        elif precision == "fp8":
+            with set_current_vllm_config(VllmConfig()):
+                _fp8_kernel((1024, 1024), dtype)
+    except ValueError as error:
+        return str(error)
+    return None
