@@ -17,7 +17,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from clasp_vllm.config import ConfigError
 from clasp_vllm.device import to_device
-from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, prompt_tokens
+from clasp_vllm.drafting.batch import NgramMatches, SequenceBatch, prompt_tokens
 from clasp_vllm.drafting.draft import DraftOutput
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.passes import top_probability
@@ -40,10 +40,11 @@ class LayerSkipProposer(DraftModelProposer):
         self.runner = runner
         config = layer_skip_config(vllm_config)
         assert config is not None
+        self._tokens_on_host = device.type == "cpu" and not runner.use_async_scheduling
         # The context has to be on the host when drafting begins.
         self._lookup: Any = None
         self._matches: NgramMatches | None = None  # of the step that has just been sampled
-        if runner.use_async_scheduling or device.type != "cpu":
+        if not self._tokens_on_host:
             if config.ngram_cascade:
                 raise ConfigError(
                     "ngram_cascade=True: Model Runner V1 can do it on a CPU with --no-async-scheduling only; "
@@ -144,18 +145,33 @@ class LayerSkipProposer(DraftModelProposer):
             inputs = self.runner.input_batch
             spans = ends, inputs.num_computed_tokens_cpu[:num_reqs], inputs.num_prompt_tokens[:num_reqs]
             self.drafter.read(prompt_tokens(request_ids, target_hidden_states, *spans))
-        if rows.size == 0:
-            return drafts
-
-        batch = self._batch(rows, next_token_ids, positions, common_attn_metadata, matches)
-        sampling = _DraftSampling(self, rows, num_reqs, sampling_metadata)
-        output = self.drafter.draft(batch, num_speculative_tokens, sampling.sample)
-        log_statistics(self.drafter)
+        room = np.full(rows.size, num_speculative_tokens)
+        if self._tokens_on_host:
+            room = np.minimum(room, self._room(request_ids, next_token_ids, positions, rows))
+            rows, room = rows[room > 0], room[room > 0]
+        output = None
+        if rows.size:
+            batch = self._batch(rows, next_token_ids, positions, common_attn_metadata, matches)
+            sampling = _DraftSampling(self, rows, num_reqs, sampling_metadata)
+            output = self.drafter.draft(batch, int(room.max()), sampling.sample)
+            log_statistics(self.drafter)
         if output is not None:
-            drafts[to_device(rows, self.device)] = output.tokens
+            drafts[to_device(rows, self.device), : output.tokens.shape[1]] = output.tokens
             self._last_draft_probs = sampling.distribution(output)
         # With async scheduling the verification is under way: without drafts any tokens will do.
-        return drafts if self.runner.use_async_scheduling else _worth_verifying(output, rows, num_reqs)
+        return drafts if self.runner.use_async_scheduling else _worth_verifying(output, rows, room, num_reqs)
+
+    def _room(
+        self, request_ids: list[str], next_token_ids: Tensor, positions: Tensor, rows: np.ndarray
+    ) -> np.ndarray:
+        """[rows] int, draft tokens that may still get into each answer; none once a token has ended it."""
+        made = positions.numpy()[rows] + 1 - self.runner.input_batch.num_prompt_tokens[rows]
+        room = np.zeros(rows.size, dtype=np.int64)
+        for i, (row, token) in enumerate(zip(rows, next_token_ids[rows].tolist(), strict=True)):
+            params = self.runner.requests[request_ids[row]].sampling_params
+            if token != params.eos_token_id and token not in (params.stop_token_ids or ()):
+                room[i] = params.max_tokens - made[i] - 1  # the target adds one
+        return room
 
     def _batch(
         self,
@@ -164,7 +180,7 @@ class LayerSkipProposer(DraftModelProposer):
         positions: Tensor,
         common_attn_metadata: CommonAttentionMetadata,
         matches: NgramMatches | None,
-    ) -> DraftBatch:
+    ) -> SequenceBatch:
         """The ``rows`` to draft for, of all requests of the step."""
         num_reqs = len(positions)
         request_ids = self.runner.input_batch.req_ids[:num_reqs]
@@ -172,7 +188,7 @@ class LayerSkipProposer(DraftModelProposer):
         if max_lengths is None:
             max_lengths = torch.full((num_reqs,), self.max_model_len, dtype=torch.int32)
         greedy = self.runner.input_batch.greedy_reqs
-        return DraftBatch(
+        return SequenceBatch(
             request_ids,
             next_token_ids,
             positions,
@@ -274,11 +290,13 @@ class _DraftSampling:
         return np.array(grammars, dtype=bool) | seeded
 
 
-def _worth_verifying(output: DraftOutput | None, rows: np.ndarray, num_reqs: int) -> list[list[int]]:
+def _worth_verifying(
+    output: DraftOutput | None, rows: np.ndarray, room: np.ndarray, num_reqs: int
+) -> list[list[int]]:
     """By request, the tokens for a scheduler that waits for them: no more than are worth verifying."""
     short: list[list[int]] = [[] for _ in range(num_reqs)]
     if output is not None:
-        lengths = output.lengths.tolist()
+        lengths = np.minimum(output.lengths.numpy(force=True), room).tolist()
         for row, ids, length in zip(rows, output.tokens.tolist(), lengths, strict=True):
             short[row] = ids[:length]
     return short

@@ -39,7 +39,7 @@ def test_greedy_output_is_identical(plain, clasp):
     assert len(PROMPTS) >= 16
     assert all(len(ids) == 64 for ids in plain.token_ids)
     assert clasp.token_ids == plain.token_ids
-    assert clasp.num_draft_tokens == 5 * clasp.num_drafts > 0
+    assert 4.5 * clasp.num_drafts < clasp.num_draft_tokens <= 5 * clasp.num_drafts  # fewer at an answer's end
 
 
 def test_output_varies(plain):
