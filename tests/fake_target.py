@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.batch import SequenceBatch
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.passes import Model
 
@@ -141,10 +141,10 @@ class Target(nn.Module):
             position += 1
         return tokens
 
-    def batch(self) -> DraftBatch:
+    def batch(self) -> SequenceBatch:
         """All requests, about to be drafted for."""
         positions = torch.tensor([len(prompt) - 1 for prompt in self.prompts])
-        return DraftBatch(
+        return SequenceBatch(
             [str(row) for row in range(len(self.prompts))],
             torch.tensor([prompt[-1] for prompt in self.prompts]),
             positions,

@@ -67,7 +67,7 @@ class Opponent:
                     drafts.append(token)
             unsure = bool(drafts) and probability < settings.threshold
             following = Past(past.keys, past.values)
-            if drafts and not unsure:  # the token itself has keys and values from the full model
+            if drafts and not unsure:  # the token itself has keys and values from the target
                 self._step(following, tokens[-1], frozenset())
             while len(drafts) < settings.num_tokens and not unsure:
                 state = self._step(following, (tokens + drafts)[-1], skipped)
@@ -111,7 +111,7 @@ class Opponent:
         return out[0] if isinstance(out, tuple) else out
 
     def _optimize(self, past: Past, token: int, num_skipped: int) -> tuple[frozenset[int], Tensor]:
-        """The layers to skip, and the full model's last state."""
+        """The layers to skip, and the target's last state."""
         past = Past(past.keys, past.values)
         past.frozen = True  # every cell sees its own key and value only
         x, rotary = self._embed(past, token)

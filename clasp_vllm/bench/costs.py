@@ -25,7 +25,7 @@ import torch
 
 from clasp_vllm.bench.profile import Stopwatch
 from clasp_vllm.config import ConfigError, parse_config
-from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.batch import SequenceBatch
 from clasp_vllm.drafting.draft import DraftOutput, Sample
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.observer import RoundObserver
@@ -87,7 +87,7 @@ class MadeUpDrafts(RoundObserver):
         self._drafter, self._batch, self._longest = drafter, batch, longest
         self._timings, self._stopwatch = timings, stopwatch
 
-    def round_started(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> DraftOutput:
+    def round_started(self, batch: SequenceBatch, num_tokens: int, sample: Sample) -> DraftOutput:
         """See ``RoundObserver``."""
         with self._stopwatch.part("drafter"):
             self.length = -1
@@ -101,7 +101,7 @@ class MadeUpDrafts(RoundObserver):
             worth = torch.full_like(batch.positions, max(self.length, 0))
             return DraftOutput(tokens, worth, np.full(tokens.shape, -1))
 
-    def _time_parts(self, batch: DraftBatch, sample: Sample) -> None:
+    def _time_parts(self, batch: SequenceBatch, sample: Sample) -> None:
         drafter, everyone = self._drafter, np.arange(len(batch))
         options, policy = drafter.options, drafter.policy
         # So low a threshold costs what any does and stops nobody.
@@ -124,7 +124,7 @@ class MadeUpDrafts(RoundObserver):
         if drafter.statistics.total.failures:
             raise RuntimeError("drafting failed; the log says why")
 
-    def _time_drafts(self, batch: DraftBatch, sample: Sample) -> None:
+    def _time_drafts(self, batch: SequenceBatch, sample: Sample) -> None:
         """Rounds of one token and of as many as there may be, with ever fewer layers."""
         drafter, num_layers = self._drafter, self._drafter.decoder.num_layers
         for layers in layers_kept(num_layers):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from clasp_vllm.config import ConfigError, read_settings
-from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.batch import SequenceBatch
 from clasp_vllm.drafting.draft import DraftRound
 from clasp_vllm.drafting.observer import RoundObserver
 from clasp_vllm.tools import engine
@@ -86,7 +86,7 @@ class MaskRecorder(RoundObserver):
     def __init__(self) -> None:
         self.masks: dict[str, list[np.ndarray | None]] = defaultdict(list)
 
-    def round_ended(self, batch: DraftBatch, drafted: DraftRound | None) -> None:
+    def round_ended(self, batch: SequenceBatch, drafted: DraftRound | None) -> None:
         """See ``RoundObserver``."""
         masks: list[np.ndarray | None] = [None] * len(batch)
         if drafted is not None and drafted.skip_drafts is not None:

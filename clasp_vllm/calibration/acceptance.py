@@ -1,6 +1,6 @@
-"""How often a draft with some layers skipped predicts the full model's next token, at every position at once.
+"""How often a draft with some layers skipped predicts the target's next token, at every position at once.
 
-In a round of drafting the past is the full model's: a draft's query meets the full model's keys and
+In a round of drafting the past is the target's: a draft's query meets the target's keys and
 values of the tokens before it, and its own. One pass over the positions of an answer with an attention of
 exactly that form gives the first draft token at each of them. It runs on transformers, because it needs
 whole texts and no paged cache.
@@ -71,13 +71,13 @@ class ModelFacts:
 
 @dataclass
 class Text:
-    """A prompt and the answer of a model, with what the full model makes of it.
+    """A prompt and the answer of a model, with what the target makes of it.
 
     Attributes:
         tokens: [1, length] int64.
         positions: [1, counted] int64, whose next token is drafted.
         past: by layer the keys and values of all tokens, each [1, heads, length, head size].
-        logits: [counted, vocabulary], the full model's.
+        logits: [counted, vocabulary], the target's.
     """
 
     tokens: Tensor

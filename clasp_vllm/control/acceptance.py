@@ -1,7 +1,7 @@
 """How often draft tokens are accepted: by budget, by sequence and by position. It costs nothing to know.
 
 Every optimisation pass ends with one state for each budget. Whether the head makes the same token of
-it as of the full model's scores all budgets at once. Verification scores the budget in use, for each
+it as of the target's scores all budgets at once. Verification scores the budget in use, for each
 sequence and position. They meet in a logistic model, in which the chance that a token of a draft is
 accepted, if those before it were, is the sum, in logits, of
 
@@ -28,6 +28,7 @@ DRIFT = 0.005  # what one token adds to it
 KNOWN = 0.16  # where it ends up after many tokens
 MEAN_RATE = 0.02  # how far one token moves the mean to the offsets
 POSITION_SPREAD, POSITION_DRIFT = 0.5, 2e-4  # the same of the offsets of positions
+POSITION_GUESS = -0.7  # of all but the first, until there is evidence: 0.84 is followed by 0.70 (benchmarks)
 ENOUGH_TOKENS = 16.0  # at a position, for its own offset to count half; else the one before it does
 FORGET_ROUND = 1e-3  # of what may not be in use, each round
 FORGET = 1 / 64  # what passes forget of the curve, for each sequence optimised
@@ -92,7 +93,8 @@ class AcceptanceEvidence:
         self.started = 0  # sequences
         self.drafts = SequenceOffsets(capacity)
         self.ngrams = SequenceOffsets(capacity, NGRAM_GUESS)
-        self._position = np.zeros((2, longest))  # by kind; the first stays 0
+        self._position = np.full((2, longest), POSITION_GUESS)  # by kind
+        self._position[:, 0] = 0.0  # and stays
         self._position_variance = np.full((2, longest), POSITION_SPREAD)
         self._position_tokens = np.zeros((2, longest))
         self.continuation_prob = np.full((2, longest), 0.95)  # of all drafts, and of those right so far
@@ -107,7 +109,7 @@ class AcceptanceEvidence:
             offsets.start(slot, int(sampling))
 
     def add_pass(self, agree: np.ndarray) -> None:
-        """``agree``: [rows, budgets] bool, the budget's state predicts the full model's token."""
+        """``agree``: [rows, budgets] bool, the budget's state predicts the target's token."""
         for row in agree.astype(np.float64):
             self._trials = min(self._trials + 1, 1 / FORGET)
             self._curve += (row - self._curve) / self._trials
@@ -118,7 +120,7 @@ class AcceptanceEvidence:
         budget: int,
         first: np.ndarray,
         accepted: np.ndarray,
-        refused: np.ndarray,
+        rejected: np.ndarray,
     ) -> None:
         """What verification said of drafts made by skipping.
 
@@ -127,11 +129,11 @@ class AcceptanceEvidence:
             budget: the one in use.
             first: [rows] int64 tokens that a draft begins with and that are no evidence.
             accepted: [rows] int64 draft tokens accepted, those included.
-            refused: [rows] bool, whether a token was refused after these.
+            rejected: [rows] bool, whether a token was rejected after these.
         """
         if not len(slots):
             return
-        seen, won = self._outcomes(first, accepted, refused)
+        seen, won = self._outcomes(first, accepted, rejected)
         expected = self.acceptance(slots)[:, budget]
         kinds, error = self.kind[slots], (won - expected) * seen
         self.drafts.add(slots, kinds, expected, won, seen)
@@ -149,22 +151,22 @@ class AcceptanceEvidence:
         self._position_variance[kind] = np.minimum(variance + POSITION_DRIFT * tokens, POSITION_SPREAD)
         self._position_tokens[kind] += tokens
 
-    def add_ngrams(self, slots: np.ndarray, accepted: np.ndarray, refused: np.ndarray) -> None:
+    def add_ngrams(self, slots: np.ndarray, accepted: np.ndarray, rejected: np.ndarray) -> None:
         """What became of n-grams of the context; arguments as above."""
         if not len(slots):
             return
-        seen, won = self._outcomes(np.zeros_like(accepted), accepted, refused)
+        seen, won = self._outcomes(np.zeros_like(accepted), accepted, rejected)
         expected = np.broadcast_to(self.ngram_acceptance(slots)[:, None], seen.shape)
         self.ngrams.add(slots, self.kind[slots], expected, won, seen)
 
-    def _outcomes(self, first: np.ndarray, accepted: np.ndarray, refused: np.ndarray) -> tuple[Flags, Flags]:
+    def _outcomes(self, first: np.ndarray, accepted: np.ndarray, rejected: np.ndarray) -> tuple[Flags, Flags]:
         """[rows, longest] each: which tokens are evidence, and which of them were accepted."""
         won = self._steps < accepted[:, None]
-        seen = (self._steps < (accepted + refused)[:, None]) & (self._steps >= first[:, None])
+        seen = (self._steps < (accepted + rejected)[:, None]) & (self._steps >= first[:, None])
         return seen, won
 
     def forget(self, rounds: int = 1) -> None:
-        """Count rounds: what is not in use is not tried either, so verdicts on it do not last for ever."""
+        """Decay estimates by rounds, so that methods that are not in use are tried again."""
         kept = (1 - FORGET_ROUND) ** rounds
         self.ngrams.forget(self.kind, 1 - kept)
         self._position_tokens *= kept
@@ -182,7 +184,7 @@ class AcceptanceEvidence:
         self.continuation_prob += (went_on - count * self.continuation_prob) / self._lengths
 
     def positions(self) -> Array:
-        """[kinds, longest] offset of each position: as far as it has not been seen, that before it."""
+        """[kinds, longest] offset of each position; with few observations near the previous position's."""
         offset = self._position.copy()
         trust = self._position_tokens / (self._position_tokens + ENOUGH_TOKENS)
         for step in self._steps[1:]:
@@ -193,7 +195,7 @@ class AcceptanceEvidence:
         """[rows, budgets, longest]: that a token is accepted if those before it were.
 
         Args:
-            optimism: standard deviations of what is not yet known of a sequence, added to its estimate.
+            optimism: standard deviations of a sequence's estimate that are added to it.
         """
         curve = np.minimum.accumulate(np.clip(self._curve, 0.02, 0.98))  # skipping more is never better
         unknown = np.maximum(self.drafts.variance[slots] - KNOWN, 0.0)

@@ -137,19 +137,19 @@ class Controller:
 
     def draft_seconds(self, rows: int, parts: Sequence[int]) -> float:
         """Of a draft step, without correction. ``parts``: as in ``LayerShares.cost``."""
-        return float(self.costs.forward(rows, self._layer_shares.cost(parts)))
+        return float(self.costs.draft_step(rows, self._layer_shares.cost(parts)))
 
     def round_ended(
         self, request_ids: Sequence[str], drafts: UnverifiedDrafts | None, ended: DeviceEvent
     ) -> None:
         """A round has ended: remember its drafts, if there are any, until they are verified."""
         if drafts is not None:
-            self.outcomes.drafted(drafts)
+            self.outcomes.remember(drafts)
         self.evidence.forget(1 + self.gate.take_idled())
         self._times.round_ended(request_ids, ended)
         self._request_ids = list(request_ids)
 
-    def drafted(
+    def time_drafting(
         self,
         rows: int,
         events: tuple[DeviceEvent, DeviceEvent, DeviceEvent],
@@ -165,7 +165,7 @@ class Controller:
             optimized: rows of the pass; 0 = there was none.
         """
         seconds = self.costs.optimize(optimized, self._num_layers, self._budgets[-1]) if optimized else 0.0
-        self._times.drafted(rows, events, predicted, seconds)
+        self._times.add_drafting(rows, events, predicted, seconds)
 
     def choose(
         self,
@@ -237,7 +237,7 @@ class Controller:
         acceptance = self.evidence.acceptance(slots)[:, choice.budget].mean(0)
         skipped = self._budgets[choice.budget]
         plain = 1000 * float(costs.plain(len(slots), self._num_layers))
-        step = 1000 * float(costs.draft(len(slots), self._num_layers - skipped))
+        step = 1000 * float(costs.draft_step(len(slots), self._num_layers - skipped))
         self._log(
             f"{len(slots)} sequences: {WORDS[self.gate.state]}; "
             f"best: {choice.length} tokens with {skipped} of {self._num_layers} layers skipped, "
@@ -275,7 +275,7 @@ class Controller:
         return self.confidence.exit(self.evidence.kind[slots], choice.floor, device)
 
     def rounds_between_passes(self, choice: Choice, rows: int) -> int:
-        """How often a sequence's layers are chosen anew."""
+        """How often a sequence's layers are chosen again."""
         if self._interval is not None:
             return self._interval
         kept = self._num_layers - self._budgets[choice.budget]

@@ -76,7 +76,7 @@ class PassCosts:
             return _interpolate(tokens, self.step_rows, self.step)
         return self.forward(tokens, num_layers)
 
-    def draft(self, rows: Any, layers: Any) -> Array:
+    def draft_step(self, rows: Any, layers: Any) -> Array:
         """Seconds of a draft step."""
         fixed = self._at(self.draft_fixed or self.fixed, rows)
         layer = self._at(self.draft_layer or self.layer, rows)
@@ -199,7 +199,7 @@ class CostCorrections:
         self._pending: list[tuple[str, float, float, DeviceEvent, DeviceEvent]] = []
 
     def add(self, kind: str, rows: float, predicted: float, start: DeviceEvent, end: DeviceEvent) -> None:
-        """``predicted``: seconds without correction of ``rows`` rows between the marks."""
+        """``predicted``: seconds without correction of ``rows`` rows between the events."""
         self._pending.append((kind, rows, predicted, start, end))
 
     def settle(self) -> None:

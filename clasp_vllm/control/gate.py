@@ -3,11 +3,12 @@
 | state         | what is done                  | left for                                                   |
 |---------------|-------------------------------|------------------------------------------------------------|
 | `SPECULATING` | rounds with drafts            | `TRYING` or `OFF`, as the best choice promises             |
-| `TRYING`      | the same, by optimism alone   | `SPECULATING` or `OFF`, as what is accepted tells          |
+| `TRYING`      | the same; only the optimistic | `SPECULATING` or `OFF`, as what is accepted tells          |
+|               | estimate says that they pay   |                                                            |
 | `PROBING`     | one round, once there is room | `OFF` after it, or after `PATIENCE` steps without room     |
 | `OFF`         | plain steps                   | `SPECULATING` or `TRYING` if a new decision says so, due   |
 |               |                               | every `OFF_CHECK` steps and when the batch changes;        |
-|               |                               | `PROBING` when a probe has been saved for                  |
+|               |                               | `PROBING` when the time that it may lose has built up      |
 
 No round is begun that could lose more than the loss budget holds: it then is `OFF`.
 """

@@ -27,7 +27,7 @@ class LossBudget:
         """Count an engine step."""
         self._add(SHARE)
 
-    def drafted(self, seconds: float, plain_seconds: float) -> None:
+    def charge_drafting(self, seconds: float, plain_seconds: float) -> None:
         """Drafting took so long. ``plain_seconds``: of a plain step of the same rows."""
         self._add(-seconds / plain_seconds)
 

@@ -1,4 +1,4 @@
-"""How long each sequence's prompt-lookup match is: what the host goes by when it chooses how to draft."""
+"""Predicts the length of each sequence's prompt-lookup match, so that the host need not wait for the GPU."""
 
 from __future__ import annotations
 

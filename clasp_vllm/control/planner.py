@@ -153,11 +153,11 @@ class Batch:
         in_step = np.full(runs.shape, float(self.rows))
         if self.drop_stopped:
             in_step = np.maximum(self.rows * alive_prob / np.maximum(runs, 1e-9), 1.0)
-        steps = runs * self.costs.draft(in_step, self.layers[..., None])
+        steps = runs * self.costs.draft_step(in_step, self.layers[..., None])
         return _from_zero(np.cumsum(steps, axis=-1))
 
-    def drafted(self) -> Array:
-        """[budgets, longest + 1] tokens of a row to verify besides the last sampled one."""
+    def tokens_to_verify(self) -> Array:
+        """[budgets, longest + 1] tokens of a row to verify beside the last sampled one."""
         alive_prob = self.alive_prob
         return _from_zero(np.cumsum(np.ones_like(alive_prob) if self.padded else alive_prob, axis=-1))
 
@@ -170,10 +170,10 @@ class Batch:
         may gain."""
         if not choice.length:
             return 0.0
-        drafted = self.drafted()[choice.budget, choice.length]
+        drafted = self.tokens_to_verify()[choice.budget, choice.length]
         rows, tokens = self.rows, self.rows * (1 + drafted)
         layers = self.layers[choice.budget]
-        seconds = float(self.costs.draft(rows, layers)) / rows
+        seconds = float(self.costs.draft_step(rows, layers)) / rows
         if not self.padded:
             seconds += max(float(self.verify(tokens + 1) - self.verify(tokens)), 0.0)
         gained = self.acceptance[:, choice.budget, 1:]
@@ -192,7 +192,7 @@ def choose(batch: Batch, ngrams: Ngrams | None = None) -> Choice:
     extra_tokens, extra_verified = (np.zeros(1),) * 2 if ngrams is None else ngrams.take(batch.longest)
     # [budgets, longest + 1, taken + 1]
     tokens = tokens[..., None] + extra_tokens
-    verified = rows * (1 + batch.drafted()[..., None]) + extra_verified
+    verified = rows * (1 + batch.tokens_to_verify()[..., None]) + extra_verified
     allowed = np.zeros(tokens.shape, dtype=bool)
     allowed[:, list(batch.lengths) if rows else []] = True
     if ngrams is None:
@@ -239,7 +239,7 @@ def _from_zero(sums: Any) -> Array:
 def rounds_between_passes(
     costs: PassCosts, num_layers: int, budget: int, choice: Choice, rows: int, layers: float
 ) -> int:
-    """How often a sequence's layers may be chosen anew for passes to take ``PASS_SHARE`` of the time."""
-    extra = costs.optimize(1, num_layers, budget) - float(costs.draft(1, layers))
+    """How often a sequence's layers may be chosen again for passes to take ``PASS_SHARE`` of the time."""
+    extra = costs.optimize(1, num_layers, budget) - float(costs.draft_step(1, layers))
     share = rows * max(extra, 0.0) / (PASS_SHARE * choice.seconds)
     return int(min(max(math.ceil(share), INTERVALS[0]), INTERVALS[1]))

@@ -14,7 +14,7 @@ from clasp_vllm.control.costs import Array, LayerShares, PassCosts
 from clasp_vllm.control.planner import WORTH_IT, Batch, Choice, Ngrams, choose, draft_lengths
 
 MAX_BATCHES = 256  # sets of sequences, of which what draft steps run is kept
-SKIPPING_EVERY = 8  # rounds with prompt-lookup matches, after which drafts by skipping are priced anew
+SKIPPING_EVERY = 8  # rounds with prompt-lookup matches, after which drafts by skipping are priced again
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Pricing:
     def reset(self) -> None:
         """Forget what was priced: slots may be those of others."""
         self._layers.clear()
-        # By optimism: of what slots, the best drafts by skipping, and for how many rounds.
+        # By optimism: the slots, their best choice with layer skipping, and its age in rounds.
         self._skipping: dict[float, tuple[bytes, Choice, int]] = {}
 
     def best(

@@ -1,4 +1,4 @@
-"""One opinion for all ranks that run the layers together: rank 0's cost corrections and loss budget."""
+"""Gives all tensor-parallel ranks rank 0's cost corrections and loss budget, so that they decide alike."""
 
 from __future__ import annotations
 

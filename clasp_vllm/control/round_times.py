@@ -37,7 +37,7 @@ class _Part:
 
 
 class RoundTimes:
-    """The clock of one engine. On a GPU it learns late, and never waits."""
+    """Times rounds. On a GPU times arrive a round late, so that the host never waits."""
 
     def __init__(self, num_layers: int, corrections: CostCorrections) -> None:
         """
@@ -77,7 +77,7 @@ class RoundTimes:
             self._corrections.add("verify_scale", step.tokens, step.predicted, step.started, ended)
             self._parts.append(_Part(step.rows, step, step.started, ended))
 
-    def drafted(
+    def add_drafting(
         self,
         rows: int,
         events: tuple[DeviceEvent, DeviceEvent, DeviceEvent],
@@ -103,7 +103,7 @@ class RoundTimes:
         self._running, self._ended, self._device = frozenset(request_ids), ended, ended.device
 
     def idled(self, last: bool) -> None:
-        """A plain step without a decision. The last of several is timed by the step that follows."""
+        """A plain step without a decision. Of several only the last is timed, when the next step starts."""
         assert self._device is not None
         self._ended = DeviceEvent(self._device) if last else None
 
@@ -116,6 +116,6 @@ class RoundTimes:
             plain = float(costs.plain(part.rows, self._num_layers))
             step = part.verification
             if step is None:
-                budget.drafted(seconds, plain)
+                budget.charge_drafting(seconds, plain)
             else:
                 budget.verified(part.rows, step.tokens - int(step.rejected.get()), seconds, plain)

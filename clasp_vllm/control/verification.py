@@ -23,7 +23,7 @@ class UnverifiedDrafts:
         request_ids: [rows].
         slots: [rows] int64, of the ``SequenceTable``.
         looked_up: [rows] bool, whether the draft is an n-gram of the context and not the model's.
-        certain: [rows] bool, whether the first token is the full model's own.
+        certain: [rows] bool, whether the first token is the target's own.
         lengths: [rows] int64 on the device, the tokens worth verifying.
         drafted: [rows] int64, the tokens drafted where rows go on together though some have stopped; None:
             as many as are worth verifying.
@@ -45,8 +45,14 @@ class UnverifiedDrafts:
 
 @dataclass(frozen=True)
 class _Verified:
-    """Rows of drafts of which verification has spoken: draft tokens verified, and on their way to the host
-    the lengths and how many tokens were rejected, and how sure the draft was."""
+    """Verified drafts, whose counts are still being copied to the host.
+
+    Attributes:
+        rows: [n] int64, those of ``drafts`` that were verified.
+        verified: [n] int, draft tokens verified of each.
+        counts: [2, n] int64 lengths of the drafts and tokens rejected.
+        confidence: [n, tokens], how sure the draft was.
+    """
 
     drafts: UnverifiedDrafts
     rows: np.ndarray
@@ -66,7 +72,7 @@ class VerificationOutcomes:
         self._drafts: UnverifiedDrafts | None = None
         self._pending: _Verified | None = None
 
-    def drafted(self, drafts: UnverifiedDrafts) -> None:
+    def remember(self, drafts: UnverifiedDrafts) -> None:
         """Remember a round's drafts until they are verified."""
         self._drafts = drafts
 
@@ -106,19 +112,19 @@ class VerificationOutcomes:
         there = lengths if drafts.drafted is None else np.where(ours, drafts.drafted[rows], lengths)
         drafted = np.minimum(there, verified)  # the scheduler may have cut them
         accepted = np.minimum(verified - rejected, drafted)
-        refused = accepted < drafted
+        any_rejected = accepted < drafted
         ngram = drafts.looked_up[rows]
-        self._evidence.add_ngrams(slots[ngram], accepted[ngram], refused[ngram])
+        self._evidence.add_ngrams(slots[ngram], accepted[ngram], any_rejected[ngram])
         self._evidence.add_verified(
             slots[ours],
             drafts.choice.budget,
             first[ours],
             accepted[ours],
-            refused[ours],
+            any_rejected[ours],
         )
         self._evidence.add_lengths(lengths[ours], limits[ours], accepted[ours])
         if verification.confidence is not None:
             sure = verification.confidence.get().numpy()
             step = np.arange(sure.shape[1])
-            seen = (step >= first[:, None]) & (step < (accepted + refused)[:, None]) & ours[:, None]
+            seen = (step >= first[:, None]) & (step < (accepted + any_rejected)[:, None]) & ours[:, None]
             self._confidence.add(self._evidence.kind[slots], sure, step < accepted[:, None], seen)

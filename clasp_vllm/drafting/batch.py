@@ -98,7 +98,7 @@ class NgramMatches:
 
 
 @dataclass(frozen=True)
-class DraftBatch:
+class SequenceBatch:
     """The sequences to draft for: those that have just sampled a token.
 
     Attributes:
@@ -122,12 +122,12 @@ class DraftBatch:
     def __len__(self) -> int:
         return len(self.request_ids)
 
-    def select(self, rows: np.ndarray) -> DraftBatch:
+    def select(self, rows: np.ndarray) -> SequenceBatch:
         """The given rows."""
         if len(rows) == len(self) and (rows == np.arange(len(self))).all():
             return self
         on_device = to_device(rows, self.tokens.device)
-        return DraftBatch(
+        return SequenceBatch(
             [self.request_ids[row] for row in rows],
             self.tokens[on_device],
             self.positions[on_device],

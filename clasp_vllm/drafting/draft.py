@@ -69,7 +69,7 @@ class LayerSkipDraft:
 
     Attributes:
         draft: the tokens.
-        due: rows whose layers were chosen anew; the first token of these is certain.
+        due: rows whose layers were chosen in this round; the first token of these is certain.
         masks: [rows, num_layers, 2] bool on the host, what each row skipped.
         events: the start of the round, the end of its optimisation pass, and its end.
     """

@@ -2,7 +2,7 @@
 
 A round starts from the last sampled token of each sequence, whose keys and values are not in the
 cache yet. Rows whose mask is due first go through the dynamic programme on that token: column 0
-of it is the full model, so its prediction is the round's first draft and is accepted with
+of it is the target, so its prediction is the round's first draft and is accepted with
 certainty. All other tokens are drafted by the target with each row's skipped layers left out.
 """
 
@@ -22,7 +22,7 @@ from clasp_vllm.control.early_exit import Exit, FixedExit
 from clasp_vllm.control.planner import Choice
 from clasp_vllm.control.verification import UnverifiedDrafts
 from clasp_vllm.device import DeviceEvent, to_device
-from clasp_vllm.drafting.batch import DraftBatch, PromptTokens
+from clasp_vllm.drafting.batch import PromptTokens, SequenceBatch
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.draft import DrafterOptions, DraftOutput, DraftRound, LayerSkipDraft, Sample
 from clasp_vllm.drafting.observer import RoundObserver
@@ -54,7 +54,7 @@ class Drafter:
         Args:
             policy: who chooses the layers, of these sequences.
             make_controller: given what passes cost, the controller, if there is to be one.
-            share: makes what a pass found the same on all ranks that run the layers together.
+            share: makes the result of a pass the same on all ranks that run the layers together.
             on_failure: told of an exception while drafting and how many there were before; raises it
                 where the engine cannot go on. None: all are raised, as all before the start has ended.
         """
@@ -75,7 +75,7 @@ class Drafter:
         self._plans: Plans | None = None
         self._predicted = 0.0  # seconds of the draft steps of this round
 
-    def draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> DraftOutput | None:
+    def draft(self, batch: SequenceBatch, num_tokens: int, sample: Sample) -> DraftOutput | None:
         """Draft up to ``num_tokens`` tokens for every sequence of the batch.
 
         Returns None if that failed and the engine can go on: a draft writes nothing that verification
@@ -122,7 +122,7 @@ class Drafter:
             self.guarded(lambda: controller.observe(request_ids, lengths, rejected))
 
     def may_idle(self, request_ids: Sequence[str]) -> bool:
-        """Whether ``idles`` may say so of these requests. Counts nothing."""
+        """Whether ``idles`` could be true of these requests. Changes nothing."""
         return self.controller is not None and self.controller.may_idle(request_ids)
 
     def idles(self, request_ids: Sequence[str]) -> bool:
@@ -139,7 +139,7 @@ class Drafter:
         if prompts:
             self.guarded(lambda: self.policy.read(prompts))
 
-    def _draft(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> DraftRound:
+    def _draft(self, batch: SequenceBatch, num_tokens: int, sample: Sample) -> DraftRound:
         rows, device = len(batch), batch.tokens.device
         sampling = np.zeros(rows, dtype=bool) if batch.sampling is None else batch.sampling
         slots, started = self._slots(batch.request_ids, sampling)
@@ -202,7 +202,7 @@ class Drafter:
             if skip_drafts.draft.confidence is not None:
                 sure = skip_drafts.draft.confidence.new_zeros(rows, skip_drafts.draft.confidence.shape[1])
                 sure[_rows(skipping, rows, lengths.device)] = skip_drafts.draft.confidence
-            controller.drafted(rows, skip_drafts.events, self._predicted, skip_drafts.due.size)
+            controller.time_drafting(rows, skip_drafts.events, self._predicted, skip_drafts.due.size)
             ended = skip_drafts.events[-1]
         drafts = UnverifiedDrafts(
             request_ids, done.slots, done.looked_up, certain, lengths, drafted, limits, sure, done.choice
@@ -211,13 +211,13 @@ class Drafter:
 
     def _draft_by_skipping(
         self,
-        batch: DraftBatch,
+        batch: SequenceBatch,
         slots: np.ndarray,
         running: int,
         choice: Choice,
         sample: Sample,
     ) -> LayerSkipDraft:
-        """Draft for the rows with layers left out, after choosing these anew where that is due.
+        """Draft for the rows with layers left out, after new choices of these where they are due.
 
         ``running``: sequences of the round, whatever is drafted for them.
         """
@@ -289,9 +289,9 @@ class Drafter:
         return self.options.optimization_interval
 
     def _first_hidden(
-        self, batch: DraftBatch, slots: np.ndarray, due: np.ndarray, exact: Tensor | None, choice: Choice
+        self, batch: SequenceBatch, slots: np.ndarray, due: np.ndarray, exact: Tensor | None, choice: Choice
     ) -> Tensor:
-        """[rows, hidden_size]: the full model's states where optimised, the draft's elsewhere."""
+        """[rows, hidden_size]: the target's states where optimised, the draft's elsewhere."""
         assert self._plans is not None
         if exact is None:
             return self._draft_step(batch, self._plans.plan(slots, choice))
@@ -303,12 +303,12 @@ class Drafter:
             hidden[to_device(rest, exact.device)] = self._draft_step(batch.select(rest), plan)
         return hidden
 
-    def _draft_step(self, batch: DraftBatch, plan: Plan) -> Tensor:
+    def _draft_step(self, batch: SequenceBatch, plan: Plan) -> Tensor:
         """One forward pass of the draft: [rows, hidden_size]."""
         self.statistics.total.sublayers += len(plan.steps)
         if self.controller is not None:
             self._predicted += self.controller.draft_seconds(len(batch), [part for _, part, _ in plan.steps])
-        return self.passes.draft(batch, plan)
+        return self.passes.draft_step(batch, plan)
 
     def forget(self) -> None:
         """Know of no requests, as after the start."""

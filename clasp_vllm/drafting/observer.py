@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.batch import SequenceBatch
 from clasp_vllm.drafting.draft import DraftOutput, DraftRound, Sample
 
 
@@ -19,7 +19,7 @@ class RoundObserver(Protocol):
     count as a failure of drafting. To look at a tensor on the device is to wait for it.
     """
 
-    def round_started(self, batch: DraftBatch, num_tokens: int, sample: Sample) -> DraftOutput | None:
+    def round_started(self, batch: SequenceBatch, num_tokens: int, sample: Sample) -> DraftOutput | None:
         """A round begins, and nothing has been done for it.
 
         Args:
@@ -28,12 +28,12 @@ class RoundObserver(Protocol):
             sample: the engine's, to choose tokens by.
 
         Returns:
-            Drafts to verify in the place of the drafter's, which then sits this round out and tells of no end
-            of it. None: the drafter drafts.
+            Drafts to verify in the place of the drafter's, which is not run then, nor ``round_ended`` called.
+            None: the drafter drafts.
         """
         return None
 
-    def round_ended(self, batch: DraftBatch, drafted: DraftRound | None) -> None:
+    def round_ended(self, batch: SequenceBatch, drafted: DraftRound | None) -> None:
         """The drafter has drafted for the batch; None: that failed, and there are no drafts."""
         return
 

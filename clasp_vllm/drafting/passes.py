@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clasp_vllm.control.costs import PassCosts, measure_pass_costs
 from clasp_vllm.device import synchronize, to_device
-from clasp_vllm.drafting.batch import DraftBatch, PagedAttention
+from clasp_vllm.drafting.batch import PagedAttention, SequenceBatch
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.plans import Plan
 from clasp_vllm.drafting.scratch import ScratchBlocks
@@ -33,8 +33,8 @@ class DraftRunner(Protocol):
         """Whether it runs steps of so many rows."""
         ...
 
-    def draft(self, batch: DraftBatch, plan: Plan) -> Tensor:
-        """See ``Passes.draft``. The result is overwritten by the next step."""
+    def draft_step(self, batch: SequenceBatch, plan: Plan) -> Tensor:
+        """See ``Passes.draft_step``. The result is overwritten by the next step."""
         ...
 
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,16 +92,16 @@ class Passes:
         graphs = self._graphs()
         return graphs if graphs is not None and graphs.takes(rows) else None
 
-    def draft(self, batch: DraftBatch, plan: Plan) -> Tensor:
+    def draft_step(self, batch: SequenceBatch, plan: Plan) -> Tensor:
         """One forward pass of the target without the skipped sub-layers: [rows, hidden_size]."""
         runner = self._runner(len(batch.tokens))
-        return self.draft_eagerly(batch, plan) if runner is None else runner.draft(batch, plan)
+        return self.draft_step_eagerly(batch, plan) if runner is None else runner.draft_step(batch, plan)
 
-    def draft_eagerly(self, batch: DraftBatch, plan: Plan) -> Tensor:
+    def draft_step_eagerly(self, batch: SequenceBatch, plan: Plan) -> Tensor:
         """The same by calling one module after the other."""
         return self._run(self._draft.decoder, batch, plan)
 
-    def _run(self, decoder: Decoder, batch: DraftBatch, plan: Plan) -> Tensor:
+    def _run(self, decoder: Decoder, batch: SequenceBatch, plan: Plan) -> Tensor:
         state = decoder.embed(batch.tokens)
         positions = self._rotary(batch.positions)
         with self.attention.decode(batch.positions, batch.block_table, batch.max_lengths):
@@ -139,13 +139,13 @@ class Passes:
 
     def programme(
         self,
-        batch: DraftBatch,
+        batch: SequenceBatch,
         budget: int,
         prior: Tensor | None,
         memory: float,
         centre: Tensor | None,
     ) -> tuple[Programme, Tensor]:
-        """The dynamic programme on one token per row, and the full model's final hidden states."""
+        """The dynamic programme on one token per row, and the target's final hidden states."""
         assert self.scratch is not None
         rows, decoder = len(batch), self._draft.decoder
         tables, source, target = self.scratch.virtual_requests(batch.block_table, batch.positions)
@@ -182,8 +182,8 @@ class Passes:
                 hidden = decoder.finish((delta, residual))
             return programme, hidden
 
-    def _reference(self, batch: DraftBatch) -> tuple[Tensor, Tensor]:
-        """The full model's [num_layers, rows, hidden_size] float32 states, and its final hidden states."""
+    def _reference(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """The target's [num_layers, rows, hidden_size] float32 states, and its final hidden states."""
         decoder, states = self._target.decoder, []
         positions = self._rotary(batch.positions)
         with self.attention.decode(batch.positions, batch.block_table, batch.max_lengths):
@@ -194,9 +194,9 @@ class Passes:
             return torch.stack(states), decoder.finish(state)
 
     def agreement(self, programme: Programme, budgets: Tensor, hidden: Tensor) -> Tensor:
-        """[rows, budgets] bool: the state of the budget ([budgets] int64) predicts the full model's token.
+        """[rows, budgets] bool: the state of the budget ([budgets] int64) predicts the target's token.
 
-        ``hidden``: [rows, hidden_size], the full model's final hidden states.
+        ``hidden``: [rows, hidden_size], the target's final hidden states.
         """
         delta, residual = (x.index_select(0, budgets).flatten(0, 1) for x in programme.states)
         drafts = self._draft.decoder.finish((delta, residual))
@@ -233,9 +233,9 @@ class Passes:
         tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         table = torch.full((rows, 1), block, dtype=torch.int32, device=device)
         lengths = torch.full((rows,), position + 1, dtype=torch.int32)
-        batch = DraftBatch([], tokens, tokens + position, table, lengths)
+        batch = SequenceBatch([], tokens, tokens + position, table, lengths)
         if model is self._draft:
-            self.head(self.draft(batch, plan))[0].argmax(-1)
+            self.head(self.draft_step(batch, plan))[0].argmax(-1)
         else:
             model.logits(self._run(model.decoder, batch, plan)).argmax(-1)
 

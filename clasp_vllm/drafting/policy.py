@@ -1,4 +1,4 @@
-"""Who chooses the layers that each sequence skips: what drafting asks of a method."""
+"""What drafting asks of a method: to choose the layers that each sequence skips."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from clasp_vllm.control.controller import Controller
-from clasp_vllm.drafting.batch import DraftBatch, PromptTokens
+from clasp_vllm.drafting.batch import PromptTokens, SequenceBatch
 
 
 class Policy:
@@ -18,7 +18,7 @@ class Policy:
         """Forget all that was learnt."""
 
     def apply(self) -> None:
-        """Put masks that have been found since into the table. Called at the start of every round."""
+        """Put masks that have been chosen since into the table. Called at the start of every round."""
 
     reads_prompts = False  # whether it wants to be told of prompts
 
@@ -30,23 +30,23 @@ class Policy:
         return {}
 
     def gauges(self) -> dict[str, float]:
-        """What there is to see of the last choice, by the name of its metric."""
+        """Values of gauges for the last choice, by the name of the metric."""
         return {}
 
     def due(self, slots: np.ndarray, interval: int) -> np.ndarray:
-        """Rows (indices into ``slots``) whose masks are to be chosen anew in this round.
+        """Rows (indices into ``slots``) whose masks are to be chosen in this round.
 
         ``interval``: rounds between two choices.
         """
         return np.empty(0, dtype=np.int64)
 
-    def optimize(self, batch: DraftBatch, slots: np.ndarray) -> Tensor:
-        """Choose the masks of a batch anew, by a pass that runs the full model on its last tokens.
+    def optimize(self, batch: SequenceBatch, slots: np.ndarray) -> Tensor:
+        """Choose the masks of a batch, by a pass that runs the target on its last tokens.
 
         Args:
             slots: [rows] int64 of the batch.
 
         Returns:
-            [rows, hidden_size] the full model's final hidden states.
+            [rows, hidden_size] the target's final hidden states.
         """
         raise RuntimeError("nothing was due")

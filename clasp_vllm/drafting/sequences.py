@@ -18,7 +18,7 @@ class SequenceTable:
 
     Holds ``capacity`` sequences, enough for all that can run at once. When it is full a new
     sequence takes the slot of the one seen longest ago, which has finished or waits; one that comes
-    back starts afresh. A sequence has ``initial_mask`` until its own is found.
+    back starts afresh. A sequence has ``initial_mask`` until its own is chosen.
     """
 
     def __init__(self, capacity: int, initial_mask: Tensor) -> None:
@@ -34,10 +34,10 @@ class SequenceTable:
         self.initial_mask = initial_mask
         self.masks = initial_mask.repeat(capacity, 1, 1, 1)  # [capacity, budgets, num_layers, 2]
         self.changed = 0  # masks set that were not as before
-        self.has_own = np.zeros(capacity, dtype=bool)  # whether its own mask has been found
+        self.has_own = np.zeros(capacity, dtype=bool)  # whether its own mask has been chosen
         self.age = np.full(capacity, NEVER, dtype=np.int64)  # rounds since then
         # Where an initial mask is good enough to start with: the rounds over which new sequences spread
-        # until theirs is found. Else it is found at once.
+        # until theirs is chosen. Else it is chosen at once.
         self.spread: int | None = None
         self._arrivals = 0
         self.version += 1
@@ -89,22 +89,22 @@ class SequenceTable:
         self.version += 1
 
     def set_initial_mask(self, mask: Tensor) -> None:
-        """Change the [budgets, num_layers, 2] masks of sequences whose own has not been found."""
+        """Change the [budgets, num_layers, 2] masks of sequences whose own has not been chosen."""
         self.initial_mask = mask
         self.masks[torch.from_numpy(~self.has_own)] = mask
         self.version += 1
 
     def due(self, slots: np.ndarray, interval: int, limit: int) -> np.ndarray:
-        """Rows (indices into ``slots``) whose masks are to be found now, at most ``limit``.
+        """Rows (indices into ``slots``) whose masks are to be chosen now, at most ``limit``.
 
-        Those whose masks are ``interval`` rounds old or have never been found, the oldest first.
+        Those whose masks are ``interval`` rounds old or have never been chosen, the oldest first.
         """
         age = self.age[slots]
         rows = np.flatnonzero(age >= interval)
         return rows[np.argsort(-age[rows], kind="stable")][:limit]
 
     def advance(self, slots: np.ndarray, renewed: np.ndarray) -> None:
-        """Count one round; ``renewed`` rows have just had their masks found."""
+        """Count one round; ``renewed`` rows have just had their masks chosen."""
         age = self.age[slots]
         self.age[slots] = np.where(age == NEVER, NEVER, age + 1)
         self.age[slots[renewed]] = 1

@@ -17,7 +17,7 @@ GAUGES = {
     "draft_length": "Draft tokens by layer skipping chosen for a round; 0 = none are drafted so now.",
     "skipped_layers": "Layers that the best draft would skip.",
     "expected_ratio": "Tokens per second that the best draft promises, over plain decoding's.",
-    "similarity": "Cosine of the last hidden state of the draft to the full model's, at the number of layers "
+    "similarity": "Cosine of the last hidden state of the draft to the target's, at the number of layers "
     "skipped now, as the last optimisation pass found it (on a GPU the one before).",
 }
 # The counts that are metrics, and what they mean there.
@@ -25,13 +25,13 @@ COUNTERS = {
     "rounds": "Drafting rounds of the batch.",
     "steps": "Forward passes of the draft.",
     "sublayers": "Attention and MLP sub-layers that forward passes of the draft ran.",
-    "plain_steps": "Engine steps after which nothing was drafted: it would not have paid, or what a step "
-    "without drafts costs was to be known.",
+    "plain_steps": "Engine steps after which nothing was drafted: it would not have paid, or the cost of "
+    "a plain step was to be measured.",
     "ngrams": "Drafts looked up in the context, one per sequence and round.",
     "early_exit_tokens": "Draft tokens left undrafted because drafting for a sequence stopped early.",
     "passes": "Optimisation passes of the batch.",
     "pass_seconds": "Time that optimisation passes took.",
-    "optimized": "Skip masks found, one per sequence and optimisation pass.",
+    "optimized": "Skip masks chosen, one per sequence and optimisation pass.",
     "changed": "Of these, those that differ from the sequence's before, for any number of layers.",
     "failures": "Drafting rounds that failed and went without drafts.",
 }
@@ -46,13 +46,13 @@ class DraftCounts:
         sequences: drafts, one per sequence and round.
         steps: forward passes of the draft.
         sublayers: attention and MLP sub-layers that these ran.
-        plain_steps: engine steps after which nothing was drafted: it would not have paid, or what a step
-            without drafts costs was to be known.
+        plain_steps: engine steps after which nothing was drafted: it would not have paid, or the cost of a
+            plain step was to be measured.
         ngrams: drafts looked up in the context, one per sequence and round, or expected to be there.
         early_exit_tokens: draft tokens left undrafted because drafting for a sequence stopped early.
         passes: optimisation passes of the batch.
         pass_seconds: that these took; on a GPU those that have ended.
-        optimized: masks found, one per sequence and optimisation pass.
+        optimized: masks chosen, one per sequence and optimisation pass.
         changed: of these, those that differ from the sequence's before, at any budget.
         failures: rounds that failed and went without drafts.
         skips: [num_layers] float32, drafts that skipped the layer (a half for half a layer).
@@ -130,7 +130,7 @@ class DraftStatistics:
             f"Layer skipping: drafting rounds: {now.rounds - last.rounds}, "
             f"draft steps: {now.steps - last.steps}, steps without drafts: "
             f"{now.plain_steps - last.plain_steps}, drafts looked up: {now.ngrams - last.ngrams}, "
-            f"masks found: {now.optimized - last.optimized}, "
+            f"masks chosen: {now.optimized - last.optimized}, "
             f"mean layers skipped: {share.sum():.1f} of {len(share)}, skipped most: {layers or 'none'}"
         )
         self._reported, self._reported_at = self._copy(), time.monotonic()

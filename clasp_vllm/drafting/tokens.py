@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clasp_vllm.control.early_exit import Exit
 from clasp_vllm.device import HostFlag, to_device
-from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.batch import SequenceBatch
 
 SHORT = 4  # draft tokens, for which asking the device whether to go on costs more than going on
 
@@ -75,7 +75,7 @@ class DraftTokenBuffer:
         if self._drop:
             self.lengths[torch.from_numpy(self.left)] = torch.from_numpy(self.count[self.left])
 
-    def following(self, batch: DraftBatch) -> DraftBatch:
+    def following(self, batch: SequenceBatch) -> SequenceBatch:
         """The rows that are left with their last token and its position. ``batch``: as the round began."""
         count = self.count[self.left]
         on = batch.select(self.left)

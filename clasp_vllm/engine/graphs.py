@@ -24,7 +24,7 @@ from vllm.distributed.parallel_state import graph_capture, is_global_first_rank
 from vllm.utils.torch_utils import current_stream
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.batch import SequenceBatch
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.passes import Passes, run_for_some
 from clasp_vllm.drafting.plans import Plan
@@ -60,7 +60,7 @@ class _Buffers:
     hidden: Tensor
     source: tuple[Tensor | None, Tensor | None] = None, None  # block table and masks that were copied last
 
-    def fill(self, batch: DraftBatch, masks: Tensor | None) -> None:
+    def fill(self, batch: SequenceBatch, masks: Tensor | None) -> None:
         """Copy what a step is about."""
         rows = len(batch.tokens)
         self.tokens[:rows].copy_(batch.tokens)
@@ -122,7 +122,7 @@ class DraftGraphs(CudaGraphManager):
         """See ``DraftRunner``."""
         return bool(self._captured) and rows <= self._sizes[-1]
 
-    def draft(self, batch: DraftBatch, plan: Plan) -> Tensor:
+    def draft_step(self, batch: SequenceBatch, plan: Plan) -> Tensor:
         """See ``DraftRunner``."""
         rows = len(batch.tokens)
         size = self._of(rows)
@@ -165,11 +165,11 @@ class DraftGraphs(CudaGraphManager):
         size = _Size(buffers)
         limit = self._attention.max_model_len
         lengths = torch.full((rows,), limit, dtype=torch.int32)
-        batch = DraftBatch([], buffers.tokens, buffers.positions, buffers.block_table, lengths)
+        batch = SequenceBatch([], buffers.tokens, buffers.positions, buffers.block_table, lengths)
         sublayers = [(layer, part) for layer in range(decoder.num_layers) for part in (0, 1)]
         # Kernels are compiled and libraries set up by a step that is not captured.
         plan = Plan([(layer, part, True) for layer, part in sublayers], buffers.skips)
-        passes.head_eagerly(passes.draft_eagerly(batch, plan))
+        passes.head_eagerly(passes.draft_step_eagerly(batch, plan))
         rotary: Tensor | None = None
 
         def begin() -> None:
@@ -249,17 +249,18 @@ class DraftGraphs(CudaGraphManager):
         Before anything is served: it writes to blocks of the cache.
         """
         generator = torch.Generator().manual_seed(0)
-        # All sizes, whatever is found: with tensor parallelism a rank that stopped would keep others waiting.
+        # All sizes, whatever differs: with tensor parallelism a rank that stopped would keep others waiting.
         rows = (min(size, self._num_blocks - 1) for size in self._sizes)
-        found = [self._compare(n, generator) for n in rows if n]  # none in the cache of vLLM's memory profile
-        return next((difference for difference in found if difference is not None), None)
+        # There are none in the cache of vLLM's memory profile.
+        differences = [self._compare(n, generator) for n in rows if n]
+        return next((difference for difference in differences if difference is not None), None)
 
     def _compare(self, rows: int, generator: torch.Generator) -> str | None:
         batch, plan = self._random_step(rows, generator)
-        eager = self._passes.draft_eagerly(batch, plan)
+        eager = self._passes.draft_step_eagerly(batch, plan)
         eager_logits = self._passes.head_eagerly(eager)[0]
         with _about_graphs(f"replaying a draft step of {rows} rows"):
-            states = self.draft(batch, plan).clone()
+            states = self.draft_step(batch, plan).clone()
             logits = self.head(eager)[0]
         for name, of_eager, replayed in (("states", eager, states), ("logits", eager_logits, logits)):
             off = float((of_eager.float() - replayed.float()).norm() / of_eager.float().norm())
@@ -267,7 +268,7 @@ class DraftGraphs(CudaGraphManager):
                 return f"the {name} of {rows} rows are off by {off:.1e} (relative)"
         return None
 
-    def _random_step(self, rows: int, generator: torch.Generator) -> tuple[DraftBatch, Plan]:
+    def _random_step(self, rows: int, generator: torch.Generator) -> tuple[SequenceBatch, Plan]:
         """A step of rows in blocks of their own, each with random layers skipped."""
         num_layers, vocabulary = self._decoder.num_layers, self.vllm_config.model_config.get_vocab_size()
         masks = (torch.rand((rows, num_layers, 2), generator=generator) < 0.3).to(self.device)
@@ -283,7 +284,7 @@ class DraftGraphs(CudaGraphManager):
             for part in (0, 1)
             if not all_skip[layer][part]
         ]
-        return DraftBatch([], tokens, positions, blocks, lengths), Plan(steps, masks)
+        return SequenceBatch([], tokens, positions, blocks, lengths), Plan(steps, masks)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The methods: where a drafter's first skip masks come from, and who chooses them anew."""
+"""The registry of methods: each says where the first skip masks come from and what updates them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FixedLayers:
         self.masks = torch.stack([layers_mask(num_layers, layers) for layers in skipped])
 
     def policy(self, sequences: SequenceTable, passes: Passes, share: Callable[[Tensor], Tensor]) -> Policy:
-        """Who chooses masks anew. ``share``: makes rank 0's tensor that of all ranks."""
+        """What updates the masks. ``share``: makes rank 0's tensor that of all ranks."""
         return Policy()
 
 

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from clasp_vllm.device import to_device
-from clasp_vllm.drafting.batch import DraftBatch, NgramMatches, prompt_tokens
+from clasp_vllm.drafting.batch import NgramMatches, SequenceBatch, prompt_tokens
 from clasp_vllm.drafting.draft import Sample
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.engine.build import (
@@ -185,7 +185,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             return drafts.zero_()
 
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds)
-        batch = DraftBatch(
+        batch = SequenceBatch(
             input_batch.req_ids,
             last_sampled.view(-1)[input_batch.idx_mapping],
             (input_batch.seq_lens[:num_reqs] - num_rejected).long(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clasp_vllm.device import Handover, HostCopy, to_device
-from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.batch import SequenceBatch
 from clasp_vllm.drafting.passes import Passes
 from clasp_vllm.drafting.policy import Policy
 from clasp_vllm.drafting.sequences import SequenceTable
@@ -80,7 +80,7 @@ class Clasp(Policy):
         if self.controller is not None and "agree" in ready:
             self.controller.learn(ready["agree"].numpy())
 
-    def optimize(self, batch: DraftBatch, slots: np.ndarray) -> Tensor:
+    def optimize(self, batch: SequenceBatch, slots: np.ndarray) -> Tensor:
         """See ``Policy``."""
         prior, device = None, batch.tokens.device
         if self.evidence is not None:
@@ -93,16 +93,11 @@ class Clasp(Policy):
         margins = self._share(programme.margins)
         # One broken state must not stay in the averages; where nothing is known the layer is run.
         margins = torch.where(margins.isnan(), -1.0 if prior is None else prior, margins)
-        choices = margins > 0
+        self._budgets = self._budgets.to(device)  # and there it stays: a copy would wait for it
+        result = {"masks": self._masks(margins > 0)}
         if self.evidence is not None:
             self.evidence.update(on_device, margins, prior, programme.means)
-            choices = torch.cat((choices, self.evidence.overall_choices()), dim=2)
-        self._budgets = self._budgets.to(device)  # and there it stays: a copy would wait for it
-        skipped = backtrack_all(choices, self._budgets)  # [rows, budgets, num_layers], perhaps one row more
-        masks = skipped.unsqueeze(-1).expand(*skipped.shape, 2)
-        result = {"masks": masks[: len(batch)]}
-        if self.evidence is not None:
-            result["initial_mask"] = masks[len(batch)]
+            result["initial_mask"] = self._masks(self.evidence.overall_choices())[0]
         if self.controller is not None:
             agree = self._passes.agreement(programme, self._budgets, hidden)
             result["agree"] = self._share(agree.float())
@@ -111,7 +106,12 @@ class Clasp(Policy):
             self.apply()
         return hidden
 
-    def run_programme(self, batch: DraftBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
-        """The dynamic programme on one token per row, and the full model's final hidden states."""
+    def _masks(self, choices: Tensor) -> Tensor:
+        """[num_layers, columns, rows] bool to [rows, budgets, num_layers, 2] masks."""
+        skipped = backtrack_all(choices, self._budgets)
+        return skipped.unsqueeze(-1).expand(*skipped.shape, 2)
+
+    def run_programme(self, batch: SequenceBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
+        """The dynamic programme on one token per row, and the target's final hidden states."""
         memory, centre = (self.evidence.memory, self.evidence.centre) if self.evidence else (0.0, None)
         return self._passes.programme(batch, self._max_skipped, prior, memory, centre)

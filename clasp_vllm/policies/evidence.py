@@ -2,7 +2,7 @@
 
 A pass looks at one token, and the layers that are best to skip for it are only roughly those for the
 tokens after it. Averages over tokens judge better; and a new sequence need not start from nothing. The mean
-of the full model's hidden states is kept too, as the programme's ``centre``.
+of the target's hidden states is kept too, as the programme's ``centre``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SkipEvidence:
         self._own = torch.zeros(capacity, num_layers, columns, device=device)
         self._known = torch.zeros(capacity, dtype=torch.bool, device=device)  # since the last reset
         self._overall = torch.zeros(num_layers, columns, device=device)
-        # [num_layers, hidden_size] mean of the full model's states after each layer.
+        # [num_layers, hidden_size] mean of the target's states after each layer.
         self.centre: Tensor | None = None
 
     def reset(self) -> None:

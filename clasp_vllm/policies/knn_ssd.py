@@ -1,4 +1,4 @@
-"""KNN-SSD: what a prompt is nearest to says which sub-layers its request skips, from its end on."""
+"""KNN-SSD: the anchor nearest to a prompt says which sub-layers its request skips once it is decoded."""
 
 from __future__ import annotations
 

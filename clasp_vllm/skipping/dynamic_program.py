@@ -1,7 +1,7 @@
 """CLaSp's dynamic programme: which layers to skip so that the last hidden state changes least.
 
 Source: CLaSp (arXiv 2505.24196), section 3.4 and Algorithm 1. With ``x_i`` the hidden state of a
-token after layer ``i`` of the full model and ``f_i`` that layer, ``g(i, j)`` is the best state
+token after layer ``i`` of the target and ``f_i`` that layer, ``g(i, j)`` is the best state
 found after ``i`` layers of which ``j`` are skipped::
 
     run  = f_i(g(i-1, j))        skip = g(i-1, j-1)
@@ -9,7 +9,7 @@ found after ``i`` layers of which ``j`` are skipped::
 
 Column ``j`` holds ``g(., j)``. All columns of all rows go through a layer in one batch (the
 paper's sequence parallelism), as far as they differ by then. Column 0 skips nothing, so it is the
-full model itself: it supplies every ``x_i``, and what it predicts is exactly what the full model
+target itself: it supplies every ``x_i``, and what it predicts is exactly what the target
 predicts.
 
 Hidden states of all tokens have a large part in common, most of it in a few dimensions. Where the mean of
@@ -40,7 +40,7 @@ class Programme:
             ``g(i+1, j)`` is better than running it; positive where it is skipped.
         states: the states after the last layer, a pair of [columns, rows, hidden_size]. Column
             ``j`` is what the model hands to its head when it skips the best ``j`` layers.
-        similarity: [columns, rows] float32, cosine of ``states`` to the full model's, both less the centre.
+        similarity: [columns, rows] float32, cosine of ``states`` to the target's, both less the centre.
         means: [num_layers, hidden_size] float32, the mean of ``x_i`` over the rows.
     """
 
@@ -95,6 +95,8 @@ def run_programme(
 ) -> Programme:
     """Run the programme for a batch of rows. Never synchronises with the host.
 
+    Long, for the paper's loop is in one place.
+
     Args:
         state: ``x_0`` as a pair of [rows, hidden_size] tensors whose sum is the embedding.
         layer: ``layer(i, state)`` applies layer ``i`` to a pair of [columns * rows, hidden_size]
@@ -103,11 +105,11 @@ def run_programme(
         num_layers: the number of layers L.
         max_skipped: the largest budget M, 0 <= M < L.
         prior: [num_layers, columns, rows] float32 margins of earlier tokens. A choice then goes by
-            ``memory * prior + (1 - memory) * own``: one token alone is a noisy judge (not in the paper).
+            ``memory * prior + (1 - memory) * own``: a choice by one token alone is noisy (not in the paper).
         memory: see above; 0 <= memory < 1.
         centre: [num_layers, hidden_size] float32, subtracted from states before they are compared.
-        reference: [num_layers, rows, hidden_size] float32, every ``x_i``, where ``layer`` is not the full
-            model's (not in the paper): column 0 is then a draft that skips nothing.
+        reference: [num_layers, rows, hidden_size] float32, every ``x_i``, where ``layer`` is not the
+            target's (not in the paper): column 0 is then a draft that skips nothing.
 
     Raises:
         ValueError: max_skipped is outside of [0, num_layers).

@@ -62,7 +62,9 @@ def summarise(group: dict[str, Any], names: list[str]) -> None:
     for name in names:
         answer = group[name]
         answer["equal"] = sum(a == b for a, b in zip(answer["tokens"], plain, strict=True))
-        answer["counters"] = {key: count for key, count in answer["counters"].items() if count}
+        counters = answer["counters"].items()
+        answer["counters"] = {key: n for key, n in counters if n and key.startswith("spec_decode")}
+        answer["seconds"] = round(answer["seconds"], 4)
     for name in names:
         group[name]["tokens"] = sum(map(len, group[name]["tokens"]))
 
@@ -147,6 +149,12 @@ def table(groups: list[dict[str, Any]], names: list[str]) -> str:
     return "\n".join(lines)
 
 
+def compact(result: dict[str, Any], groups: list[dict[str, Any]]) -> str:
+    """A result as JSON, with a line for each answer (or group of answers)."""
+    head = json.dumps(result, indent=1, ensure_ascii=False).removesuffix("\n}")
+    return f'{head},\n "answers": [\n  ' + ",\n  ".join(map(json.dumps, groups)) + "\n ]\n}\n"
+
+
 def start(model: str, methods: dict[str, str], settings: dict[str, Any], logs: Path) -> dict[str, Engine]:
     """Plain vLLM's engine and those of the methods, one after the other: their start is heavy."""
     engines = {}
@@ -225,13 +233,8 @@ def main() -> None:
     text = tables(groups, list(methods))
     print(text)
     if args.output:
-        result = {
-            "about": about(args.model),
-            "methods": methods,
-            "table": text.splitlines(),
-            "answers": groups,
-        }
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        result = {"about": about(args.model), "methods": methods, "table": text.splitlines()}
+        args.output.write_text(compact(result, groups))
 
 
 if __name__ == "__main__":

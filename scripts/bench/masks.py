@@ -34,7 +34,7 @@ from clasp_vllm.tools.provenance import about
 Masks = Callable[[int, int, int], Tensor]  # text, positions, budget -> [positions, sub-layers] bool
 
 
-class Drafts(Acceptance):
+class DraftAcceptance(Acceptance):
     """Drafts whose skip mask differs from position to position."""
 
     @torch.inference_mode()
@@ -165,7 +165,7 @@ class Results:
 
 
 def fixed_sets(
-    drafts: Drafts, budgets: list[int], trials: int
+    drafts: DraftAcceptance, budgets: list[int], trials: int
 ) -> tuple[dict[str, dict[int, list[int]]], list[float]]:
     """Sets by several rules, by budget; and the score of leaving out each layer alone."""
     num_layers = drafts.num_layers
@@ -182,7 +182,7 @@ def fixed_sets(
     return sets, alone
 
 
-def judge_programme(drafts: Drafts, results: Results, args: argparse.Namespace) -> None:
+def judge_programme(drafts: DraftAcceptance, results: Results, args: argparse.Namespace) -> None:
     """The programme over layers: on the token itself, on one before it, and as served."""
     most = max(args.budgets)
     margins = [drafts.programme(text, most).margins for text in track(drafts.texts, "programme")]
@@ -227,8 +227,10 @@ def main() -> None:
     prompts = [spec_bench.render(tokenizer, q.messages(lambda _: "")) for q in single]
     judged, searched = prompts[: args.prompts], prompts[args.prompts :][: args.search_prompts]
     results = Results(args.budgets)
-    sets, alone = fixed_sets(Drafts(args.model, searched, args.max_tokens), args.budgets, args.trials)
-    drafts = Drafts(args.model, judged, args.max_tokens)
+    sets, alone = fixed_sets(
+        DraftAcceptance(args.model, searched, args.max_tokens), args.budgets, args.trials
+    )
+    drafts = DraftAcceptance(args.model, judged, args.max_tokens)
     for name, by_budget in sets.items():
         for budget, layers in by_budget.items():
             results.note(name, budget, drafts.score(fixed(layers, drafts.num_layers)), layers)

@@ -44,7 +44,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Draft:
+class DraftKind:
     """Bytes of a weight of layers and of the head, share of the layers left out, and acceptance, from and to.
 
     ``speed``: of products over bfloat16's where they are bound by operations.
@@ -65,12 +65,12 @@ MODELS = (
 )
 DRAFTS = (
     # Published: the paper's mean accepted lengths of 3.7 to 7.2 are about 0.75 to 0.9 a token.
-    Draft("half of the layers", 2, 2, 0.5, (0.75, 0.9)),
+    DraftKind("half of the layers", 2, 2, 0.5, (0.75, 0.9)),
     # Measured here on SmolLM2-135M, and above it: larger models agree more often.
-    Draft("`fp8`", 1, 1, 0, (0.92, 0.97), 2.0),
-    Draft("`fp8`, a quarter of the layers", 1, 1, 0.25, (0.8, 0.92), 2.0),
+    DraftKind("`fp8`", 1, 1, 0, (0.92, 0.97), 2.0),
+    DraftKind("`fp8`, a quarter of the layers", 1, 1, 0.25, (0.8, 0.92), 2.0),
     # EfficientRollout (arXiv 2606.18967) has 0.90 to 0.94 with 4-bit weights, rounded to the nearest.
-    Draft("`int4`", 4.25 / 8, 1, 0, (0.85, 0.94)),
+    DraftKind("`int4`", 4.25 / 8, 1, 0, (0.85, 0.94)),
 )
 
 
@@ -99,7 +99,7 @@ class Machine:
 
 
 def costs(
-    model: Model, machine: Machine, draft: Draft, requests: int, context: int, overhead: float
+    model: Model, machine: Machine, draft: DraftKind, requests: int, context: int, overhead: float
 ) -> Costs:
     """The costs of a batch."""
 
@@ -115,7 +115,7 @@ def costs(
     return Costs(requests, steps, layer * (1 + overhead), 0.0, head, 0.0)
 
 
-def fits(model: Model, machine: Machine, draft: Draft, requests: int, context: int) -> bool:
+def fits(model: Model, machine: Machine, draft: DraftKind, requests: int, context: int) -> bool:
     """Whether weights, draft weights and the KV cache do."""
     weights = 2 * (model.layers * model.layer + 2 * model.head)
     if draft.layer_bytes != 2:
@@ -124,7 +124,9 @@ def fits(model: Model, machine: Machine, draft: Draft, requests: int, context: i
     return weights + cache < 0.9 * machine.gpu.memory * machine.number
 
 
-def cell(model: Model, machine: Machine, draft: Draft, requests: int, context: int, overhead: float) -> str:
+def cell(
+    model: Model, machine: Machine, draft: DraftKind, requests: int, context: int, overhead: float
+) -> str:
     """What to expect, and the draft lengths that it takes; nothing where it does not fit."""
     if not fits(model, machine, draft, requests, context):
         return ""

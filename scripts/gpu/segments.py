@@ -11,7 +11,7 @@ def segments(llm: Any, rows: int) -> dict[str, Any]:
     """Milliseconds of a draft step of all and of half of the layers, by eager calls and by CUDA graphs."""
     import torch
 
-    from clasp_vllm.drafting.batch import DraftBatch
+    from clasp_vllm.drafting.batch import SequenceBatch
     from clasp_vllm.drafting.plans import Plan
     from clasp_vllm.tools import engine
 
@@ -25,7 +25,7 @@ def segments(llm: Any, rows: int) -> dict[str, Any]:
         positions = torch.full((rows,), attention.block_size - 1, dtype=torch.int64, device=device)
         table = torch.full((rows, 1), attention.scratch_block, dtype=torch.int32, device=device)
         lengths = torch.full((rows,), attention.block_size, dtype=torch.int32)
-        batch = DraftBatch([""] * rows, tokens, positions, table, lengths)
+        batch = SequenceBatch([""] * rows, tokens, positions, table, lengths)
         masks = torch.zeros(rows, num_layers, 2, dtype=torch.bool, device=device)
         masks[::2] = True
 
@@ -36,13 +36,17 @@ def segments(llm: Any, rows: int) -> dict[str, Any]:
 
         for layers in (num_layers, num_layers // 2):
             one = plan(layers)
-            results[f"eager_{layers}"] = milliseconds(lambda one=one: passes.draft_eagerly(batch, one), 10)
-            results[f"graphs_{layers}"] = milliseconds(lambda one=one: passes.draft(batch, one))
-            results[f"graphs_{layers}_host"] = host_milliseconds(lambda one=one: passes.draft(batch, one))
+            results[f"eager_{layers}"] = milliseconds(
+                lambda one=one: passes.draft_step_eagerly(batch, one), 10
+            )
+            results[f"graphs_{layers}"] = milliseconds(lambda one=one: passes.draft_step(batch, one))
+            results[f"graphs_{layers}_host"] = host_milliseconds(
+                lambda one=one: passes.draft_step(batch, one)
+            )
         if rows > 1:
             one = plan(num_layers, True)
-            results[f"graphs_mixed_{num_layers}"] = milliseconds(lambda: passes.draft(batch, one))
-        hidden = passes.draft(batch, plan(1)).clone()
+            results[f"graphs_mixed_{num_layers}"] = milliseconds(lambda: passes.draft_step(batch, one))
+        hidden = passes.draft_step(batch, plan(1)).clone()
         results["head"] = milliseconds(lambda: passes.head(hidden)[0].argmax(-1))
         results["head_eager"] = milliseconds(lambda: passes.head_eagerly(hidden)[0].argmax(-1))
         steps = getattr(engine.model_runner(llm), "cudagraph_manager", None)

@@ -77,7 +77,7 @@ class Oracle:
     def follow(self, past: list[int], token: int, skipped: torch.Tensor):
         """Make the engine's choices (``skipped``: [layers, columns]) and check that each is the best.
 
-        Returns the columns' final states, the full model's, and for each cell whether the oracle's
+        Returns the columns' final states, the target's, and for each cell whether the oracle's
         own choice is the same (it may differ where two similarities are equal to rounding).
         """
         import copy

@@ -19,8 +19,8 @@ def evidence(capacity: int = 4) -> AcceptanceEvidence:
 
 def verify(learnt: AcceptanceEvidence, slot: int, accepted: int, budget: int = 2) -> None:
     """Drafts of four tokens of which so many are accepted."""
-    refused = np.array([accepted < LONGEST])
-    learnt.add_verified(np.array([slot]), budget, NONE, np.array([accepted]), refused)
+    rejected = np.array([accepted < LONGEST])
+    learnt.add_verified(np.array([slot]), budget, NONE, np.array([accepted]), rejected)
 
 
 def test_the_first_guess_falls_with_the_budget():
@@ -189,11 +189,11 @@ def outcome(
     class Recorder:
         kind = np.zeros(8, dtype=np.int64)
 
-        def add_ngrams(self, slots, accepted, refused):
+        def add_ngrams(self, slots, accepted, rejected):
             pass
 
-        def add_verified(self, slots, budget, first, accepted, refused):
-            calls.append((slots.tolist(), first.tolist(), accepted.tolist(), refused.tolist()))
+        def add_verified(self, slots, budget, first, accepted, rejected):
+            calls.append((slots.tolist(), first.tolist(), accepted.tolist(), rejected.tolist()))
 
         def add_lengths(self, lengths, limits, accepted):
             calls.append((lengths.tolist(), limits.tolist()))
@@ -207,7 +207,7 @@ def outcome(
     if confidence is not None:
         confidence = torch.tensor(confidence)
     looked_up = np.zeros(2, dtype=bool)
-    outcomes.drafted(
+    outcomes.remember(
         UnverifiedDrafts(
             ["a", "b"],
             np.array([5, 7]),
@@ -224,7 +224,7 @@ def outcome(
     return calls, sure
 
 
-def test_accepted_and_refused_tokens():
+def test_accepted_and_rejected_tokens():
     """The second row stopped early after two tokens, both accepted."""
     calls, _ = outcome([4, 2], [False, False], [4, 2], [1, 0])
     assert calls[0] == ([5, 7], [0, 0], [3, 2], [True, False])

@@ -1,5 +1,7 @@
 """What the controller of a drafter does from round to round, its costs in numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,18 @@ def test_without_its_requests_it_still_knows_what_passes_cost():
     assert (adaptive.evidence.acceptance(np.arange(2)) == fresh).all()
     assert adaptive.last is None
     assert chosen(adaptive, 2, 3) == off == [0, 0, 0]
+
+
+def test_drafts_by_weights_of_their_own_are_predicted_by_their_own_costs():
+    """Else their correction would count once more what they save, and they would look far too cheap."""
+    adaptive = controller(("length",), draft_cost=1.0)
+    half = tuple(seconds / 2 for seconds in adaptive.costs.layer)
+    adaptive.costs = replace(adaptive.costs, draft_layer=half, draft_fixed=adaptive.costs.fixed)
+    predicted = adaptive.draft_seconds(1, [0, 1] * LAYERS)
+    assert predicted == pytest.approx(LAYERS * 0.5e-3)
+    assert predicted == pytest.approx(
+        float(adaptive.costs.scaled(adaptive.rank_sync.scales).draft_step(1, LAYERS))
+    )
 
 
 # While speculation is off, most steps cost nothing.

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from clasp_vllm.control.early_exit import EDGES, Confidence, FixedExit
-from clasp_vllm.drafting.batch import DraftBatch
+from clasp_vllm.drafting.batch import SequenceBatch
 from clasp_vllm.drafting.tokens import DraftTokenBuffer
 
 CPU = torch.device("cpu")
@@ -47,10 +47,10 @@ def test_unsure_drafts_of_sampling_sequences_are_tried():
     assert learnt.exit(kinds, 0.5, CPU).stops(unsure, slice(None)).all()
 
 
-def batch(rows: int) -> DraftBatch:
+def batch(rows: int) -> SequenceBatch:
     table = torch.arange(rows * 2, dtype=torch.int32).view(rows, 2)
     tokens, positions = torch.arange(rows) + 100, torch.arange(rows) * 10
-    return DraftBatch([f"r{row}" for row in range(rows)], tokens, positions, table, positions.int() + 1)
+    return SequenceBatch([f"r{row}" for row in range(rows)], tokens, positions, table, positions.int() + 1)
 
 
 def test_rows_that_stop_leave_and_the_others_keep_their_places():

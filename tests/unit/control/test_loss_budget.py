@@ -8,7 +8,7 @@ from clasp_vllm.control.loss_budget import MOST, SHARE, START, LossBudget
 
 def test_gains_and_losses_in_plain_steps():
     budget = LossBudget()
-    budget.drafted(seconds=0.030, plain_seconds=0.010)
+    budget.charge_drafting(seconds=0.030, plain_seconds=0.010)
     budget.verified(rows=2, tokens=6, seconds=0.012, plain_seconds=0.010)
     assert budget.balance == START - 3 + (3 - 1.2)
 
@@ -27,7 +27,7 @@ def test_what_is_lost_is_bounded(wants):
     for wanted in wants:
         budget.step()
         if wanted and budget.balance >= 1.5:
-            budget.drafted(seconds=1.5, plain_seconds=1.0)
+            budget.charge_drafting(seconds=1.5, plain_seconds=1.0)
             budget.verified(rows=1, tokens=1, seconds=1.0, plain_seconds=1.0)
             lost += 1.5
     assert lost <= START + SHARE * len(wants)

@@ -89,7 +89,7 @@ def test_the_ratio_is_that_of_tokens_per_second(alpha, rows, longest):
     choice = decide(alpha, rows, longest=longest)
     assert 1 <= choice.length <= longest
     assert rows < choice.tokens <= rows * (1 + choice.length)
-    drafting = choice.length * COSTS.draft(rows, NUM_LAYERS - BUDGETS[choice.budget])
+    drafting = choice.length * COSTS.draft_step(rows, NUM_LAYERS - BUDGETS[choice.budget])
     seconds = drafting + COSTS.verify(rows * (1 + choice.length), NUM_LAYERS)
     assert choice.seconds == pytest.approx(float(seconds))
     plain = float(COSTS.plain(rows, NUM_LAYERS))
@@ -115,7 +115,7 @@ def test_it_is_the_best_of_all(rows, ngrams):
         for k in range(length):
             alive_prob = max(continuation_prob[0, :k].prod(), chances[k]) if k else 1.0
             some = 1 - (1 - alive_prob) ** rows
-            seconds += some * float(COSTS.draft(max(1.0, rows * alive_prob / some), layers[budget]))
+            seconds += some * float(COSTS.draft_step(max(1.0, rows * alive_prob / some), layers[budget]))
             drafted += rows * alive_prob
             tokens += rows * chances[k]
         for k in range(min(taken, 2)):
@@ -158,7 +158,7 @@ def test_where_all_are_verified_in_full_matches_cost_all_rows(alpha, others, som
     assert widest in lengths
     assert choice.ngram
     assert bool(choice.length) <= bool(others)
-    drafting = sum(float(COSTS.draft(others, 8.0)) for _ in range(choice.length))
+    drafting = sum(float(COSTS.draft_step(others, 8.0)) for _ in range(choice.length))
     verified = float(COSTS.verify((others + some) * (1 + widest), NUM_LAYERS))
     assert choice.seconds == pytest.approx(drafting + verified)
     padded, rows = ngrams.best(COSTS, NUM_LAYERS, others, 6, padded=True).ratio, others + some
@@ -202,7 +202,7 @@ def test_the_floor_rises_with_what_a_token_costs(alpha, rows, factor):
 def test_the_floor_is_where_a_further_token_pays():
     """One row: at that chance of all tokens, one more gains at the rate of the whole round."""
     choice = decide(0.8, budgets=np.array([16]))
-    step = float(COSTS.draft(1, NUM_LAYERS - 16))
+    step = float(COSTS.draft_step(1, NUM_LAYERS - 16))
     verify = float(COSTS.verify(2 + choice.length, NUM_LAYERS) - COSTS.verify(1 + choice.length, NUM_LAYERS))
     assert 0.8 * choice.floor / (step + verify) == pytest.approx(choice.tokens / choice.seconds)
 

@@ -117,10 +117,10 @@ def test_rows_with_different_masks_get_what_they_would_get_alone(target):
     slots = sequences.slots(batch.request_ids)
     sequences.set_masks(batch.request_ids, masks_of([1, 2], [2, 5], []))
     plans, choice = Plans(sequences, CPU), Choice(0, 4)
-    together = passes.draft(batch, plans.plan(slots, choice))
+    together = passes.draft_step(batch, plans.plan(slots, choice))
     for row in range(len(PROMPTS)):
         rows = np.array([row])
-        alone = passes.draft(batch.select(rows), plans.plan(slots[rows], choice))
+        alone = passes.draft_step(batch.select(rows), plans.plan(slots[rows], choice))
         torch.testing.assert_close(together[row : row + 1], alone)
 
 
@@ -152,7 +152,7 @@ def test_columns_with_weights_of_their_own(target):
     assert (similarity > 0.9).all()
     assert not torch.allclose(unskipped, hidden)
     every = Plan([(layer, part, False) for layer in range(LAYERS) for part in (0, 1)])
-    torch.testing.assert_close(passes.draft(batch, every), unskipped)
+    torch.testing.assert_close(passes.draft_step(batch, every), unskipped)
 
 
 @torch.inference_mode()

@@ -210,7 +210,7 @@ def test_a_draft_of_other_weights_is_compared_with_the_full_model():
     assert torch.equal(own.margins > 0, given.margins > 0)
     torch.testing.assert_close(own.similarity, given.similarity)
     torch.testing.assert_close(own.means, given.means)
-    # Of a full model whose layer 2 does nothing, skipping it loses nothing, whatever the draft's does.
+    # Of a target whose layer 2 does nothing, skipping it loses nothing, whatever the draft's does.
     without = [x.float() for x in states]
     y = model.x0
     for i, layer in enumerate(model.layers()):
