@@ -24,7 +24,7 @@ from clasp_vllm.drafting.passes import DraftRunner, Model, Passes
 from clasp_vllm.drafting.scratch import ScratchBlocks
 from clasp_vllm.drafting.sequences import SequenceTable
 from clasp_vllm.engine.attention import TargetAttention
-from clasp_vllm.engine.draft_weights import draft_logits, draft_view, num_bytes
+from clasp_vllm.engine.draft_weights import draft_logits, draft_view, follow_embedding, num_bytes
 from clasp_vllm.engine.eager import eager_view
 from clasp_vllm.engine.methods import METHODS, Target
 from clasp_vllm.engine.speculative_config import layer_skip_config
@@ -170,6 +170,7 @@ def _draft_model(settings: DraftSettings, decoder: Decoder, model: nn.Module) ->
     size = num_bytes(model)
     if not size:  # auto may come to that
         return None
+    follow_embedding(model)
     logger.info_once("Layer skipping: draft weights (%s) take %.2f GiB", settings.draft_weights, size / 2**30)
     return Model(decoder.with_layers(draft_view), draft_logits(model))
 

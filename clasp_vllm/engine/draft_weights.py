@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from clasp_vllm.config import ConfigError
@@ -37,9 +37,10 @@ class DraftLinear(LinearMethodBase):
 
 
 def keep_draft_weight(layer: nn.Module, vllm_config: VllmConfig | None) -> None:
-    """Quantise a linear layer or a head for drafts. To be called before vLLM packs its weight or drops it.
+    """Quantise the weight of a linear layer or a head for drafts, before vLLM packs it or drops it.
 
     Args:
+        layer: others are left alone.
         vllm_config: of the engine that is being built; None: only a layer that has a draft weight gets one.
 
     Raises:
@@ -52,7 +53,9 @@ def keep_draft_weight(layer: nn.Module, vllm_config: VllmConfig | None) -> None:
     draft = _kept(layer)
     if draft is None:
         config = layer_skip_config(vllm_config)
-        precision = "target" if config is None else config.draft_weights
+        if config is None or vllm_config is None or not isinstance(layer, LinearBase | ParallelLMHead):
+            return
+        precision: str = config.draft_weights
         if precision == "auto":
             precision = auto_precision(vllm_config, config.group_size)
         if precision == "target":
@@ -67,6 +70,13 @@ def keep_draft_weight(layer: nn.Module, vllm_config: VllmConfig | None) -> None:
             f"draft_weights: a weight of {tuple(weight.shape)} cannot be quantised: {error}. Set "
             "draft_weights: target"
         ) from error
+
+
+def follow_embedding(model: Any) -> None:
+    """Have a head that shares the embedding's weight quantised with it: vLLM reloads that one alone."""
+    embedding, head = model.model.embed_tokens, model.lm_head
+    if head.weight is embedding.weight and _kept(head) is not None:
+        setattr(embedding, KEPT_AS, _kept(head))
 
 
 def draft_view(module: nn.Module) -> nn.Module:
@@ -93,7 +103,8 @@ def draft_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def num_bytes(model: nn.Module) -> int:
     """Memory that the draft weights take."""
-    return sum(kept.product.num_bytes for kept in map(_kept, model.modules()) if kept is not None)
+    draft_weights = {kept for kept in map(_kept, model.modules()) if kept is not None}
+    return sum(kept.product.num_bytes for kept in draft_weights)
 
 
 def _kept(module: nn.Module) -> DraftLinear | None:

@@ -171,7 +171,7 @@ class Int4(_KernelProduct):
         layer = nn.Module()
         layer.weight = PackedvLLMParameter(data=packed, packed_dim=1, packed_factor=8, **dims)
         layer.weight_scale = GroupQuantScaleParameter(data=scale.t().contiguous().to(self._dtype), **dims)
-        layer.bias = None
+        layer.register_parameter("bias", None)
         return layer
 
     def _choose_kernel(self, weight: Tensor) -> Any:
@@ -217,8 +217,8 @@ def quantise(weight: Tensor, largest: float, dtype: torch.dtype) -> tuple[Tensor
     """[outputs, inputs] to values of ``dtype`` up to ``largest``, and the [outputs, 1] float32 scales."""
     quantised = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scale = torch.empty(len(weight), 1, device=weight.device, dtype=torch.float32)
-    parts = (tensor.split(ROWS) for tensor in (weight, quantised, scale))
-    for of, into, factor in zip(*parts, strict=True):
+    for start in range(0, len(weight), ROWS):
+        of, into, factor = (tensor[start : start + ROWS] for tensor in (weight, quantised, scale))
         factor.copy_(of.abs().amax(1, keepdim=True)).clamp_(min=1e-12).div_(largest)
         values = of / factor
         if not dtype.is_floating_point:

@@ -42,14 +42,11 @@ def install_draft_weights() -> None:
 
 def _draft_weights(original: Callable[..., Any]) -> Callable[..., Any]:
     from vllm.config.vllm import get_current_vllm_config_or_none
-    from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     from clasp_vllm.engine.draft_weights import keep_draft_weight
 
     def process_weights_after_loading(self: Any, layer: Any) -> None:
-        if isinstance(layer, LinearBase | ParallelLMHead):
-            keep_draft_weight(layer, get_current_vllm_config_or_none())
+        keep_draft_weight(layer, get_current_vllm_config_or_none())
         original(self, layer)
 
     return process_weights_after_loading
