@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import psutil
@@ -29,7 +29,17 @@ REPEATS = 8  # of a product, so that its launch does not count
 
 
 def auto_precision(vllm_config: VllmConfig, group_size: int) -> str:
-    """int8, fp8, int4, or target where none promises enough or fits; the same on all ranks."""
+    """int8, fp8, int4, or target where none promises enough or fits; the same on all ranks.
+
+    Chosen for the engine's first layer: what is free then is what draft weights may take a share of.
+    """
+    speculative_config = vllm_config.speculative_config
+    if speculative_config.draft_precision is None:
+        speculative_config.draft_precision = _choose(vllm_config, group_size)
+    return str(speculative_config.draft_precision)
+
+
+def _choose(vllm_config: VllmConfig, group_size: int) -> str:
     model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
     if model.quantization is not None or model.is_moe:
         kind = "a mixture of experts" if model.is_moe else "quantised"
@@ -44,11 +54,10 @@ def auto_precision(vllm_config: VllmConfig, group_size: int) -> str:
     parameters += hidden * model.get_vocab_size() // ranks
     left = _memory_left(vllm_config.cache_config.gpu_memory_utilization)
     fitting = tuple(name for name, size in BYTES.items() if parameters * size <= SHARE * left)
-    return _choose(fitting, 2 * width, hidden, model.dtype, group_size)
+    return _most_promising(fitting, 2 * width, hidden, model.dtype, group_size)
 
 
-@cache
-def _choose(
+def _most_promising(
     candidates: tuple[str, ...], outputs: int, inputs: int, dtype: torch.dtype, group_size: int
 ) -> str:
     """By the products of an MLP's first layer."""

@@ -23,6 +23,9 @@ class LayerSkipSpeculativeConfig(SpeculativeConfig):
     layer_skip: SkipValidation[LayerSkipConfig] = None  # type: ignore[assignment]
     """The settings of the draft."""
 
+    draft_precision: str | None = None
+    """In a worker, what ``draft_weights: auto`` has come to."""
+
     def __post_init__(self) -> None:
         # vLLM's own __post_init__ would load the configuration of a second model.
         self.method = "draft_model"

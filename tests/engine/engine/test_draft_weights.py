@@ -181,7 +181,6 @@ def chosen(acceptance: float) -> tuple[list[str], Outcome]:
     from clasp_vllm.engine import auto_precision, draft_weights
 
     auto_precision.AGREEMENT = dict.fromkeys(auto_precision.AGREEMENT, acceptance)
-    auto_precision._choose.cache_clear()
     seen = []
     original = auto_precision.auto_precision
     draft_weights.auto_precision = lambda *args: seen.append(original(*args)) or seen[-1]
