@@ -170,7 +170,7 @@ class LayerSkipProposer(DraftModelProposer):
         for i, (row, token) in enumerate(zip(rows, next_token_ids[rows].tolist(), strict=True)):
             params = self.runner.requests[request_ids[row]].sampling_params
             if token != params.eos_token_id and token not in (params.stop_token_ids or ()):
-                room[i] = params.max_tokens - made[i] - 1  # the target adds one
+                room[i] = (params.max_tokens or self.max_model_len) - made[i] - 1  # the target adds one
         return room
 
     def _batch(
