@@ -106,7 +106,7 @@ def watch_engine(llm: Any) -> Stopwatch:
 
     stopwatch.watch(proposer, "propose", "draft: preparation")
     stopwatch.watch(ours, "draft", "draft: bookkeeping")
-    stopwatch.watch(ours.passes, "draft", "draft: forward")
+    stopwatch.watch(ours.passes, "draft_step", "draft: forward")
     stopwatch.watch(proposer.model, "compute_logits", "{}: head")
     stopwatch.watch(attention, "build_attn_metadata", "{}: attention metadata")
     stopwatch.watch(ours.policy, "optimize", "optimise: masks")

@@ -91,7 +91,7 @@ def stopped_early(drop: bool) -> tuple[list, int]:
         assert ours.drop_stopped  # as on any CPU
         ours.drop_stopped = drop
         drafts, rows = [], 0
-        original_draft, original_step = ours.draft, ours.passes.draft
+        original_draft, original_step = ours.draft, ours.passes.draft_step
 
         def draft(batch, num_tokens, sample):
             drafted = original_draft(batch, num_tokens, sample)
@@ -106,7 +106,7 @@ def stopped_early(drop: bool) -> tuple[list, int]:
             rows += len(batch)
             return original_step(batch, plan)
 
-        ours.draft, ours.passes.draft = draft, step
+        ours.draft, ours.passes.draft_step = draft, step
         generate(llm, PROMPTS[:6], max_tokens=24)
     return drafts, rows
 

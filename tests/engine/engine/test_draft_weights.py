@@ -71,7 +71,10 @@ def quantised(speculative_config: object) -> tuple[int, int, int]:
 
     with running(speculative_config=speculative_config) as llm:
         model = model_runner(llm).model
-        modules = [module for module in model.modules() if KEPT_AS in vars(module)]
+        kept = (module for module in model.modules() if KEPT_AS in vars(module))
+        modules = [
+            module for module in kept if module is not model.model.embed_tokens
+        ]  # which may be the head's
         outputs = [(m.output_size_per_partition, m.input_size_per_partition) for m in modules[:-1]]
         if modules:
             outputs.append((modules[-1].num_embeddings_per_partition, modules[-1].embedding_dim))

@@ -110,13 +110,13 @@ def graphs_of(llm):
 @contextmanager
 def with_graphs(llm, counted):
     graphs = graphs_of(llm)
-    draft = graphs.draft
+    draft = graphs.draft_step
 
     def counting(batch, plan):
         counted.append((len(batch.tokens), any(mixed for _, _, mixed in plan.steps)))
         return draft(batch, plan)
 
-    graphs.draft = counting
+    graphs.draft_step = counting
     drafter(llm).passes._graphs = lambda: graphs
     yield graphs
 

@@ -12,9 +12,9 @@ def test_prints_a_prediction():
         [sys.executable, "scripts/bench/predict.py", "--overhead", "0"],
         cwd=ROOT, capture_output=True, text=True, timeout=100, check=True,
     )  # fmt: skip
-    assert result.stdout.startswith("Prediction")
+    assert "**Not measured.**" in result.stdout
     assert "Llama-3-8B" in result.stdout
     assert "Llama-3-70B" in result.stdout
-    ratios = [float(text) for text in re.findall(r"([0-9.]+) \(K=", result.stdout)]
-    assert len(ratios) == 2 * 4 * 4
-    assert all(0.8 < ratio < 3 for ratio in ratios)
+    ratios = [float(text) for text in re.findall(r"to ([0-9]\.[0-9]+) \(", result.stdout)]
+    assert len(ratios) > 100
+    assert all(1.05 <= ratio < 3 for ratio in ratios)
