@@ -187,8 +187,9 @@ class AcceptanceEvidence:
         """[kinds, longest] offset of each position; with few observations near the previous position's."""
         offset = self._position.copy()
         trust = self._position_tokens / (self._position_tokens + ENOUGH_TOKENS)
+        before: Array | float = POSITION_GUESS
         for step in self._steps[1:]:
-            offset[:, step] = offset[:, step - 1] + trust[:, step] * (offset[:, step] - offset[:, step - 1])
+            before = offset[:, step] = before + trust[:, step] * (offset[:, step] - before)
         return offset
 
     def acceptance(self, slots: np.ndarray, optimism: float = 0.0) -> Array:

@@ -28,18 +28,18 @@ SHARE = 0.5  # of the memory that is left for the KV cache, what draft weights m
 REPEATS = 8  # of a product, so that its launch does not count
 
 
-def auto_precision(vllm_config: VllmConfig, group_size: int) -> str:
+def auto_precision(vllm_config: VllmConfig, group_size: int, device: torch.device) -> str:
     """int8, fp8, int4, or target where none promises enough or fits; the same on all ranks.
 
     Chosen for the engine's first layer: what is free then is what draft weights may take a share of.
     """
     speculative_config = vllm_config.speculative_config
     if speculative_config.draft_precision is None:
-        speculative_config.draft_precision = _choose(vllm_config, group_size)
+        speculative_config.draft_precision = _choose(vllm_config, group_size, device)
     return str(speculative_config.draft_precision)
 
 
-def _choose(vllm_config: VllmConfig, group_size: int) -> str:
+def _choose(vllm_config: VllmConfig, group_size: int, device: torch.device) -> str:
     model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
     if model.quantization is not None or model.is_moe:
         kind = "a mixture of experts" if model.is_moe else "quantised"
@@ -54,26 +54,36 @@ def _choose(vllm_config: VllmConfig, group_size: int) -> str:
     parameters += hidden * model.get_vocab_size() // ranks
     left = _memory_left(vllm_config.cache_config.gpu_memory_utilization)
     fitting = tuple(name for name, size in BYTES.items() if parameters * size <= SHARE * left)
-    return _most_promising(fitting, 2 * width, hidden, model.dtype, group_size)
+    if len(fitting) < len(BYTES):
+        without = ", ".join(BYTES.keys() - set(fitting))
+        logger.info_once(
+            "Layer skipping: draft_weights: auto leaves out %s: too little memory is left", without
+        )
+    weight = torch.randn(2 * width, hidden, dtype=model.dtype, device=device)
+    return _most_promising(fitting, weight, group_size)
 
 
-def _most_promising(
-    candidates: tuple[str, ...], outputs: int, inputs: int, dtype: torch.dtype, group_size: int
-) -> str:
-    """By the products of an MLP's first layer."""
-    weight = torch.randn(outputs, inputs, dtype=dtype)
-    target = [
-        _seconds(lambda x: nn.functional.linear(x, weight), torch.randn(rows, inputs, dtype=dtype))
-        for rows in range(1, LONGEST + 2)
-    ]
+def _most_promising(candidates: tuple[str, ...], weight: Tensor, group_size: int) -> str:
+    """By products with ``weight``: that of an MLP's first layer."""
+
+    def rows(number: int) -> Tensor:
+        return weight.new_ones(number, weight.shape[1])
+
+    target = partial(nn.functional.linear, weight=weight)
+    verify = np.array([_seconds(target, rows(number)) for number in range(1, LONGEST + 2)])
     promised = {"target": 1.0}
     for name in candidates:
-        if unavailable(name, dtype, group_size) is None:
-            product = product_of(name, weight, head=False)(group_size)
-            product.load(weight)
-            row = torch.randn(1, inputs, dtype=dtype)
-            seconds = _seconds(partial(product, bias=None), row)
-            promised[name] = expected_ratio(AGREEMENT[name], np.array(target), seconds)
+        reason = unavailable(name, weight.dtype, group_size)
+        try:
+            if reason is None:
+                product = product_of(name, weight, head=False)(group_size)
+                product.load(weight)
+                seconds = _seconds(partial(product, bias=None), rows(1))
+                promised[name] = expected_ratio(AGREEMENT[name], verify, seconds)
+        except Exception as error:  # kernels tell in many ways that they cannot
+            reason = repr(error)
+        if reason is not None:
+            logger.info_once("Layer skipping: draft_weights: auto leaves out %s: %s", name, reason)
     best = max(promised, key=promised.__getitem__)
     if promised[best] < WORTH_IT:
         best = "target"

@@ -8,7 +8,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
@@ -57,7 +56,7 @@ def keep_draft_weight(layer: nn.Module, vllm_config: VllmConfig | None) -> None:
             return
         precision: str = config.draft_weights
         if precision == "auto":
-            precision = auto_precision(vllm_config, config.group_size)
+            precision = auto_precision(vllm_config, config.group_size, weight.device)
         if precision == "target":
             return
         kind = product_of(precision, weight, isinstance(layer, ParallelLMHead))
@@ -65,9 +64,9 @@ def keep_draft_weight(layer: nn.Module, vllm_config: VllmConfig | None) -> None:
         setattr(layer, KEPT_AS, draft)
     try:
         draft.product.load(weight.detach())
-    except (torch.OutOfMemoryError, ValueError) as error:
+    except Exception as error:  # kernels tell in many ways that they cannot
         raise ConfigError(
-            f"draft_weights: a weight of {tuple(weight.shape)} cannot be quantised: {error}. Set "
+            f"draft_weights: a weight of {tuple(weight.shape)} cannot be quantised: {error!r}. Set "
             "draft_weights: target"
         ) from error
 

@@ -79,13 +79,14 @@ class _KernelProduct:
         # Kernels for GPUs compute in 16 bits.
         wide = weight.dtype == torch.float32 and not current_platform.is_cpu()
         self._dtype = torch.bfloat16 if wide else weight.dtype
-        layer = self._quantise(weight)
-        self.num_bytes = sum(parameter.nbytes for parameter in layer.parameters())
         if self._kernel is None:
             self._kernel = self._choose_kernel(weight)
             for part in vars(self._kernel).values():  # which quantise inputs
                 if isinstance(part, CustomOp):
                     enable_kernel(part)
+        layer = self._quantise(weight)
+        _describe(layer, weight, self._dtype)
+        self.num_bytes = sum(parameter.nbytes for parameter in layer.parameters())
         self._kernel.process_weights_after_loading(layer)
         if getattr(self._layer, "weight", None) is None:  # the first, or kept in the kernel, as by oneDNN
             self._layer = layer
@@ -95,9 +96,10 @@ class _KernelProduct:
             parameter.data.copy_(new[name])
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        bias = None if bias is None else bias.to(self._dtype)
-        out: Tensor = self._kernel.apply_weights(self._layer, x.to(self._dtype), bias)
-        return out.to(x.dtype)
+        # Some kernels take the bias in an order of their own, which is not the target's.
+        out: Tensor = self._kernel.apply_weights(self._layer, x.to(self._dtype), None)
+        out = out.to(x.dtype)
+        return out if bias is None else out + bias
 
     def _quantise(self, weight: Tensor) -> nn.Module:
         """The module that the kernel takes."""
@@ -152,9 +154,7 @@ class Fp8(_KernelProduct):
 
     def _quantise(self, weight: Tensor) -> nn.Module:
         quantised, scale = quantise(weight, get_fp8_min_max()[1], current_platform.fp8_dtype())
-        layer = _module(quantised.t(), scale, "input_scale_ub")
-        layer.orig_dtype = self._dtype  # type: ignore[assignment]
-        return layer
+        return _module(quantised.t(), scale, "input_scale_ub")
 
     def _choose_kernel(self, weight: Tensor) -> Any:
         return _fp8_kernel((weight.shape[0], weight.shape[1]), self._dtype)
@@ -171,23 +171,33 @@ class Int4(_KernelProduct):
         layer = nn.Module()
         layer.weight = PackedvLLMParameter(data=packed, packed_dim=1, packed_factor=8, **dims)
         layer.weight_scale = GroupQuantScaleParameter(data=scale.t().contiguous().to(self._dtype), **dims)
-        layer.register_parameter("bias", None)
+        for name in ("bias", "weight_zero_point"):
+            layer.register_parameter(name, None)
         return layer
 
     def _choose_kernel(self, weight: Tensor) -> Any:
         of = _int4_config(weight.shape[1], weight.shape[0], self._dtype, self._group_size)
-        return choose_mp_linear_kernel(of)(of, "weight", "weight_scale")
+        return choose_mp_linear_kernel(of)(of, "weight", "weight_scale", "weight_zero_point")
 
 
 def _module(weight: Tensor, scale: Tensor, *absent: str) -> nn.Module:
     """What kernels for 8 bits take; ``absent``: parameters that they ask for."""
     layer = nn.Module()
-    layer.logical_widths = [len(scale)]  # type: ignore[assignment]
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.weight_scale = nn.Parameter(scale, requires_grad=False)
     for name in ("bias", "input_scale", *absent):
         layer.register_parameter(name, None)
     return layer
+
+
+def _describe(layer: Any, weight: Tensor, dtype: torch.dtype) -> None:
+    """Say of a module what kernels may ask of a linear layer."""
+    outputs, inputs = weight.shape
+    layer.input_size = layer.input_size_per_partition = inputs
+    layer.output_size = layer.output_size_per_partition = outputs
+    layer.logical_widths = layer.output_partition_sizes = [outputs]
+    layer.orig_dtype = layer.params_dtype = dtype
+    layer.weight_block_size, layer.has_bias = None, False
 
 
 def _fp8_kernel(shape: tuple[int, int], dtype: torch.dtype) -> Any:

@@ -164,7 +164,7 @@ class LayerSkipProposer(DraftModelProposer):
     def _room(
         self, request_ids: list[str], next_token_ids: Tensor, positions: Tensor, rows: np.ndarray
     ) -> np.ndarray:
-        """[rows] int, draft tokens that may still get into each answer; none once a token has ended it."""
+        """[rows] int, draft tokens that may still get into each answer; 0 after a last token that ends it."""
         made = positions.numpy()[rows] + 1 - self.runner.input_batch.num_prompt_tokens[rows]
         room = np.zeros(rows.size, dtype=np.int64)
         for i, (row, token) in enumerate(zip(rows, next_token_ids[rows].tolist(), strict=True)):

@@ -59,8 +59,8 @@ def test_each_row_drafts_as_alone(runner):
     assert outputs == alone_outputs
     for got, expected in zip(drafts, alone_drafts, strict=True):
         assert len(expected) >= 5
-        # A request that ends stays in the batch for the last round or not, and drafts at an answer's end are as
-        # long as the longest of the batch: compare what is common.
+        # A request that ends stays in the batch for the last round or not, and drafts at an answer's end are
+        # as long as the longest of the batch: compare what is common.
         common = [d for d in got if d[0] <= expected[-1][0]]
         assert [position for position, _ in common] == [position for position, _ in expected]
         for (_, tokens), (_, alone) in zip(common, expected, strict=True):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from clasp_vllm.control.acceptance import KNOWN, SPREAD, AcceptanceEvidence
+from clasp_vllm.control.acceptance import KNOWN, POSITION_GUESS, SPREAD, AcceptanceEvidence
 from clasp_vllm.control.early_exit import Confidence
 from clasp_vllm.control.planner import Choice
 from clasp_vllm.control.verification import UnverifiedDrafts, VerificationOutcomes
@@ -120,7 +120,8 @@ def test_sampling_sequences_have_positions_of_their_own():
     for _ in range(100):
         verify(learnt, 1, 1)
     greedy, sampling = learnt.positions()
-    assert (greedy == 0).all()
+    assert greedy[0] == 0
+    assert (greedy[1:] == POSITION_GUESS).all()
     assert sampling[1] < -1
 
 
