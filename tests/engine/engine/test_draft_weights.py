@@ -93,11 +93,12 @@ def test_memory_is_named_and_none_is_taken_without(call):
 class UnpackedInt4:
     """Stands for vLLM's kernels for 4 bits, of which that for CPUs needs AVX-512: it unpacks the weight."""
 
-    def __init__(self, config, weight: str, scale: str) -> None:
+    def __init__(self, config, weight: str, scale: str, zero_point: str) -> None:
         assert config.partition_weight_shape == config.full_weight_shape
         self.config, self.names = config, (weight, scale)
 
     def process_weights_after_loading(self, layer) -> None:
+        assert layer.weight_zero_point is None
         for parameter in (getattr(layer, name) for name in self.names):
             assert (parameter.input_dim, parameter.output_dim) == (1, 0)
 
