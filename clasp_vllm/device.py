@@ -100,3 +100,8 @@ def synchronize(device: torch.device) -> None:
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """An array of the host on the device, without waiting for it."""
     return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def rows_index(rows: np.ndarray, of: int, device: torch.device) -> slice | Tensor:
+    """An index for some of ``of`` rows, on the device: one on the host would make it wait."""
+    return slice(None) if len(rows) == of else to_device(rows, device)

@@ -25,6 +25,7 @@ import torch
 
 from clasp_vllm.bench.profile import Stopwatch
 from clasp_vllm.config import ConfigError, parse_config
+from clasp_vllm.control.planner import Choice
 from clasp_vllm.drafting.batch import SequenceBatch
 from clasp_vllm.drafting.draft import DraftOutput, Sample
 from clasp_vllm.drafting.drafter import Drafter
@@ -115,9 +116,10 @@ class MadeUpDrafts(RoundObserver):
         self._timings.time("head", lambda: sample(hidden, batch.positions, 0, everyone))
         due = batch.select(everyone[:MASKS_AT_ONCE])
         slots = drafter.sequences.slots(due.request_ids)
+        whole = Choice(len(options.budgets) - 1, 1)
         seconds = self._timings.time(
             "optimization pass",
-            lambda: sample(policy.optimize(due, slots), due.positions, 0, everyone[: len(due)]),
+            lambda: sample(policy.optimize(due, slots, whole), due.positions, 0, everyone[: len(due)]),
         )
         self._timings.seconds["optimize"].append(seconds / len(due))
         policy.apply()

@@ -29,6 +29,7 @@ class DraftSettings:
             "fp8" or "int4"; "auto": one of them.
         budgets: numbers of layers to skip, ascending, of which the controller chooses if there are several.
             knn_ssd's skip sets come from its calibration instead.
+        contexts: windows of context that drafts may attend to, in tokens, descending; None: all of it.
         skip_layers: the fixed layers to skip; None: evenly spaced to begin with.
         calibration: the folder of a calibration, or None.
         open_choices: what the controller chooses, of ``CHOICES``.
@@ -47,6 +48,7 @@ class DraftSettings:
     num_speculative_tokens: int
     draft_weights: str
     budgets: tuple[int, ...]
+    contexts: tuple[int | None, ...]
     skip_layers: tuple[int, ...] | None
     calibration: str | None
     open_choices: frozenset[str]
@@ -67,9 +69,8 @@ def resolve(config: LayerSkipConfig, num_layers: int, max_num_seqs: int) -> Draf
         ConfigError: as many layers are to be skipped as there are, or one that does not exist.
     """
     most = _budget(config, num_layers)
-    # With the target's own weights a draft that skips nothing saves nothing.
-    least = 0 if config.quantises else 1
-    columns = most + config.quantises  # of a pass, but for one that is the target itself
+    least = 0 if config.drafts_with_all_layers else 1
+    columns = most + config.drafts_with_all_layers  # of a pass, but for one that is the target itself
     passes = METHODS[config.method].passes
     optimized = min(_optimized_requests(config), max_num_seqs)
     return DraftSettings(
@@ -77,6 +78,7 @@ def resolve(config: LayerSkipConfig, num_layers: int, max_num_seqs: int) -> Draf
         num_speculative_tokens=config.num_speculative_tokens,
         draft_weights=config.draft_weights,
         budgets=tuple(range(least, most + 1)) if config.chooses_budget and most else (most,),
+        contexts=config.contexts,
         skip_layers=None if config.skip_layers is None else tuple(config.skip_layers),
         calibration=config.calibration,
         open_choices=config.open_choices,
@@ -107,6 +109,10 @@ def explain(config: LayerSkipConfig, num_layers: int | None = None) -> list[str]
     if config.quantises:
         to = "what pays" if config.draft_weights == "auto" else config.draft_weights
         lines.append(f"drafts run weights quantised to {to}")
+    if config.draft_context == "auto":
+        lines.append("drafts attend to as much of the context as pays")
+    elif config.draft_context != "full":
+        lines.append(f"drafts attend to the last {config.draft_context} tokens and the first block")
     if METHODS[config.method].passes:
         interval = _interval(config)
         rounds = "as often as it pays" if interval is None else f"every {interval} rounds"

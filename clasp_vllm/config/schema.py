@@ -52,6 +52,7 @@ OPTIMIZATION_INTERVAL = 32  # rounds
 MAX_OPTIMIZED_REQUESTS = 4
 MASK_MEMORY = 0.9
 DRAFT_WEIGHTS_GROUP_SIZE = 64
+DRAFT_WINDOWS = (2048, 1024, 512, 256)  # tokens of context, of which draft_context: auto chooses
 
 # vLLM's own keys, passed through under their own names.
 VLLM_KEYS = (
@@ -119,6 +120,13 @@ class LayerSkipConfig(BaseModel):
         default=None,
         description="draft_weights: int4 or auto only: how many int4 weights share a scale "
         f"(default {DRAFT_WEIGHTS_GROUP_SIZE}). Fewer are more exact, and kernels may not have them.",
+    )
+    draft_context: Literal["full", "auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="full",
+        description="What drafts attend to. full: the whole context. A number: so many of the last tokens "
+        "and the context's first block (an attention sink). auto: with adaptive, one of full and "
+        f"{', '.join(map(str, DRAFT_WINDOWS))} tokens, as promises most for a batch by what it costs and how "
+        "drafts are accepted. Drafts over long contexts cost less, and may pay without skipping a layer.",
     )
     calibration: str | None = Field(
         default=None,
@@ -202,6 +210,10 @@ class LayerSkipConfig(BaseModel):
                 raise ValueError(f"adaptive={self.adaptive!r}: {choice} cannot be chosen, for {why}")
         if self.ngram_cascade and not self.is_adaptive:
             raise ValueError("ngram_cascade=True needs adaptive: true")
+        if self.draft_context == "auto" and not self.is_adaptive:
+            raise ValueError(
+                "draft_context='auto' needs adaptive: true; allowed without are full and a number"
+            )
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min={self.prompt_lookup_min} is more than "
@@ -231,6 +243,18 @@ class LayerSkipConfig(BaseModel):
     def quantises(self) -> bool:
         """Whether drafts run weights of their own, or may, with auto."""
         return self.draft_weights != "target"
+
+    @property
+    def contexts(self) -> tuple[int | None, ...]:
+        """Windows of context, in tokens, that drafts may attend to, descending; None: all."""
+        if self.draft_context == "auto":
+            return None, *DRAFT_WINDOWS
+        return (None if self.draft_context == "full" else self.draft_context,)
+
+    @property
+    def drafts_with_all_layers(self) -> bool:
+        """Whether a draft that skips no layer may cost less than the target."""
+        return self.quantises or self.draft_context != "full"
 
     @property
     def group_size(self) -> int:

@@ -9,11 +9,14 @@ accepted, if those before it were, is the sum, in logits, of
 - an offset of the sequence, which verification corrects, fast at first and more slowly as more of it has
   been seen. New sequences inherit the mean;
 - an offset of the token's position in the draft, the same for all: what follows an accepted token is
-  not as likely to be accepted as that was.
+  not as likely to be accepted as that was;
+- an offset of the sequence for each window of context that drafts may attend to instead of all: some text
+  needs what is far back, and verification tells.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,13 +65,26 @@ class SequenceOffsets:
         self.mean += share * (self._guess - self.mean)
         self.offset += share * (self._guess[kinds] - self.offset)
 
-    def add(self, slots: np.ndarray, kinds: np.ndarray, expected: Array, won: Flags, seen: Flags) -> None:
-        """Take in outcomes: [rows, tokens] each, chances and what became of those ``seen``."""
+    def add(
+        self,
+        slots: np.ndarray,
+        kinds: np.ndarray,
+        expected: Array,
+        won: Flags,
+        seen: Flags,
+        beside: Array | float = 0.0,
+    ) -> None:
+        """Take in outcomes: [rows, tokens] each, chances and what became of those ``seen``.
+
+        ``beside``: [rows] variance of other offsets that a surprise may be due to.
+        """
         tokens = seen.sum(1)
         error = ((won - expected) * seen).sum(1)
         information = (expected * (1 - expected) * seen).sum(1)
-        variance = self.variance[slots] / (1 + self.variance[slots] * information)
-        self.offset[slots] = (self.offset[slots] + variance * error).clip(-LIMIT, LIMIT)
+        own = self.variance[slots]
+        gain = own / (1 + (own + beside) * information)
+        variance = gain * (1 + beside * information)
+        self.offset[slots] = (self.offset[slots] + gain * error).clip(-LIMIT, LIMIT)
         self.variance[slots] = np.minimum(variance + DRIFT * tokens, SPREAD)
         for kind in (0, 1):
             rows = kinds == kind
@@ -80,11 +96,19 @@ class SequenceOffsets:
 class AcceptanceEvidence:
     """Decaying averages, on the host. Sequences go by the slots of the ``SequenceTable``."""
 
-    def __init__(self, capacity: int, skipped: Sequence[float], num_layers: int, longest: int) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        skipped: Sequence[float],
+        num_layers: int,
+        longest: int,
+        windows: Sequence[int] = (),
+    ) -> None:
         """
         Args:
             skipped: [budgets] the layers that each budget skips, ascending.
             longest: draft tokens of a round at most.
+            windows: tokens of context that drafts may attend to instead of all, descending.
         """
         # A guess, until there is evidence: a token is lost for sure when every layer is skipped.
         self._curve = 0.95 - 0.6 * np.asarray(skipped, dtype=np.float64) / num_layers
@@ -93,6 +117,7 @@ class AcceptanceEvidence:
         self.started = 0  # sequences
         self.drafts = SequenceOffsets(capacity)
         self.ngrams = SequenceOffsets(capacity, NGRAM_GUESS)
+        self.windows = [SequenceOffsets(capacity, (_window_guess(window),) * 2) for window in windows]
         self._position = np.full((2, longest), POSITION_GUESS)  # by kind
         self._position[:, 0] = 0.0  # and stays
         self._position_variance = np.full((2, longest), POSITION_SPREAD)
@@ -105,7 +130,7 @@ class AcceptanceEvidence:
         """A new sequence has got the slot."""
         self.kind[slot] = int(sampling)
         self.started += 1
-        for offsets in (self.drafts, self.ngrams):
+        for offsets in (self.drafts, self.ngrams, *self.windows):
             offsets.start(slot, int(sampling))
 
     def add_pass(self, agree: np.ndarray) -> None:
@@ -121,6 +146,7 @@ class AcceptanceEvidence:
         first: np.ndarray,
         accepted: np.ndarray,
         rejected: np.ndarray,
+        context: int = 0,
     ) -> None:
         """What verification said of drafts made by skipping.
 
@@ -130,13 +156,19 @@ class AcceptanceEvidence:
             first: [rows] int64 tokens that a draft begins with and that are no evidence.
             accepted: [rows] int64 draft tokens accepted, those included.
             rejected: [rows] bool, whether a token was rejected after these.
+            context: what drafts attended to: 0 = all, else the window of this number, from 1.
         """
         if not len(slots):
             return
         seen, won = self._outcomes(first, accepted, rejected)
-        expected = self.acceptance(slots)[:, budget]
+        expected = self.acceptance(slots, context=context)[:, budget]
         kinds, error = self.kind[slots], (won - expected) * seen
-        self.drafts.add(slots, kinds, expected, won, seen)
+        if context:
+            window, known = self.windows[context - 1], self.drafts.variance[slots]
+            self.drafts.add(slots, kinds, expected, won, seen, beside=window.variance[slots])
+            window.add(slots, kinds, expected, won, seen, beside=known)
+        else:
+            self.drafts.add(slots, kinds, expected, won, seen)
         for kind in (0, 1):
             self._add_positions(
                 kind, error[kinds == kind], (expected * seen)[kinds == kind], seen[kinds == kind]
@@ -168,7 +200,8 @@ class AcceptanceEvidence:
     def forget(self, rounds: int = 1) -> None:
         """Decay estimates by rounds, so that methods that are not in use are tried again."""
         kept = (1 - FORGET_ROUND) ** rounds
-        self.ngrams.forget(self.kind, 1 - kept)
+        for offsets in (self.ngrams, *self.windows):
+            offsets.forget(self.kind, 1 - kept)
         self._position_tokens *= kept
 
     def ngram_acceptance(self, slots: np.ndarray) -> Array:
@@ -192,18 +225,27 @@ class AcceptanceEvidence:
             before = offset[:, step] = before + trust[:, step] * (offset[:, step] - before)
         return offset
 
-    def acceptance(self, slots: np.ndarray, optimism: float = 0.0) -> Array:
+    def acceptance(self, slots: np.ndarray, optimism: float = 0.0, context: int = 0) -> Array:
         """[rows, budgets, longest]: that a token is accepted if those before it were.
 
         Args:
             optimism: standard deviations of a sequence's estimate that are added to it.
+            context: see ``add_verified``.
         """
         curve = np.minimum.accumulate(np.clip(self._curve, 0.02, 0.98))  # skipping more is never better
         unknown = np.maximum(self.drafts.variance[slots] - KNOWN, 0.0)
         offset = self.drafts.offset[slots] + optimism * np.sqrt(unknown)
+        if context:  # seeing less is never better
+            windows = [window.offset[slots] for window in self.windows[:context]]
+            offset = offset + np.minimum(np.min(windows, axis=0), 0.0)
         own = np.log(curve / (1 - curve)) + offset[:, None]
         own = own[..., None] + self.positions()[self.kind[slots]][:, None]
         return _probability(own)
+
+
+def _window_guess(window: int) -> float:
+    """The offset of a window, until there is evidence: what summaries lose by it (docs/benchmarks.md)."""
+    return -0.5 - 0.75 * max(math.log2(2048 / window), 0.0)
 
 
 def _probability(logit: Array) -> Array:

@@ -53,6 +53,7 @@ class Controller:
         costs: PassCosts,
         capacity: int,
         budgets: Sequence[int],
+        contexts: Sequence[int | None],
         num_layers: int,
         shares: LayerShares,
         longest: int,
@@ -68,6 +69,7 @@ class Controller:
             costs: of forward passes, as measured at start-up.
             capacity: sequences, by the slots of the ``SequenceTable``.
             budgets: layers to skip, those to choose from, ascending.
+            contexts: tokens that drafts may attend to at most, descending; None: all.
             num_layers: of the target.
             shares: of attention and MLP in what a layer costs.
             longest: draft tokens at most.
@@ -91,18 +93,23 @@ class Controller:
         self._ranks = ranks
         self._until_plain = np.full(len(SIZES), PLAIN_FIRST)  # rounds
         self._budgets = budgets
+        self._contexts = contexts
         self._num_layers = num_layers
         self._layer_shares = shares
         self._interval = interval
         self._may_stop = "speculation" in open_choices
         self._capacity = capacity
-        self.pricing = Pricing(num_layers, shares, longest, open_choices, padded, drop_stopped)
+        self.pricing = Pricing(contexts, num_layers, shares, longest, open_choices, padded, drop_stopped)
         self.rank_sync = RankSync(self.corrections, ranks)
         self.reset()
 
     def reset(self) -> None:
         """Know of no requests, as after the start. What passes cost is the machine's, and kept."""
-        self.evidence = AcceptanceEvidence(self._capacity, self._budgets, self._num_layers, self.longest)
+        windows = [window for window in self._contexts[1:] if window is not None]
+        self.evidence = AcceptanceEvidence(
+            self._capacity, self._budgets, self._num_layers, self.longest, windows
+        )
+        self._lengths = np.empty(0, dtype=np.int64)  # tokens of context, of the last round
         self.confidence = Confidence()
         self.outcomes = VerificationOutcomes(self.evidence, self.confidence, self.longest)
         self.ngram_lengths = NgramLengthPredictor(self._capacity, late=self.padded)
@@ -118,7 +125,7 @@ class Controller:
         self.outcomes.verified(request_ids, lengths - 1, rejected)
         self._times.settle(self._corrected(), self.gate.budget)
         self.gate.budget.step()
-        self._times.engine_step(request_ids, lengths, rejected, self.costs)
+        self._times.engine_step(request_ids, lengths, rejected, self.costs.over(self._lengths))
 
     def may_idle(self, request_ids: Sequence[str]) -> bool:
         """Whether speculation is off for some steps yet, and the batch the same."""
@@ -137,7 +144,8 @@ class Controller:
 
     def draft_seconds(self, rows: int, parts: Sequence[int]) -> float:
         """Of a draft step, without correction. ``parts``: as in ``LayerShares.cost``."""
-        return float(self.costs.draft_step(rows, self._layer_shares.cost(parts)))
+        costs = self.costs.over(self._lengths, self._window(self.last))
+        return float(costs.draft_step(rows, self._layer_shares.cost(parts)))
 
     def round_ended(
         self, request_ids: Sequence[str], drafts: UnverifiedDrafts | None, ended: DeviceEvent
@@ -164,7 +172,8 @@ class Controller:
             predicted: seconds of the draft steps.
             optimized: rows of the pass; 0 = there was none.
         """
-        seconds = self.costs.optimize(optimized, self._num_layers, self._budgets[-1]) if optimized else 0.0
+        costs = self.costs.over(self._lengths, self._window(self.last))
+        seconds = costs.optimize(optimized, self._num_layers, self._budgets[-1]) if optimized else 0.0
         self._times.add_drafting(rows, events, predicted, seconds)
 
     def choose(
@@ -173,6 +182,7 @@ class Controller:
         masks: Tensor,
         allowed: int,
         match_lengths: np.ndarray | None = None,
+        lengths: np.ndarray | None = None,
         version: int | None = None,
     ) -> Choice:
         """What to do in this round; of no length where plain decoding is better.
@@ -182,11 +192,14 @@ class Controller:
             masks: [capacity, budgets, num_layers, 2] bool, each sequence's own.
             allowed: draft tokens that there is room for in this round.
             match_lengths: [rows] int64, of prompt-lookup matches, if they have been looked up.
+            lengths: [rows] int, tokens of context, if they are known.
             version: another one whenever a mask has changed.
         """
-        rows, costs = len(slots), self._corrected()
+        rows = len(slots)
         match_lengths = np.zeros(rows, dtype=np.int64) if match_lengths is None else match_lengths
-        choice = self._decide(costs, Sequences(slots, masks, match_lengths, version))
+        self._lengths = np.zeros(rows, dtype=np.int64) if lengths is None else lengths
+        costs = self._corrected()
+        choice = self._decide(costs, Sequences(slots, masks, match_lengths, self._lengths, version))
         self.gate.decide(choice, self._optimistic, float(costs.plain(rows, self._num_layers)))
         self.requested_draft_length = max(choice.length, choice.ngram) if self.gate.asks else 0
         self._explain(choice, costs, slots)
@@ -217,7 +230,10 @@ class Controller:
         return choice
 
     def _corrected(self) -> PassCosts:
-        return self.costs.scaled(self.rank_sync.scales)
+        return self.costs.scaled(self.rank_sync.scales).over(self._lengths)
+
+    def _window(self, choice: Choice | None) -> int | None:
+        return self._contexts[0 if choice is None else choice.context]
 
     def _goes_plain(self, rows: int, speculating: bool) -> bool:
         """Whether to do without drafts once, though they pay, to learn what that costs."""
@@ -229,19 +245,21 @@ class Controller:
         return due and speculating and self._may_stop
 
     def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray) -> None:
-        plan = choice.budget, choice.length, choice.ngram
+        plan = choice.budget, choice.length, choice.context, choice.ngram
         made = len(slots), *plan, self.gate.state
         if made == self._logged:
             return
         self._logged = made
-        acceptance = self.evidence.acceptance(slots)[:, choice.budget].mean(0)
+        acceptance = self.evidence.acceptance(slots, context=choice.context)[:, choice.budget].mean(0)
         skipped = self._budgets[choice.budget]
+        costs = costs.over(self._lengths, self._window(choice))
         plain = 1000 * float(costs.plain(len(slots), self._num_layers))
         step = 1000 * float(costs.draft_step(len(slots), self._num_layers - skipped))
         self._log(
             f"{len(slots)} sequences: {WORDS[self.gate.state]}; "
             f"best: {choice.length} tokens with {skipped} of {self._num_layers} layers skipped, "
             f"{choice.ngram} by prompt lookup, "
+            f"attending to {self._window(choice) or 'all'} tokens of context, "
             f"stopping when the chance of all falls under {choice.floor:.2f}, "
             f"expected {choice.ratio:.2f} times plain decoding (acceptance "
             f"{' '.join(f'{chance:.2f}' for chance in acceptance)}, "
@@ -267,6 +285,7 @@ class Controller:
         return {
             "draft_length": float(self.last.length if on else 0),
             "skipped_layers": self._budgets[self.last.budget],
+            "draft_context": float(self._window(self.last) or 0),
             "expected_ratio": self.last.ratio,
         }
 
@@ -280,7 +299,12 @@ class Controller:
             return self._interval
         kept = self._num_layers - self._budgets[choice.budget]
         return rounds_between_passes(
-            self._corrected(), self._num_layers, self._budgets[-1], choice, rows, kept
+            self._corrected().over(self._lengths, self._window(choice)),
+            self._num_layers,
+            self._budgets[-1],
+            choice,
+            rows,
+            kept,
         )
 
     def learn(self, agree: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ RATE = 0.1  # of a correction, once there have been some
 BELIEVABLE = 2.0  # a measurement further off than this counts as this
 _SIZES = np.array(SIZES, dtype=np.float64)
 STEPS = "plain_scale", "verify_scale"  # corrections of the engine's steps, by size
+QUERIES = 4  # tokens of a request, to know what verifying several costs over a long context
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class PassCosts:
         step_rows, step: [sizes] tokens, ascending, and seconds of the engine's own step of so many, where
             that is not a pass like a draft's; empty: it is.
         draft_layer, draft_fixed: [sizes] of a draft's pass, where it runs other weights; empty: the same.
+        context_rows, context: [sizes] rows, ascending, and seconds that a layer takes for each token of
+            context of each of so many rows; empty: not known, and taken to be nothing.
+        context_query: what each further token of a request adds to this, as a share of the first's.
+        requests, tokens, draft_tokens: of the batch that is asked about: its rows, and the mean tokens of
+            context that its rows have and that drafts attend to.
         plain_scale, verify_scale: corrections, learnt while serving, of engine steps without and with
             drafts to verify: one, or one for each of ``SIZES``.
         draft_scale, pass_scale: of draft steps and optimisation passes.
@@ -46,6 +53,12 @@ class PassCosts:
     step: tuple[float, ...] = ()
     draft_layer: tuple[float, ...] = ()
     draft_fixed: tuple[float, ...] = ()
+    context_rows: tuple[float, ...] = ()
+    context: tuple[float, ...] = ()
+    context_query: float = 0.0
+    requests: int = 0
+    tokens: float = 0.0
+    draft_tokens: float = 0.0
     plain_scale: Any = 1.0
     verify_scale: Any = 1.0
     draft_scale: Any = 1.0
@@ -54,6 +67,24 @@ class PassCosts:
     def scaled(self, scales: Mapping[str, Any]) -> PassCosts:
         """With other corrections, by name."""
         return replace(self, **scales)
+
+    def over(self, lengths: np.ndarray, window: int | None = None) -> PassCosts:
+        """Of a batch whose rows have these tokens of context, [rows] int, of which drafts see a window.
+
+        ``window``: tokens that a draft attends to at most; None: all.
+        """
+        if not self.context or not len(lengths):
+            return self
+        seen = lengths if window is None else np.minimum(lengths, window)
+        tokens, draft_tokens = float(lengths.mean()), float(seen.mean())
+        return replace(self, requests=len(lengths), tokens=tokens, draft_tokens=draft_tokens)
+
+    def _reading(self, rows: Any, tokens: float) -> Array:
+        """Seconds that a layer takes to read the context of ``rows`` rows of so many tokens each."""
+        if not tokens:
+            return np.zeros(())
+        seconds: Array = np.asarray(rows) * tokens * np.interp(rows, self.context_rows, self.context)
+        return seconds
 
     def _at(self, values: tuple[float, ...], rows: Any) -> Array:
         return _interpolate(rows, self.rows, values)
@@ -72,14 +103,17 @@ class PassCosts:
 
     def engine_step(self, tokens: Any, num_layers: int) -> Array:
         """Seconds of a step of the engine of ``tokens`` tokens, without correction."""
+        rows = np.minimum(tokens, self.requests)
+        further = np.asarray(tokens) / np.maximum(rows, 1) - 1
+        seconds: Array = num_layers * self._reading(rows, self.tokens) * (1 + further * self.context_query)
         if self.step:
-            return _interpolate(tokens, self.step_rows, self.step)
-        return self.forward(tokens, num_layers)
+            return seconds + _interpolate(tokens, self.step_rows, self.step)
+        return seconds + self.forward(tokens, num_layers)
 
     def draft_step(self, rows: Any, layers: Any) -> Array:
         """Seconds of a draft step."""
         fixed = self._at(self.draft_fixed or self.fixed, rows)
-        layer = self._at(self.draft_layer or self.layer, rows)
+        layer = self._at(self.draft_layer or self.layer, rows) + self._reading(rows, self.draft_tokens)
         return _between(self.draft_scale, 1) * (fixed + np.asarray(layers) * layer)
 
     def optimize(self, rows: int, num_layers: int, budget: int) -> float:
@@ -87,7 +121,10 @@ class PassCosts:
         columns = rows * np.array([columns_at(layer, budget) for layer in range(num_layers)])
         fixed = float(self._at(self.draft_fixed or self.fixed, columns[-1]))
         layers = float(self._at(self.draft_layer or self.layer, columns).sum())
-        target = float(self.forward(rows, num_layers)) if self.draft_layer else 0.0
+        layers += float(self._reading(columns, self.draft_tokens).sum())
+        target = 0.0  # it runs besides where no column is the target itself
+        if self.draft_layer or self.draft_tokens < self.tokens:
+            target = float(self.forward(rows, num_layers) + num_layers * self._reading(rows, self.tokens))
         return float(_between(self.pass_scale, 1)) * (target + fixed + layers)
 
 
@@ -162,6 +199,51 @@ def measure_pass_costs(
         layer.append(per_layer)
         fixed.append(max(with_all - num_layers * layer[-1], 0.0))
     return PassCosts(tuple(map(float, sizes)), tuple(layer), tuple(fixed))
+
+
+@dataclass(frozen=True)
+class ContextPass:
+    """A pass over a context that can be timed.
+
+    Attributes:
+        forward: takes rows, tokens of context and tokens of each row, at the end of it; waits for the end.
+        short, long: tokens of context to compare.
+        rows: the most that are worth comparing.
+    """
+
+    forward: Callable[[int, int, int], None]
+    short: int
+    long: int
+    rows: int
+
+
+def measure_context_costs(
+    costs: PassCosts, of: ContextPass | None, num_layers: int, repeats: int = 3
+) -> PassCosts:
+    """``costs`` with what attending to more tokens adds; the fastest of some repeats counts."""
+    if of is None:
+        return costs
+
+    def more(rows: int, queries: int) -> float:
+        """Seconds of a layer, for each token of context of each row."""
+        seconds = {of.short: math.inf, of.long: math.inf}
+        for _ in range(repeats):
+            for tokens in seconds:
+                before = time.perf_counter()
+                of.forward(rows, tokens, queries)
+                seconds[tokens] = min(seconds[tokens], time.perf_counter() - before)
+        longer = max(seconds[of.long] - seconds[of.short], 0.0)
+        return longer / (num_layers * rows * (of.long - of.short))
+
+    sizes = sorted({1, of.rows})
+    context = tuple(more(rows, 1) for rows in sizes)
+    further = (more(1, QUERIES) / context[0] - 1) / (QUERIES - 1) if context[0] else 0.0
+    return replace(
+        costs,
+        context_rows=tuple(map(float, sizes)),
+        context=context,
+        context_query=min(max(further, 0.0), 1.0),
+    )
 
 
 def measure_steps(

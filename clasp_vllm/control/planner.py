@@ -42,6 +42,7 @@ class Choice:
         tokens: expected of the round, of all rows.
         floor: stop drafting for a sequence whose chance that all its tokens are accepted is less: a
             further token would gain less than it costs.
+        context: index of the window of context that drafts attend to.
     """
 
     budget: int
@@ -51,6 +52,7 @@ class Choice:
     seconds: float = 0.0
     tokens: float = 0.0
     floor: float = 0.0
+    context: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from clasp_vllm.control.costs import Array, LayerShares, PassCosts
 from clasp_vllm.control.planner import WORTH_IT, Batch, Choice, Ngrams, choose, draft_lengths
 
 MAX_BATCHES = 256  # sets of sequences, of which what draft steps run is kept
+WORTH_CUTTING = 0.75  # of the context, that a window may hold at most to be considered
 SKIPPING_EVERY = 8  # rounds with prompt-lookup matches, after which drafts by skipping are priced again
 
 
@@ -25,12 +26,14 @@ class Sequences:
         slots: [rows] int64, of the ``SequenceTable``.
         masks: [capacity, budgets, num_layers, 2] bool, each sequence's own.
         match_lengths: [rows] int64, of prompt-lookup matches; 0 = there is none.
+        lengths: [rows] int, tokens of context.
         version: another one whenever a mask has changed; None: not known.
     """
 
     slots: np.ndarray
     masks: Tensor
     match_lengths: np.ndarray
+    lengths: np.ndarray
     version: int | None
 
 
@@ -39,6 +42,7 @@ class Pricing:
 
     def __init__(
         self,
+        contexts: Sequence[int | None],
         num_layers: int,
         shares: LayerShares,
         longest: int,
@@ -47,6 +51,7 @@ class Pricing:
         drop_stopped: bool,
     ) -> None:
         """See ``Controller``."""
+        self._contexts = contexts
         self._num_layers = num_layers
         self._shares = shares
         self._longest = longest
@@ -80,18 +85,18 @@ class Pricing:
         slots, looked_up = of.slots, np.flatnonzero(of.match_lengths)
         every = np.arange(len(slots))
         if not looked_up.size:
-            return choose(self._batch(costs, evidence, of, every, optimism))
+            return self._choose(costs, evidence, of, every, optimism)
         # How good drafts by skipping are changes slowly, and to work it out costs more than a lookup.
         known, skipping, age = self._skipping.get(optimism, (b"", None, 0))
         if skipping is None or known != slots.tobytes() or age == SKIPPING_EVERY:
-            skipping, age = choose(self._batch(costs, evidence, of, every, optimism)), 0
+            skipping, age = self._choose(costs, evidence, of, every, optimism), 0
         self._skipping[optimism] = slots.tobytes(), skipping, age + 1
         ngrams = _ngrams(evidence, of)
         if looked_up.size == len(slots) and not self._padded:
             taken = ngrams.best(costs, self._num_layers, 0, self._longest, padded=False)
         else:
             others = np.flatnonzero(of.match_lengths == 0)
-            taken = choose(self._batch(costs, evidence, of, others, optimism), ngrams)
+            taken = self._choose(costs, evidence, of, others, optimism, ngrams)
         return max(skipping, taken, key=lambda choice: choice.ratio)
 
     def ngrams_pay(self, costs: PassCosts, evidence: AcceptanceEvidence, of: Sequences) -> bool:
@@ -103,6 +108,29 @@ class Pricing:
         best = ngrams.best(costs, self._num_layers, others, self._longest, self._padded)
         return best.ratio >= WORTH_IT
 
+    def _choose(
+        self,
+        costs: PassCosts,
+        evidence: AcceptanceEvidence,
+        of: Sequences,
+        rows: np.ndarray,
+        optimism: float,
+        ngrams: Ngrams | None = None,
+    ) -> Choice:
+        """The best of all contexts that drafts may attend to."""
+        mean = float(of.lengths.mean())
+        choices = []
+        for context, window in enumerate(self._contexts):
+            if (
+                window is not None
+                and context
+                and np.minimum(of.lengths, window).mean() > WORTH_CUTTING * mean
+            ):
+                continue
+            batch = self._batch(costs.over(of.lengths, window), evidence, of, rows, optimism, context)
+            choices.append(replace(choose(batch, ngrams), context=context))
+        return max(choices, key=lambda choice: choice.ratio)
+
     def _batch(
         self,
         costs: PassCosts,
@@ -110,6 +138,7 @@ class Pricing:
         of: Sequences,
         rows: np.ndarray,
         optimism: float,
+        context: int,
     ) -> Batch:
         slots = of.slots[rows]
         layers = self._layers.get(slots.tobytes())
@@ -120,7 +149,7 @@ class Pricing:
         return Batch(
             costs,
             self._num_layers,
-            evidence.acceptance(slots, optimism),
+            evidence.acceptance(slots, optimism, context),
             layers,
             evidence.continuation_prob,
             self._lengths,

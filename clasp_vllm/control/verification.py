@@ -121,6 +121,7 @@ class VerificationOutcomes:
             first[ours],
             accepted[ours],
             any_rejected[ours],
+            drafts.choice.context,
         )
         self._evidence.add_lengths(lengths[ours], limits[ours], accepted[ours])
         if verification.confidence is not None:

@@ -25,11 +25,12 @@ class PagedAttention(Protocol):
     def decode(
         self, positions: Tensor, block_table: Tensor, max_lengths: Tensor
     ) -> AbstractContextManager[object]:
-        """A forward context for one query token per row; yields what it was made of.
+        """A forward context for one query token per row, or several; yields what it was made of.
 
         Each row attends to, and writes the key and value of, its position in the blocks of its row
         of ``block_table`` ([rows, width] int32); ``max_lengths`` ([rows] int32, on the host) bounds
-        positions + 1 from above. Positions from ``max_model_len`` on write nothing.
+        positions + 1 from above. Positions from ``max_model_len`` on write nothing. Of several
+        tokens the ``positions`` ([rows * queries] int64) follow one another, row by row.
         """
         ...
 

@@ -37,12 +37,14 @@ class DrafterOptions:
 
     Attributes:
         budgets: the numbers of layers to skip that there are to choose from, ascending.
+        contexts: the windows of context to choose from, in tokens, descending; None: all of it.
         optimization_interval: rounds between two choices of a sequence's layers, unless a controller says.
         draft_exit_threshold: stop drafting a sequence after a token less probable than this; 0 = off;
             None: the controller says when, if there is one.
     """
 
     budgets: tuple[int, ...]
+    contexts: tuple[int | None, ...]
     optimization_interval: int
     draft_exit_threshold: float | None
 

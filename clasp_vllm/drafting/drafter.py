@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from clasp_vllm.control.costs import PassCosts, measure_steps
 from clasp_vllm.control.early_exit import Exit, FixedExit
 from clasp_vllm.control.planner import Choice
 from clasp_vllm.control.verification import UnverifiedDrafts
-from clasp_vllm.device import DeviceEvent, to_device
+from clasp_vllm.device import DeviceEvent, rows_index, to_device
 from clasp_vllm.drafting.batch import PromptTokens, SequenceBatch
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.draft import DrafterOptions, DraftOutput, DraftRound, LayerSkipDraft, Sample
@@ -150,7 +150,8 @@ class Drafter:
             self.controller.rank_sync.exchange(self.controller.gate, self._share, device)
             if batch.ngrams is not None:
                 match_lengths = self.controller.ngram_lengths.predict(slots, started, batch.ngrams.lengths)
-            choice = self.controller.choose(slots, masks, num_tokens, match_lengths, self.sequences.version)
+            context, version = batch.max_lengths.numpy(), self.sequences.version
+            choice = self.controller.choose(slots, masks, num_tokens, match_lengths, context, version)
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         drawn, looked_up = np.full((rows, num_tokens), -1), np.zeros(rows, dtype=bool)
@@ -172,7 +173,7 @@ class Drafter:
                     hidden, positions, step, skipping[of], exact
                 ),
             )
-            on_device, width = _rows(skipping, rows, device), skip_drafts.draft.tokens.shape[1]
+            on_device, width = rows_index(skipping, rows, device), skip_drafts.draft.tokens.shape[1]
             drafted[on_device, :width] = skip_drafts.draft.tokens
             lengths[on_device] = skip_drafts.draft.lengths
             drawn[skipping, :width] = skip_drafts.draft.drawn
@@ -201,7 +202,7 @@ class Drafter:
                 drafted[skipping] = skip_drafts.draft.count
             if skip_drafts.draft.confidence is not None:
                 sure = skip_drafts.draft.confidence.new_zeros(rows, skip_drafts.draft.confidence.shape[1])
-                sure[_rows(skipping, rows, lengths.device)] = skip_drafts.draft.confidence
+                sure[rows_index(skipping, rows, lengths.device)] = skip_drafts.draft.confidence
             controller.time_drafting(rows, skip_drafts.events, self._predicted, skip_drafts.due.size)
             ended = skip_drafts.events[-1]
         drafts = UnverifiedDrafts(
@@ -226,10 +227,10 @@ class Drafter:
         due = self.policy.due(slots, self._interval(choice, running))
         exact = None
         if due.size:
-            exact = self.policy.optimize(batch.select(due), slots[due])
+            exact = self.policy.optimize(batch.select(due), slots[due], choice)
         optimized = DeviceEvent(device)
         if self._plans is None:
-            self._plans = Plans(self.sequences, device)
+            self._plans = Plans(self.sequences, self.options.contexts, device)
         rule = self._exit(slots, choice, device)
         draft = DraftTokenBuffer(rows, choice.length, rule, self.drop_stopped, device)
         self._predicted = 0.0
@@ -337,14 +338,12 @@ class Drafter:
         costs = self.passes.measure(device)
         names = [n for n in ("layer", "fixed", "draft_layer", "draft_fixed") if getattr(costs, n)]
         shared = self._share(torch.tensor([getattr(costs, n) for n in names], device=device)).tolist()
-        costs = replace(costs, **dict(zip(names, map(tuple, shared), strict=True)))
+        values: dict[str, Any] = dict(zip(names, map(tuple, shared), strict=True))
+        reading = torch.tensor([*costs.context, costs.context_query], device=device)
+        *context, query = self._share(reading).tolist()
+        costs = replace(costs, context=tuple(context), context_query=query, **values)
         if steps:
             seconds = torch.tensor(measure_steps(steps, device), device=device)
             step = tuple(self._share(seconds).tolist())
             costs = replace(costs, step_rows=tuple(map(float, steps)), step=step)
         return costs
-
-
-def _rows(left: np.ndarray, rows: int, device: torch.device) -> slice | Tensor:
-    """An index for ``left`` of some rows, on the device: one on the host would make it wait."""
-    return slice(None) if len(left) == rows else to_device(left, device)

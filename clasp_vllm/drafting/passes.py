@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clasp_vllm.control.costs import PassCosts, measure_pass_costs
+from clasp_vllm.control.costs import ContextPass, PassCosts, measure_context_costs, measure_pass_costs
 from clasp_vllm.device import synchronize, to_device
 from clasp_vllm.drafting.batch import PagedAttention, SequenceBatch
+from clasp_vllm.drafting.context import CacheRows, cut_context
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.plans import Plan
 from clasp_vllm.drafting.scratch import ScratchBlocks
@@ -22,6 +23,9 @@ from clasp_vllm.skipping.skip_mask import evenly_spaced_layers
 
 CHUNK = 128  # rows
 LARGEST_MEASURED = {"cpu": 64, "cuda": 512}  # rows of a pass; costs of larger ones lie on a line
+# Tokens of context: from where on they are worth measuring, and the most; more of them cost in proportion.
+LEAST_CONTEXT, LONGEST_MEASURED = 1024, 4096
+CONTEXT_ROWS = 8
 
 
 class DraftRunner(Protocol):
@@ -99,12 +103,17 @@ class Passes:
 
     def draft_step_eagerly(self, batch: SequenceBatch, plan: Plan) -> Tensor:
         """The same by calling one module after the other."""
-        return self._run(self._draft.decoder, batch, plan)
+        return self._run(self._draft.decoder, batch, plan, self.cache_rows(batch, plan.window))
 
-    def _run(self, decoder: Decoder, batch: SequenceBatch, plan: Plan) -> Tensor:
+    def cache_rows(self, batch: SequenceBatch, window: int | None) -> CacheRows:
+        """Where a batch reads and writes, attending to all or to a window."""
+        rows = CacheRows(batch.positions, batch.block_table, batch.max_lengths)
+        return cut_context(rows, window, self.attention.block_size, self.attention.max_model_len)
+
+    def _run(self, decoder: Decoder, batch: SequenceBatch, plan: Plan, rows: CacheRows) -> Tensor:
         state = decoder.embed(batch.tokens)
         positions = self._rotary(batch.positions)
-        with self.attention.decode(batch.positions, batch.block_table, batch.max_lengths):
+        with self.attention.decode(*rows):
             for layer, part, mixed in plan.steps:
                 if not mixed:
                     state = decoder.run_sublayer(layer, part, positions, state)
@@ -144,18 +153,22 @@ class Passes:
         prior: Tensor | None,
         memory: float,
         centre: Tensor | None,
+        window: int | None = None,
     ) -> tuple[Programme, Tensor]:
-        """The dynamic programme on one token per row, and the target's final hidden states."""
+        """The dynamic programme on one token per row, and the target's final hidden states.
+
+        ``window``: of the drafts, see ``drafting.context``. The target attends to all.
+        """
         assert self.scratch is not None
         rows, decoder = len(batch), self._draft.decoder
-        tables, source, target = self.scratch.virtual_requests(batch.block_table, batch.positions)
+        at = self.cache_rows(batch, window)
+        tables, source, target = self.scratch.virtual_requests(at.block_table, at.positions)
         # Column 0 works on the requests' own blocks where it is the target itself.
-        own = int(not self._own_weights)
+        own = int(not self._own_weights and at.block_table is batch.block_table)
         tables = tables[(1 - own) * rows :]
-        positions = batch.positions.repeat(budget + 1)
-        max_lengths = batch.max_lengths.repeat(budget + 1)
-        rotary_positions = self._rotary(positions)
-        reference, hidden = self._reference(batch) if self._own_weights else (None, None)
+        positions, max_lengths = at.positions.repeat(budget + 1), at.max_lengths.repeat(budget + 1)
+        rotary_positions = self._rotary(batch.positions.repeat(budget + 1))
+        reference, hidden = (None, None) if own else self._reference(batch)
         columns = 0
 
         with ExitStack() as context:
@@ -207,6 +220,7 @@ class Passes:
     def measure(self, device: torch.device) -> PassCosts:
         """What passes cost, while nothing is served. Writes to the scratch block."""
         costs = self._measure(self._target, device)
+        costs = measure_context_costs(costs, self._read_context(device), self._target.decoder.num_layers)
         if not self._own_weights:
             return costs
         draft = self._measure(self._draft, device)
@@ -219,6 +233,27 @@ class Passes:
         longest = min(self.attention.max_rows, LARGEST_MEASURED.get(device.type, 64))
         return measure_pass_costs(forward, model.decoder.num_layers, longest, lambda: synchronize(device))
 
+    def _read_context(self, device: torch.device) -> ContextPass | None:
+        """The target on rows that attend to many tokens; None where the cache holds too few of them."""
+        size, limit = self.attention.block_size, self.attention.max_model_len
+        most = min(limit, LONGEST_MEASURED, self.attention.scratch_block * size) // size * size
+        if most < LEAST_CONTEXT:
+            return None
+
+        def forward(rows: int, tokens: int, queries: int) -> None:
+            blocks = tokens // size
+            # Blocks of their own, as far as there are, for blocks that are read twice are in a cache by then.
+            table = torch.arange(rows * blocks, dtype=torch.int32, device=device).view(rows, blocks)
+            table = table % (self.attention.scratch_block - 1) + 1
+            table[:, -1] = self.attention.scratch_block
+            positions = torch.arange(tokens - queries, tokens, device=device).repeat(rows)
+            lengths = torch.full((rows,), tokens, dtype=torch.int32)
+            batch = SequenceBatch([], torch.zeros_like(positions), positions, table, lengths)
+            self._whole_pass(self._target, batch, self._target.decoder.num_layers)
+            synchronize(device)
+
+        return ContextPass(forward, min(size, most), most, min(CONTEXT_ROWS, self.attention.max_rows))
+
     def try_out(self, device: torch.device) -> None:
         """Run a draft step, so that what cannot draft fails now. Writes to the null block."""
         self._forward(self._draft, 1, self._draft.decoder.num_layers, 0, device)
@@ -226,18 +261,21 @@ class Passes:
 
     def _forward(self, model: Model, rows: int, layers: int, block: int, device: torch.device) -> None:
         """A pass of rows that all stand at the end of a block, and what they predict."""
-        num_layers, position = model.decoder.num_layers, self.attention.block_size - 1
-        position = min(position, self.attention.max_model_len - 1)
-        skipped = evenly_spaced_layers(num_layers, num_layers - layers)
-        plan = Plan([(i, part, False) for i in range(num_layers) if i not in skipped for part in range(2)])
+        position = min(self.attention.block_size, self.attention.max_model_len) - 1
         tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         table = torch.full((rows, 1), block, dtype=torch.int32, device=device)
         lengths = torch.full((rows,), position + 1, dtype=torch.int32)
-        batch = SequenceBatch([], tokens, tokens + position, table, lengths)
-        if model is self._draft:
+        self._whole_pass(model, SequenceBatch([], tokens, tokens + position, table, lengths), layers)
+
+    def _whole_pass(self, model: Model, batch: SequenceBatch, layers: int) -> None:
+        """So many layers, and what they predict."""
+        num_layers = model.decoder.num_layers
+        skipped = evenly_spaced_layers(num_layers, num_layers - layers)
+        plan = Plan([(i, part, False) for i in range(num_layers) if i not in skipped for part in range(2)])
+        if model is self._draft and len(batch.tokens) == len(batch.block_table):
             self.head(self.draft_step(batch, plan))[0].argmax(-1)
         else:
-            model.logits(self._run(model.decoder, batch, plan)).argmax(-1)
+            model.logits(self._run(model.decoder, batch, plan, self.cache_rows(batch, None))).argmax(-1)
 
     def _rotary(self, positions: Tensor) -> Tensor:
         # Past the end there is nothing to draft, but the rotary table must still hold the position.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,19 +22,25 @@ class Plan:
     Attributes:
         steps: layer, part, and whether some rows skip it.
         masks: [rows, num_layers, 2] bool on the device, True = skipped; None where all rows run alike.
+        window: tokens of context that it attends to, see ``drafting.context``; None: all.
     """
 
     steps: list[tuple[int, int, bool]]
     masks: Tensor | None = None
+    window: int | None = None
 
 
 class Plans:
     """Plans by sequences and choice, until a mask changes."""
 
-    def __init__(self, sequences: SequenceTable, device: torch.device) -> None:
+    def __init__(
+        self, sequences: SequenceTable, contexts: Sequence[int | None], device: torch.device
+    ) -> None:
+        """``contexts``: windows, see ``DrafterOptions``."""
         self._sequences = sequences
+        self._contexts = contexts
         self._device = device
-        self._plans: dict[tuple[bytes, int], Plan] = {}
+        self._plans: dict[tuple[bytes, int, int], Plan] = {}
         self._version = -1
 
     def masks(self, slots: np.ndarray, choice: Choice) -> Tensor:
@@ -45,7 +52,7 @@ class Plans:
         if self._version != self._sequences.version or len(self._plans) >= MAX_PLANS:
             self._plans.clear()
             self._version = self._sequences.version
-        key = slots.tobytes(), choice.budget
+        key = slots.tobytes(), choice.budget, choice.context
         plan = self._plans.get(key)
         if plan is None:
             masks = self.masks(slots, choice)
@@ -57,6 +64,7 @@ class Plans:
                 if not all_skip[layer][part]
             ]
             mixed = any(step[2] for step in steps)
-            plan = Plan(steps, masks.to(self._device, non_blocking=True) if mixed else None)
+            on_device = masks.to(self._device, non_blocking=True) if mixed else None
+            plan = Plan(steps, on_device, self._contexts[choice.context])
             self._plans[key] = plan
         return plan

@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from clasp_vllm.control.controller import Controller
+from clasp_vllm.control.planner import Choice
 from clasp_vllm.drafting.batch import PromptTokens, SequenceBatch
 
 
@@ -40,11 +41,12 @@ class Policy:
         """
         return np.empty(0, dtype=np.int64)
 
-    def optimize(self, batch: SequenceBatch, slots: np.ndarray) -> Tensor:
+    def optimize(self, batch: SequenceBatch, slots: np.ndarray, choice: Choice) -> Tensor:
         """Choose the masks of a batch, by a pass that runs the target on its last tokens.
 
         Args:
             slots: [rows] int64 of the batch.
+            choice: how the round drafts.
 
         Returns:
             [rows, hidden_size] the target's final hidden states.

@@ -16,6 +16,7 @@ GAUGES = {
     "cuda_graphs": "CUDA graphs that draft steps are run by; 0 = module by module.",
     "draft_length": "Draft tokens by layer skipping chosen for a round; 0 = none are drafted so now.",
     "skipped_layers": "Layers that the best draft would skip.",
+    "draft_context": "Tokens of context that the best draft would attend to at most; 0 = all.",
     "expected_ratio": "Tokens per second that the best draft promises, over plain decoding's.",
     "similarity": "Cosine of the last hidden state of the draft to the target's, at the number of layers "
     "skipped now, as the last optimisation pass found it (on a GPU the one before).",

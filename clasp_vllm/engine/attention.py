@@ -56,18 +56,25 @@ class TargetAttention:
     def decode(self, positions: Tensor, block_table: Tensor, max_lengths: Tensor) -> Iterator[object]:
         """See ``PagedAttention.decode``."""
         rows, width = block_table.shape
+        queries = len(positions) // rows
+        own = block_table if queries == 1 else block_table.repeat_interleave(queries, 0)
         last = (positions // self.block_size).clamp(max=width - 1).unsqueeze(1)
-        slots = block_table.gather(1, last).squeeze(1) * self.block_size + positions % self.block_size
+        slots = own.gather(1, last).squeeze(1) * self.block_size + positions % self.block_size
         slots = torch.where(positions < self.max_model_len, slots, PAD_SLOT_ID)
-        max_lengths = max_lengths.clamp(max=self.max_model_len)
+        # A row past the end may have a table that holds fewer tokens.
+        limit = min(self.max_model_len, width * self.block_size)
+        max_lengths = max_lengths.clamp(max=limit)
+        starts, starts_cpu = self._query_start[: rows + 1], self._query_start_cpu[: rows + 1]
+        if queries > 1:
+            starts, starts_cpu = starts * queries, starts_cpu * queries
         metadata = build_attn_metadata(
             attn_groups=self.attn_groups,
             num_reqs=rows,
-            num_tokens=rows,
-            query_start_loc_gpu=self._query_start[: rows + 1],
-            query_start_loc_cpu=self._query_start_cpu[: rows + 1],
-            max_query_len=1,
-            seq_lens=(positions + 1).clamp(max=self.max_model_len).int(),
+            num_tokens=len(positions),
+            query_start_loc_gpu=starts,
+            query_start_loc_cpu=starts_cpu,
+            max_query_len=queries,
+            seq_lens=(positions[queries - 1 :: queries] + 1).clamp(max=limit).int(),
             max_seq_len=int(max_lengths.max()),
             block_tables=[block_table],
             slot_mappings=slots.unsqueeze(0),
@@ -81,7 +88,7 @@ class TargetAttention:
             set_forward_context(
                 metadata,
                 self._vllm_config,
-                num_tokens=rows,
+                num_tokens=len(positions),
                 slot_mapping=dict.fromkeys(self._layer_names, slots),
             ),
         ):

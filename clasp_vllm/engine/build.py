@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from clasp_vllm.config import ConfigError, DraftSettings, resolve
 from clasp_vllm.control.controller import Controller
 from clasp_vllm.control.costs import LayerShares, PassCosts
+from clasp_vllm.drafting.context import tokens_read
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.draft import DrafterOptions
 from clasp_vllm.drafting.drafter import Drafter
@@ -131,6 +132,7 @@ def build_drafter(
     target = Model(decoder, model.compute_logits)  # type: ignore[arg-type]
     passes = Passes(target, attention, scratch, graphs, _draft_model(settings, decoder, model))
     ranks = get_tp_group().world_size
+    contexts = [None if w is None else tokens_read(w, attention.block_size) for w in settings.contexts]
     share = _share_rank_zero if ranks > 1 else _own
 
     def make_controller(costs: PassCosts) -> Controller:
@@ -138,6 +140,7 @@ def build_drafter(
             costs,
             max_num_seqs,
             method.budgets,
+            contexts,
             decoder.num_layers,
             shares,
             settings.num_speculative_tokens,
@@ -154,7 +157,7 @@ def build_drafter(
         passes,
         sequences,
         method.policy(sequences, passes, share),
-        DrafterOptions(method.budgets, settings.interval or 1, settings.exit_threshold),
+        DrafterOptions(method.budgets, settings.contexts, settings.interval or 1, settings.exit_threshold),
         make_controller if settings.adaptive else None,
         share,
         on_failure=_go_on_without_drafts,

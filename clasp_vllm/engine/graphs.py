@@ -25,6 +25,7 @@ from vllm.utils.torch_utils import current_stream
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from clasp_vllm.drafting.batch import SequenceBatch
+from clasp_vllm.drafting.context import CacheRows
 from clasp_vllm.drafting.decoder import Decoder
 from clasp_vllm.drafting.passes import Passes, run_for_some
 from clasp_vllm.drafting.plans import Plan
@@ -43,9 +44,10 @@ class _Buffers:
     """What the segments of one batch size read and write.
 
     Attributes:
-        tokens, positions: [size] int64. Rows that are not used have position 0 and a table of zeros: they
-            write to the null block, which no request reads.
-        block_table: [size, width] int32.
+        tokens, positions: [size] int64.
+        cache_positions, block_table: [size] int64 and [size, width] int32, see ``CacheRows``. Rows that are
+            not used have position 0 and a table of zeros: they write to the null block, which no request
+            reads.
         skips: [size, num_layers, 2] bool, of rows that skip what others run.
         delta, residual: [size, hidden_size], the pair of ``Decoder``.
         hidden: [size, hidden_size], after the last norm.
@@ -53,6 +55,7 @@ class _Buffers:
 
     tokens: Tensor
     positions: Tensor
+    cache_positions: Tensor
     block_table: Tensor
     skips: Tensor
     delta: Tensor
@@ -60,20 +63,22 @@ class _Buffers:
     hidden: Tensor
     source: tuple[Tensor | None, Tensor | None] = None, None  # block table and masks that were copied last
 
-    def fill(self, batch: SequenceBatch, masks: Tensor | None) -> None:
-        """Copy what a step is about."""
+    def fill(self, batch: SequenceBatch, at: CacheRows, masks: Tensor | None) -> None:
+        """Copy what a step is about. ``at``: where the batch reads and writes."""
         rows = len(batch.tokens)
         self.tokens[:rows].copy_(batch.tokens)
         self.positions[:rows].copy_(batch.positions)
+        self.cache_positions[:rows].copy_(at.positions)
         table, skips = self.source
-        if batch.block_table is not table:
-            self.block_table[:rows, : batch.block_table.shape[1]].copy_(batch.block_table)
+        if at.block_table is not table:
+            self.block_table[:rows, : at.block_table.shape[1]].copy_(at.block_table)
             self.block_table[rows:].zero_()
             self.positions[rows:].zero_()
+            self.cache_positions[rows:].zero_()
         if masks is not None and masks is not skips:
             self.skips[:rows].copy_(masks)
             skips = masks
-        self.source = batch.block_table, skips
+        self.source = at.block_table, skips
 
 
 @dataclass
@@ -126,7 +131,7 @@ class DraftGraphs(CudaGraphManager):
         """See ``DraftRunner``."""
         rows = len(batch.tokens)
         size = self._of(rows)
-        size.buffers.fill(batch, plan.masks)
+        size.buffers.fill(batch, self._passes.cache_rows(batch, plan.window), plan.masks)
         size.begin.replay()
         for layer, part, mixed in plan.steps:
             (size.keep if mixed else size.run)[layer, part].replay()
@@ -178,7 +183,7 @@ class DraftGraphs(CudaGraphManager):
             buffers.delta.copy_(delta)
             buffers.residual.copy_(residual)
             rotary = buffers.positions.clamp(max=limit - 1)
-            decode = self._attention.decode(buffers.positions, buffers.block_table, lengths)
+            decode = self._attention.decode(buffers.cache_positions, buffers.block_table, lengths)
             size.context = rotary, context.enter_context(decode)
 
         def run(layer: int, part: int) -> None:
@@ -221,6 +226,7 @@ class DraftGraphs(CudaGraphManager):
         delta, residual, hidden = (zeros(rows, config.get_hidden_size(), dtype=config.dtype) for _ in "123")
         width = -(-self._attention.max_model_len // self._attention.block_size) + 1
         return _Buffers(
+            zeros(rows, dtype=torch.int64),
             zeros(rows, dtype=torch.int64),
             zeros(rows, dtype=torch.int64),
             zeros(rows, width, dtype=torch.int32),

@@ -66,7 +66,8 @@ class InContext(FixedLayers):
                 sequences.capacity, num_layers, columns, self.settings.mask_memory, self.target.device
             )
         optimized = self.settings.optimized_requests
-        return Clasp(sequences, passes, self.budgets, optimized, evidence, share)
+        contexts = self.settings.contexts
+        return Clasp(sequences, passes, self.budgets, optimized, contexts, evidence, share)
 
 
 class ByTask(FixedLayers):

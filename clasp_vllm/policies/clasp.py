@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clasp_vllm.control.planner import Choice
 from clasp_vllm.device import Handover, HostCopy, to_device
 from clasp_vllm.drafting.batch import SequenceBatch
 from clasp_vllm.drafting.passes import Passes
@@ -28,6 +29,7 @@ class Clasp(Policy):
         passes: Passes,
         budgets: Sequence[int],
         max_requests: int,
+        contexts: Sequence[int | None] = (None,),
         evidence: SkipEvidence | None = None,
         share: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
@@ -36,6 +38,7 @@ class Clasp(Policy):
             budgets: layers to skip, those to choose from, ascending. The last is the budget M of the
                 dynamic programme.
             max_requests: how many sequences may be optimised in one round.
+            contexts: windows of context that drafts attend to, see ``DrafterOptions``.
             evidence: of earlier passes, if they are to count.
             share: makes what a pass found the same on all ranks that run the layers together.
         """
@@ -46,6 +49,7 @@ class Clasp(Policy):
         self._budgets = torch.tensor(budgets)
         self._max_skipped = budgets[-1]
         self._max_requests = max_requests
+        self._contexts = contexts
         self._share = share
         self._handover = Handover()
         self._passed: Sequence[str] = ()  # the requests of the last pass
@@ -80,15 +84,14 @@ class Clasp(Policy):
         if self.controller is not None and "agree" in ready:
             self.controller.learn(ready["agree"].numpy())
 
-    def optimize(self, batch: SequenceBatch, slots: np.ndarray) -> Tensor:
+    def optimize(self, batch: SequenceBatch, slots: np.ndarray, choice: Choice) -> Tensor:
         """See ``Policy``."""
         prior, device = None, batch.tokens.device
         if self.evidence is not None:
             on_device, fresh = to_device(slots, device), to_device(~self._sequences.has_own[slots], device)
             prior = self.evidence.prior(on_device, fresh)
-        programme, hidden = self.run_programme(batch, prior)
-        chosen = self.controller.last.budget if self.controller is not None and self.controller.last else -1
-        similarity = programme.similarity[self._columns[chosen]].mean()
+        programme, hidden = self.run_programme(batch, prior, self._contexts[choice.context])
+        similarity = programme.similarity[self._columns[choice.budget]].mean()
         self._similarities = self._similarities[1], HostCopy(similarity)
         margins = self._share(programme.margins)
         # One broken state must not stay in the averages; where nothing is known the layer is run.
@@ -98,7 +101,7 @@ class Clasp(Policy):
         if self.evidence is not None:
             self.evidence.update(on_device, margins, prior, programme.means)
             result["initial_mask"] = self._masks(self.evidence.overall_choices())[0]
-        if self.controller is not None:
+        if self.controller is not None and not choice.context:  # what it knows of budgets is of that one
             agree = self._passes.agreement(programme, self._budgets, hidden)
             result["agree"] = self._share(agree.float())
         self._passed = batch.request_ids
@@ -111,7 +114,9 @@ class Clasp(Policy):
         skipped = backtrack_all(choices, self._budgets)
         return skipped.unsqueeze(-1).expand(*skipped.shape, 2)
 
-    def run_programme(self, batch: SequenceBatch, prior: Tensor | None = None) -> tuple[Programme, Tensor]:
+    def run_programme(
+        self, batch: SequenceBatch, prior: Tensor | None = None, window: int | None = None
+    ) -> tuple[Programme, Tensor]:
         """The dynamic programme on one token per row, and the target's final hidden states."""
         memory, centre = (self.evidence.memory, self.evidence.centre) if self.evidence else (0.0, None)
-        return self._passes.programme(batch, self._max_skipped, prior, memory, centre)
+        return self._passes.programme(batch, self._max_skipped, prior, memory, centre, window)

@@ -16,6 +16,7 @@ def best_skip_set(
     layers: Sequence[Callable[[Tensor], Tensor]],
     num_skipped: int,
     centre: Sequence[Tensor] | None = None,
+    reference: Sequence[Tensor] | None = None,
 ) -> tuple[frozenset[int], Tensor]:
     """The layers to skip, and the hidden state that skipping them gives.
 
@@ -24,11 +25,12 @@ def best_skip_set(
         layers: the layers, each from [hidden_size] to [hidden_size].
         num_skipped: the budget M.
         centre: [layers] of [hidden_size], subtracted from states before they are compared.
+        reference: [layers] of [hidden_size], the target's states, where ``layers`` are not the target's.
     """
     x = x0
     g: dict[int, tuple[Tensor, frozenset[int]]] = {0: (x0, frozenset())}
     for i, layer in enumerate(layers):
-        x = layer(x)
+        x = layer(x) if reference is None else reference[i]
         origin = 0.0 if centre is None else centre[i]
         new = {}
         for j in range(num_skipped + 1):

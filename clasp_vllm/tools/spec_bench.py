@@ -10,7 +10,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -27,6 +27,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "rag": ("rag",),
 }
 TASK = "spec_bench"  # all groups in turn; TASK/GROUP is one, TASK/CATEGORY too
+DOCUMENTS = ("summarization", "rag")  # categories of long texts
+TEMPLATE = 48  # tokens, more than a chat template adds
 Message = dict[str, str]
 T = TypeVar("T")
 
@@ -223,6 +225,36 @@ def render(tokenizer: Any, messages: list[Message]) -> str:
     """The prompt that a tokenizer's chat template makes."""
     prompt: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return prompt
+
+
+def after_documents(
+    questions: Sequence[Question], documents: Iterable[Question], tokens: int, tokenizer: Any
+) -> list[Question]:
+    """Single turns, each after so much of the same documents that it has about ``tokens`` tokens in all.
+
+    Args:
+        documents: questions whose texts are long, those of ``DOCUMENTS``, to be read one after the other.
+
+    Raises:
+        ValueError: there are too few documents, or a question alone has more tokens.
+    """
+
+    def ids(text: str) -> list[int]:
+        made: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return made
+
+    read = ids("\n\n".join(one.turns[-1] for one in documents if one.category in DOCUMENTS))
+    made = []
+    for question in questions:
+        room = tokens - len(ids(question.turns[-1])) - TEMPLATE
+        if not 0 < room <= len(read):
+            raise ValueError(
+                f"--context {tokens}: allowed are {tokens - room + 1} to {tokens - room + len(read)}, by the "
+                f"lengths of question {question.number} and of the documents of --spec-bench"
+            )
+        turn = f"{tokenizer.decode(read[:room])}\n\n{question.turns[-1]}"
+        made.append(replace(question, turns=(turn,)))
+    return made
 
 
 def asked(questions: Sequence[Question], chat: Chat) -> list[dict[str, Any]]:

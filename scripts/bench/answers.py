@@ -180,19 +180,24 @@ def workload(engines: dict[str, Engine], args: argparse.Namespace) -> list[dict[
     for engine, at_once in itertools.product(engines.values(), args.concurrency):
         prompts = [{"prompt_token_ids": chat.tokens(warm[i % 2])} for i in range(at_once)]
         engine.ask(generate, prompts=prompts, tokens=8)
-    questions = spec_bench.select(spec_bench.read_questions(args.spec_bench), args.task, args.skip)
+    read = spec_bench.read_questions(args.spec_bench)
+    questions = spec_bench.select(read, args.task, args.skip)
     most = max(args.prompts, 2 * max(args.concurrency))
+    if args.context:
+        tokenizer = spec_bench.chat_tokenizer(args.model)
+        questions = spec_bench.after_documents(questions[:most], read, args.context, tokenizer)
+        first = {"prompt_token_ids": chat.tokens(spec_bench.prompts(questions, 1, chat)[0])}
+        for engine in engines.values():  # the documents are in the prefix cache from then on
+            engine.ask(generate, prompts=[first], tokens=1)
     rendered = [chat.tokens(text) for text in spec_bench.prompts(questions, most, chat)]
     group_of = {category: group for group, categories in spec_bench.GROUPS.items() for category in categories}
     groups: list[dict[str, Any]] = []
     places = itertools.product(range(args.repeats), args.temperature, args.concurrency)
     for repeat, temperature, at_once in places:
         for i in range(0, max(args.prompts, 2 * at_once), at_once):
-            # No prompt is in the prefix cache from an earlier repeat or load.
-            salt = f"{repeat} {temperature} {at_once}"
-            prompts = [
-                {"prompt_token_ids": prompt, "cache_salt": salt} for prompt in rendered[i : i + at_once]
-            ]
+            # But for documents, no prompt is in the prefix cache from an earlier repeat or load.
+            salt = {} if args.context else {"cache_salt": f"{repeat} {temperature} {at_once}"}
+            prompts = [{"prompt_token_ids": prompt, **salt} for prompt in rendered[i : i + at_once]]
             kind = group_of[questions[i % len(questions)].category] if at_once == 1 else "mixed"
             place = {"repeat": repeat, "temperature": temperature, "at_once": at_once}
             groups.append({"group": kind, **place, "prompts": prompts})
@@ -205,6 +210,12 @@ def main() -> None:
     parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's question.jsonl")
     parser.add_argument("--task", default=spec_bench.TASK, help="spec_bench or spec_bench/GROUP")
     parser.add_argument("--skip", type=number(0), default=0, help="questions of each group to leave out")
+    parser.add_argument(
+        "--context",
+        type=number(0),
+        default=0,
+        help="ask each question after documents of the file, so many tokens in all, read beforehand",
+    )
     parser.add_argument("--prompts", type=number(1), default=36, help="at least; twice the load at least")
     parser.add_argument("--repeats", type=number(1), default=1, help="ask all of them so many times")
     parser.add_argument("--concurrency", type=numbers(1), default=[1], help="prompts at once, e.g. 1,4,16")

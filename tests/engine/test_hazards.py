@@ -148,6 +148,22 @@ def test_output_is_plain_vllms(call, model, case):
         assert {reason for _, _, reason in clasp} == {"length", "stop"}
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        "preemption",
+        "end of the context",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("prefix caching", "chunked prefill")),
+    ],
+)
+def test_output_is_plain_vllms_with_a_window(call, case):
+    """Drafts that attend to the first block and 33 tokens."""
+    plain, _ = call(run, str(DEMO_MODEL), case, None)
+    clasp, counters = call(run, str(DEMO_MODEL), case, CLASP | {"draft_context": 33})
+    assert clasp == plain
+    assert counters["spec_decode_num_accepted_tokens"] > 0
+
+
 def test_prefix_caching_leaves_acceptance_as_it_is(call):
     cached = call(one_by_one, {"enable_prefix_caching": True})
     fresh = call(one_by_one, {"enable_prefix_caching": False})

@@ -20,8 +20,8 @@ def disagree(worker) -> None:
         ours = drafter_of(worker)
         original = ours.policy.run_programme
 
-        def run_programme(batch, prior):
-            programme, hidden = original(batch, prior)
+        def run_programme(batch, prior, window):
+            programme, hidden = original(batch, prior, window)
             other = replace(programme, margins=programme.margins.roll(3, dims=0))
             ours.disagreements += int((other.mask(12) != programme.mask(12)).any())
             return other, hidden

@@ -81,6 +81,12 @@ BAD = [
         {"method": "clasp", "num_speculative_tokens_per_batch_size": [[1, 2, "3"]]},
         ["num_speculative_tokens_per_batch_size", "integer"],
     ),
+    ({"method": "clasp", "draft_context": 0}, ["draft_context=0", "greater than or equal to 1"]),
+    ({"method": "clasp", "draft_context": "half"}, ["draft_context='half'", "'full' or 'auto'"]),
+    (
+        {"method": "layer_skip", "draft_context": "auto"},
+        ["draft_context='auto'", "needs adaptive: true", "full and a number"],
+    ),
     ({"method": "clasp", "draft_weights": "int3"}, ["draft_weights='int3'", "'fp8', 'int4' or 'auto'"]),
     (
         {"method": "clasp", "draft_weights": "int4", "draft_weights_group_size": 48},

@@ -31,8 +31,8 @@ def recorded_passes(runner_block_size: int) -> list[dict]:
         ours = drafter(llm)
         original = ours.policy.run_programme
 
-        def run_programme(batch, prior):
-            programme, hidden = original(batch, prior)
+        def run_programme(batch, prior, window):
+            programme, hidden = original(batch, prior, window)
             for row, request_id in enumerate(batch.request_ids):
                 passes.append(
                     {

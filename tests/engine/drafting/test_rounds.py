@@ -22,9 +22,9 @@ def first_drafts() -> tuple[list[tuple[bool, bool]], int]:
         mixed_rounds = 0
         original_programme, original_draft = ours.policy.run_programme, ours.draft
 
-        def run_programme(batch, prior):
+        def run_programme(batch, prior, window):
             optimised.update(zip(batch.request_ids, batch.positions.tolist(), strict=True))
-            return original_programme(batch, prior)
+            return original_programme(batch, prior, window)
 
         def draft(batch, num_tokens, sample):
             nonlocal mixed_rounds

@@ -83,7 +83,7 @@ def graphs_of(llm):
                 )
 
                 def metadata():
-                    inputs = buffers.positions, buffers.block_table, lengths
+                    inputs = buffers.cache_positions, buffers.block_table, lengths
                     with ours.passes.attention.decode(*inputs) as fresh[0]:
                         tape.replay()
 

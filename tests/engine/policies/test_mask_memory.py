@@ -28,8 +28,8 @@ def passes(
         ours.policy._handover.always_late = late
         original = ours.policy.run_programme
 
-        def run_programme(batch, prior):
-            programme, hidden = original(batch, prior)
+        def run_programme(batch, prior, window):
+            programme, hidden = original(batch, prior, window)
             if len(recorded_passes) == broken:
                 programme = replace(programme, margins=programme.margins * float("nan"))
             recorded_passes.append(

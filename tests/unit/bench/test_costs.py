@@ -30,7 +30,7 @@ def test_lengths_take_turns_with_the_parts():
     passes = Passes(Model(target.decoder(), target.head), target.cache, scratch)
     sequences = SequenceTable(2, layers_mask(6, [1, 2, 3])[None])
     policy = Clasp(sequences, passes, (3,), max_requests=2)
-    options = DrafterOptions((3,), 2, 0.0)
+    options = DrafterOptions((3,), (None,), 2, 0.0)
     drafter = Drafter(target.decoder(), passes, sequences, policy, options)
     timings = Timings(lambda: None)
     rounds = drafter.observer = MadeUpDrafts(drafter, 2, 4, timings, Stopwatch())

@@ -9,18 +9,25 @@ import torch
 from clasp_vllm.control.controller import PLAIN_EVERY, PLAIN_FIRST, Controller
 from clasp_vllm.control.costs import SIZES, LayerShares, PassCosts
 from clasp_vllm.control.gate import OFF_CHECK, State
+from clasp_vllm.control.planner import Choice
 from clasp_vllm.device import DeviceEvent
 
 LAYERS, BUDGETS = 8, (2, 4)
 
 
-def controller(choices: tuple[str, ...], padded: bool = False, draft_cost: float = 1e-3) -> Controller:
+def controller(
+    choices: tuple[str, ...],
+    padded: bool = False,
+    draft_cost: float = 1e-3,
+    contexts: tuple[int | None, ...] = (None,),
+) -> Controller:
     """One that finds drafts almost free, unless told what a layer of them costs of one of the target."""
     costs = PassCosts(tuple(map(float, SIZES)), (1e-3,) * len(SIZES), (0.0,) * len(SIZES))
     adaptive = Controller(
         costs,
         16,
         BUDGETS,
+        contexts,
         LAYERS,
         LayerShares(0.5, 0.5),
         4,
@@ -193,3 +200,65 @@ def test_speculation_that_has_lost_what_it_may_is_off():
     adaptive.gate.budget.balance = 0.0
     assert chosen(adaptive, 1, 1) == [0]
     assert chosen(controller(("length",)), 1, 1) != [0]
+
+
+# Windows of context.
+
+CONTEXTS = (None, 1024, 256)
+READING = {"context_rows": (1.0,), "context": (1e-5,), "context_query": 0.0}
+
+
+def with_windows(**costs) -> Controller:
+    """One for which reading 100 tokens costs what a layer does. Drafts pay, whatever they see."""
+    adaptive = controller(("length",), draft_cost=0.3, contexts=CONTEXTS)
+    adaptive.costs = replace(adaptive.costs, **(READING | costs))
+    adaptive.evidence._curve[:] = 0.95
+    adaptive.evidence.start(0)
+    return adaptive
+
+
+def window_chosen(adaptive: Controller, *lengths: int) -> int | None:
+    return CONTEXTS[choice_of(adaptive, *lengths).context]
+
+
+def choice_of(adaptive: Controller, *lengths: int) -> Choice:
+    masks = torch.zeros(16, len(BUDGETS), LAYERS, 2, dtype=torch.bool)
+    return adaptive.choose(np.arange(len(lengths)), masks, 4, lengths=np.array(lengths))
+
+
+def test_a_window_is_chosen_where_the_context_is_long():
+    assert window_chosen(with_windows(), 200) is None
+    assert window_chosen(with_windows(), 9000) in (1024, 256)
+    assert window_chosen(with_windows(context=()), 9000) is None  # not known to cost anything
+    assert window_chosen(with_windows(), 200, 250, 300) is None
+    assert window_chosen(with_windows(), 200, 9000) in (1024, 256)
+
+
+def test_a_window_that_loses_is_widened():
+    """By the sequences it loses for. What is known of the sequence itself stays."""
+    adaptive, one = with_windows(), np.array([0])
+    known, none, all_four = adaptive.evidence, np.zeros(1, dtype=np.int64), np.array([4])
+    rejected = np.array([True])
+    used = []
+    for _ in range(60):  # all is accepted of drafts that see everything, of others nothing
+        choice = choice_of(adaptive, 9000)
+        whole = not choice.context
+        used.append(whole)
+        accepted = all_four if whole else none
+        known.add_verified(one, choice.budget, none, accepted, rejected != whole, choice.context)
+    assert not used[0]
+    assert sum(used) > 40
+    assert sum(used[-20:]) > 15
+    assert known.acceptance(one)[0, 0, 0] > 0.9
+    assert (known.acceptance(one, context=2) <= known.acceptance(one, context=1)).all()
+    assert (known.acceptance(one, context=1) <= known.acceptance(one)).all()
+    known.forget(10_000)
+    assert window_chosen(adaptive, 9000) is not None  # it is tried again
+
+
+def test_drafts_with_a_window_are_predicted_by_what_they_see():
+    adaptive = with_windows()
+    window = window_chosen(adaptive, 9000)
+    assert window is not None
+    predicted = adaptive.draft_seconds(1, [0, 1] * LAYERS)
+    assert predicted == pytest.approx(LAYERS * (1e-3 + window * 1e-5))  # without correction

@@ -1,10 +1,18 @@
 """Costs of passes: measured with a clock that the test sets."""
 
+import numpy as np
 import pytest
 import torch
 
 from clasp_vllm.control import costs as timing
-from clasp_vllm.control.costs import SIZES, CostCorrections, PassCosts, measure_pass_costs
+from clasp_vllm.control.costs import (
+    SIZES,
+    ContextPass,
+    CostCorrections,
+    PassCosts,
+    measure_context_costs,
+    measure_pass_costs,
+)
 from clasp_vllm.device import DeviceEvent
 
 
@@ -96,3 +104,49 @@ def test_a_model_of_one_layer(clock):
         clock.now += 0.1 * rows * layers
 
     assert measure_pass_costs(forward, 1, 2, lambda: None).layer == pytest.approx([0.1, 0.2])
+
+
+# A long context.
+
+READING = PassCosts(
+    (1.0, 8.0),
+    (1.0, 1.0),
+    (0.5, 0.5),
+    context_rows=(1.0, 8.0),
+    context=(1e-3, 0.5e-3),
+    context_query=0.25,
+)
+LONG = np.array([1000, 3000])
+
+
+def test_context_costs_are_what_more_tokens_add(clock):
+    def forward(rows: int, tokens: int, queries: int) -> None:
+        clock.now += 7.0 + 6 * rows * tokens * 1e-3 * (1 + (queries - 1) / 4) / (2 if rows > 1 else 1)
+
+    of = ContextPass(forward, short=16, long=1024, rows=8)
+    costs = measure_context_costs(PassCosts((1.0,), (1.0,), (0.0,)), of, 6)
+    assert costs.context_rows == (1.0, 8.0)
+    assert costs.context == pytest.approx([1e-3, 0.5e-3])
+    assert costs.context_query == pytest.approx(0.25)
+    assert measure_context_costs(costs, None, 6) is costs
+
+
+def test_steps_read_all_and_drafts_what_they_see():
+    batch, cut = READING.over(LONG), READING.over(LONG, 1000)
+    per_token = 2 * np.interp(2, (1, 8), (1e-3, 0.5e-3))  # two rows
+    assert float(batch.plain(2, 10)) == pytest.approx(0.5 + 10 * (1 + 2000 * per_token))
+    assert float(batch.verify(10, 10)) == pytest.approx(0.5 + 10 * (1 + 2000 * per_token * 2))  # five each
+    for costs, tokens in ((batch, 2000), (cut, 1000)):
+        assert float(costs.draft_step(2, 6)) == pytest.approx(0.5 + 6 * (1 + tokens * per_token))
+    assert cut.verify(10, 10) == batch.verify(10, 10)
+    assert READING.over(np.empty(0, dtype=np.int64)) is READING
+    assert float(READING.plain(2, 10)) == 10.5
+
+
+def test_a_pass_with_a_window_runs_the_target_besides():
+    few = READING.over(np.array([100]), 1000)
+    assert few.optimize(1, 4, 2) == READING.over(np.array([100])).optimize(1, 4, 2)
+    cut = READING.over(np.array([3000]), 1000)
+    columns = np.array([1, 2, 3, 3])
+    seen = 1000 * columns * np.interp(columns, (1, 8), (1e-3, 0.5e-3))
+    assert cut.optimize(1, 4, 2) == pytest.approx(0.5 + 4 + seen.sum() + 0.5 + 4 * (1 + 3000 * 1e-3))

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_flatten
 from clasp_vllm.control.controller import Controller
 from clasp_vllm.control.costs import LayerShares
 from clasp_vllm.control.planner import Choice
+from clasp_vllm.device import rows_index
 from clasp_vllm.drafting.decoder import Decoder, UnsupportedArchitectureError
 from clasp_vllm.drafting.draft import DrafterOptions
-from clasp_vllm.drafting.drafter import Drafter, _rows
+from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.passes import CHUNK, Model, Passes, top_probability
 from clasp_vllm.drafting.plans import Plan, Plans
 from clasp_vllm.drafting.policy import Policy
@@ -55,7 +56,7 @@ def drafter_of(target: Target, budgets=(3,), policy=None, **options) -> Drafter:
     sequences = SequenceTable(8, torch.stack([layers_mask(LAYERS, range(1, 1 + n)) for n in budgets]))
     made = Policy() if policy is None else policy(sequences, passes)
     return Drafter(
-        passes._target.decoder, passes, sequences, made, DrafterOptions(budgets, 2, 0.0), **options
+        passes._target.decoder, passes, sequences, made, DrafterOptions(budgets, (None,), 2, 0.0), **options
     )
 
 
@@ -99,7 +100,7 @@ def test_layers_of_another_form_are_refused(target):
 def test_a_plan_leaves_out_what_all_skip_and_says_what_some_skip(target):
     sequences = SequenceTable(4, masks_of([0])[0])
     slots = sequences.slots(["a", "b"])
-    plans, choice = Plans(sequences, CPU), Choice(0, 4)
+    plans, choice = Plans(sequences, (None,), CPU), Choice(0, 4)
     sequences.set_masks(["a", "b"], masks_of([1, 2], [2, 3]))
     plan = plans.plan(slots, choice)
     assert {layer for layer, _, _ in plan.steps} == {0, 1, 3, 4, 5}
@@ -116,7 +117,7 @@ def test_rows_with_different_masks_get_what_they_would_get_alone(target):
     sequences = SequenceTable(4, masks_of([0])[0])
     slots = sequences.slots(batch.request_ids)
     sequences.set_masks(batch.request_ids, masks_of([1, 2], [2, 5], []))
-    plans, choice = Plans(sequences, CPU), Choice(0, 4)
+    plans, choice = Plans(sequences, (None,), CPU), Choice(0, 4)
     together = passes.draft_step(batch, plans.plan(slots, choice))
     for row in range(len(PROMPTS)):
         rows = np.array([row])
@@ -173,7 +174,8 @@ def test_the_first_token_of_an_optimising_round_is_the_targets(target):
     passes = passes_of(target, 4, target.rounded(1.0))
     sequences = SequenceTable(8, torch.stack([layers_mask(LAYERS, range(1, 1 + n)) for n in (0, 1, 2, 3)]))
     policy = Clasp(sequences, passes, (0, 1, 2, 3), 2)
-    drafter = Drafter(passes._target.decoder, passes, sequences, policy, DrafterOptions((0, 1, 2, 3), 2, 0.0))
+    options = DrafterOptions((0, 1, 2, 3), (None,), 2, 0.0)
+    drafter = Drafter(passes._target.decoder, passes, sequences, policy, options)
     asked: list[np.ndarray | None] = []
 
     def sample(hidden, positions, step, rows, exact=None):
@@ -313,7 +315,7 @@ def test_the_controller_is_made_when_costs_are_known(target):
     def make_controller(costs) -> Controller:
         shares = LayerShares(0.5, 0.5)
         return Controller(
-            costs, 8, (3,), LAYERS, shares, LENGTH, 2, (), padded=False, drop_stopped=True, ranks=1
+            costs, 8, (3,), (None,), LAYERS, shares, LENGTH, 2, (), padded=False, drop_stopped=True, ranks=1
         )
 
     drafter = drafter_of(target, policy=clasp, make_controller=make_controller)
@@ -338,8 +340,8 @@ def test_the_controller_is_made_when_costs_are_known(target):
 
 def test_rows_are_chosen_on_the_device():
     """An index on the host would make it wait for the device."""
-    assert _rows(np.array([0, 2]), 3, torch.device("meta")).device.type == "meta"
-    assert _rows(np.arange(3), 3, torch.device("meta")) == slice(None)
+    assert rows_index(np.array([0, 2]), 3, torch.device("meta")).device.type == "meta"
+    assert rows_index(np.arange(3), 3, torch.device("meta")) == slice(None)
 
 
 class Largest(TorchDispatchMode):

@@ -55,7 +55,7 @@ def drafter_of(target: Target, **options) -> Drafter:
     passes = Passes(Model(target.decoder(), target.head), target.cache, scratch)
     sequences = SequenceTable(8, layers_mask(LAYERS, range(1, 1 + SKIPPED))[None])
     policy = Clasp(sequences, passes, (SKIPPED,), max_requests=2)
-    drafting = DrafterOptions((SKIPPED,), 2, 0.0)
+    drafting = DrafterOptions((SKIPPED,), (None,), 2, 0.0)
     return Drafter(target.decoder(), passes, sequences, policy, drafting, **options)
 
 
@@ -118,7 +118,18 @@ def test_what_each_request_skipped_is_recorded(target, monkeypatch):
     def make_controller(costs) -> Controller:
         shares = LayerShares(0.5, 0.5)
         return Controller(
-            costs, 8, (SKIPPED,), LAYERS, shares, LENGTH, 2, (), padded=False, drop_stopped=True, ranks=1
+            costs,
+            8,
+            (SKIPPED,),
+            (None,),
+            LAYERS,
+            shares,
+            LENGTH,
+            2,
+            (),
+            padded=False,
+            drop_stopped=True,
+            ranks=1,
         )
 
     drafter = drafter_of(target, make_controller=make_controller)

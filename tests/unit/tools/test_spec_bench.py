@@ -11,7 +11,16 @@ from clasp_vllm.bench.report import write_report
 from clasp_vllm.bench.serving_options import add_arguments, fill_in
 from clasp_vllm.cli import main
 from clasp_vllm.tools.prompts import datasets
-from clasp_vllm.tools.spec_bench import GROUPS, Question, ServedChat, asked, prompts, read_questions, select
+from clasp_vllm.tools.spec_bench import (
+    GROUPS,
+    Question,
+    ServedChat,
+    after_documents,
+    asked,
+    prompts,
+    read_questions,
+    select,
+)
 
 LINES = [
     {"question_id": 1, "category": "writing", "turns": ["Write.", "Rewrite."]},
@@ -188,3 +197,26 @@ def test_one_repeat_is_not_split_into_first_and_later_ones(tmp_path):
     rows = [measurement("qa", plain, 0, 1.0) for plain in (True, False)]
     write_report({"about": {}, "methods": {}, "measurements": rows}, tmp_path)
     assert "first repeat" not in (tmp_path / "results.md").read_text()
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    def __call__(self, text, add_special_tokens):
+        return type("Encoding", (), {"input_ids": text.split()})
+
+    def decode(self, words):
+        return " ".join(words)
+
+
+def test_questions_are_asked_after_documents():
+    documents = [Question("rag", (f"{n} " * 100,)) for n in range(3)] + [Question("qa", ("short",))]
+    questions = [Question("qa", ("Why?",)), Question("writing", ("Write.", "Write more now."))]
+    made = after_documents(questions, documents, 200, Words())
+    assert [len(question.turns) for question in made] == [1, 1]
+    assert [question.turns[0].split()[-1] for question in made] == ["Why?", "now."]
+    assert made[0].turns[0].split()[:100] == made[1].turns[0].split()[:100] == ["0"] * 100
+    assert all(140 < len(question.turns[0].split()) <= 200 for question in made)
+    for tokens in (40, 400):
+        with pytest.raises(ValueError, match=f"--context {tokens}: allowed are 50 to 349"):
+            after_documents(questions, documents, tokens, Words())
