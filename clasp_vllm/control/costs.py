@@ -38,7 +38,7 @@ class PassCosts:
         draft_layer, draft_fixed: [sizes] of a draft's pass, where it runs other weights; empty: the same.
         context_rows, context: [sizes] rows, ascending, and seconds that a layer takes for each token of
             context of each of so many rows; empty: not known, and taken to be nothing.
-        context_query: what each further token of a request adds to this, as a share of the first's.
+        context_query: [sizes] what each further token of a request adds to this, as a share of the first's.
         requests, tokens, draft_tokens: of the batch that is asked about: its rows, and the mean tokens of
             context that its rows have and that drafts attend to.
         plain_scale, verify_scale: corrections, learnt while serving, of engine steps without and with
@@ -55,7 +55,7 @@ class PassCosts:
     draft_fixed: tuple[float, ...] = ()
     context_rows: tuple[float, ...] = ()
     context: tuple[float, ...] = ()
-    context_query: float = 0.0
+    context_query: tuple[float, ...] = ()
     requests: int = 0
     tokens: float = 0.0
     draft_tokens: float = 0.0
@@ -104,8 +104,10 @@ class PassCosts:
     def engine_step(self, tokens: Any, num_layers: int) -> Array:
         """Seconds of a step of the engine of ``tokens`` tokens, without correction."""
         rows = np.minimum(tokens, self.requests)
-        further = np.asarray(tokens) / np.maximum(rows, 1) - 1
-        seconds: Array = num_layers * self._reading(rows, self.tokens) * (1 + further * self.context_query)
+        seconds: Array = num_layers * self._reading(rows, self.tokens)
+        if self.tokens:
+            further = np.asarray(tokens) / np.maximum(rows, 1) - 1
+            seconds = seconds * (1 + further * np.interp(rows, self.context_rows, self.context_query))
         if self.step:
             return seconds + _interpolate(tokens, self.step_rows, self.step)
         return seconds + self.forward(tokens, num_layers)
@@ -236,13 +238,17 @@ def measure_context_costs(
         return longer / (num_layers * rows * (of.long - of.short))
 
     sizes = sorted({1, of.rows})
-    context = tuple(more(rows, 1) for rows in sizes)
-    further = (more(1, QUERIES) / context[0] - 1) / (QUERIES - 1) if context[0] else 0.0
+    context = [more(rows, 1) for rows in sizes]
+    several = [more(rows, QUERIES) for rows in sizes]
+    further = [
+        min(max((b / max(a, 1e-12) - 1) / (QUERIES - 1), 0.0), 1.0)
+        for a, b in zip(context, several, strict=True)
+    ]
     return replace(
         costs,
         context_rows=tuple(map(float, sizes)),
-        context=context,
-        context_query=min(max(further, 0.0), 1.0),
+        context=tuple(context),
+        context_query=tuple(further),
     )
 
 

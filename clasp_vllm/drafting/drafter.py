@@ -339,9 +339,10 @@ class Drafter:
         names = [n for n in ("layer", "fixed", "draft_layer", "draft_fixed") if getattr(costs, n)]
         shared = self._share(torch.tensor([getattr(costs, n) for n in names], device=device)).tolist()
         values: dict[str, Any] = dict(zip(names, map(tuple, shared), strict=True))
-        reading = torch.tensor([*costs.context, costs.context_query], device=device)
-        *context, query = self._share(reading).tolist()
-        costs = replace(costs, context=tuple(context), context_query=query, **values)
+        if costs.context:
+            reading = torch.tensor([costs.context, costs.context_query], device=device)
+            values["context"], values["context_query"] = map(tuple, self._share(reading).tolist())
+        costs = replace(costs, **values)
         if steps:
             seconds = torch.tensor(measure_steps(steps, device), device=device)
             step = tuple(self._share(seconds).tolist())

@@ -24,7 +24,7 @@ from clasp_vllm.skipping.skip_mask import evenly_spaced_layers
 CHUNK = 128  # rows
 LARGEST_MEASURED = {"cpu": 64, "cuda": 512}  # rows of a pass; costs of larger ones lie on a line
 # Tokens of context: from where on they are worth measuring, and the most; more of them cost in proportion.
-LEAST_CONTEXT, LONGEST_MEASURED = 1024, 4096
+LEAST_CONTEXT, LONGEST_MEASURED = 1024, 2048
 CONTEXT_ROWS = 8
 
 

@@ -149,7 +149,7 @@ def adaptive() -> tuple[Outcome, Outcome, list[int], list[int]]:
         costs = controller.costs
         zero = (1e-6,) * len(costs.rows)
         controller.costs = replace(
-            costs, layer=zero, fixed=zero, context_rows=(1.0,), context=(1e-3,), context_query=0.0
+            costs, layer=zero, fixed=zero, context_rows=(1.0,), context=(1e-3,), context_query=(0.0,)
         )
         controller.corrections.settle = lambda: None
         controller.gate.affords = lambda *_: True

@@ -205,7 +205,7 @@ def test_speculation_that_has_lost_what_it_may_is_off():
 # Windows of context.
 
 CONTEXTS = (None, 1024, 256)
-READING = {"context_rows": (1.0,), "context": (1e-5,), "context_query": 0.0}
+READING = {"context_rows": (1.0,), "context": (1e-5,), "context_query": (0.0,)}
 
 
 def with_windows(**costs) -> Controller:

@@ -114,7 +114,7 @@ READING = PassCosts(
     (0.5, 0.5),
     context_rows=(1.0, 8.0),
     context=(1e-3, 0.5e-3),
-    context_query=0.25,
+    context_query=(0.25, 0.25),
 )
 LONG = np.array([1000, 3000])
 
@@ -127,7 +127,7 @@ def test_context_costs_are_what_more_tokens_add(clock):
     costs = measure_context_costs(PassCosts((1.0,), (1.0,), (0.0,)), of, 6)
     assert costs.context_rows == (1.0, 8.0)
     assert costs.context == pytest.approx([1e-3, 0.5e-3])
-    assert costs.context_query == pytest.approx(0.25)
+    assert costs.context_query == pytest.approx([0.25, 0.25])
     assert measure_context_costs(costs, None, 6) is costs
 
 
