@@ -3,7 +3,10 @@
 With ``pytest -n 2 --dist loadfile`` each worker's engines keep to a core of their own.
 """
 
+import fcntl
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     core = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % (os.cpu_count() or 1)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Ranks wait for each other at every layer, and take many times as long where one has no core."""
+    alone = item.get_closest_marker("both_cores") is not None
+    with open(Path(tempfile.gettempdir()) / f"clasp_vllm_tests_{os.getuid()}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        return (yield)
 
 
 def folder(item: pytest.Item) -> str:

@@ -14,6 +14,8 @@ from engines import DEMO_MODEL, PROMPTS, ROOT, engine_process, generate, running
 
 from clasp_vllm.tools.servers import serve
 
+pytestmark = pytest.mark.both_cores
+
 CLASP = {
     "method": "clasp",
     "adaptive": False,

@@ -3,6 +3,8 @@
 import pytest
 from engines import PROMPTS, REPEATING, drafter_of, generate, masks_of, running, two_ranks
 
+pytestmark = pytest.mark.both_cores
+
 CLASP = {
     "method": "clasp",
     "adaptive": False,
@@ -48,11 +50,11 @@ def goes_without_graphs(worker) -> bool:
 
 
 def parallel(speculative_config: object, forced: bool = False, tokens: int = 24) -> tuple:
-    settings = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 256 << 20}
+    settings = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 256 << 20, "block_size": 32}
     with running(speculative_config=speculative_config, **settings) as llm:
         if forced:
             llm.collective_rpc(disagree)
-        outcome = generate(llm, PROMPTS[:6], max_tokens=tokens)
+        outcome = generate(llm, [*PROMPTS[:5], REPEATING], max_tokens=tokens)
         if not speculative_config:
             return outcome, None
         if forced:
@@ -120,11 +122,12 @@ def test_ranks_choose_alike(runner, monkeypatch):
 
 
 @pytest.mark.slow
-def test_quantised_drafts(monkeypatch):
-    """Each rank quantises its shard."""
+@pytest.mark.parametrize("draft", [{"draft_weights": "int8"}, {"draft_context": 1}])
+def test_other_drafts(draft, monkeypatch):
+    """Each rank quantises its shard; and all cut the context alike."""
     with two_ranks("v1", monkeypatch) as call:
         plain, _ = call(parallel, None)
-        clasp, masks = call(parallel, CLASP | {"draft_weights": "int8"})
+        clasp, masks = call(parallel, CLASP | draft)
     assert clasp.token_ids == plain.token_ids
     assert masks[0] == masks[1]
     assert clasp.num_accepted_tokens > 0

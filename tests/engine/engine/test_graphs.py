@@ -133,7 +133,9 @@ def no_mismatch(break_it: bool) -> tuple[str | None, int, int]:
         return graphs.mismatch(), graphs.num_graphs, sum((1 + (s > 1)) * parts + 3 for s in sizes)
 
 
-def forced_drafts(graphs: bool) -> tuple[list[list[int]], list[list[tuple]], list[tuple[int, bool]]]:
+def forced_drafts(
+    graphs: bool, context: str | int
+) -> tuple[list[list[int]], list[list[tuple]], list[tuple[int, bool]]]:
     """Outputs and drafts of requests with masks of their own, and the steps that were replayed."""
     import torch
 
@@ -144,7 +146,9 @@ def forced_drafts(graphs: bool) -> tuple[list[list[int]], list[list[tuple]], lis
     masks[1][7] = torch.tensor([True, False])
     masks[2][11] = torch.tensor([False, True])
     replayed: list[tuple[int, bool]] = []
-    with running(speculative_config=FIXED, max_num_seqs=8) as llm:
+    config = FIXED | {"draft_context": context}
+    prompts = [prompt * 3 for prompt in PROMPTS]  # of more than the two blocks that a short context has
+    with running(speculative_config=config, max_num_seqs=8, block_size=32) as llm:
         ours = drafter(llm)
         drafts: list[list[tuple]] = [[] for _ in masks]
         original = ours.draft
@@ -162,9 +166,9 @@ def forced_drafts(graphs: bool) -> tuple[list[list[int]], list[list[tuple]], lis
         with with_graphs(llm, replayed) if graphs else nullcontext():
             # Rows end at different times, so that sizes with unused rows are used again.
             outputs = [
-                *generate(llm, PROMPTS[1:6], max_tokens=24).token_ids,
-                *generate(llm, PROMPTS[6:7], max_tokens=30).token_ids,
-                *generate(llm, PROMPTS[7:10], max_tokens=12).token_ids,
+                *generate(llm, prompts[1:6], max_tokens=24).token_ids,
+                *generate(llm, prompts[6:7], max_tokens=30).token_ids,
+                *generate(llm, prompts[7:10], max_tokens=12).token_ids,
             ]
     return outputs, drafts, replayed
 
@@ -195,10 +199,11 @@ def test_the_comparison_at_start_up_finds_what_is_wrong(runner):
 
 
 @RUNNERS
-def test_drafts_are_those_of_eager_calls(runner):
+@pytest.mark.parametrize("context", ["full", 1])
+def test_drafts_are_those_of_eager_calls(runner, context):
     with engine_process(runner) as call:
-        eager = call(forced_drafts, False)
-        graphs = call(forced_drafts, True)
+        eager = call(forced_drafts, False, context)
+        graphs = call(forced_drafts, True, context)
     assert graphs[:2] == eager[:2]
     assert {rows for rows, _ in graphs[2]} >= {1, 3, 5}
     assert {mixed for _, mixed in graphs[2]} == {False, True}
