@@ -29,6 +29,19 @@ class Plan:
     masks: Tensor | None = None
     window: int | None = None
 
+    @classmethod
+    def of(cls, masks: Tensor, device: torch.device, window: int | None = None) -> Plan:
+        """The sub-layers that any row runs, by [rows, num_layers, 2] bool on the host, True = skipped."""
+        any_skips, all_skip = masks.any(0).tolist(), masks.all(0).tolist()
+        steps = [
+            (layer, part, any_skips[layer][part])
+            for layer in range(masks.shape[1])
+            for part in range(2)
+            if not all_skip[layer][part]
+        ]
+        mixed = any(step[2] for step in steps)
+        return cls(steps, masks.to(device, non_blocking=True) if mixed else None, window)
+
 
 class Plans:
     """Plans by sequences and choice, until a mask changes."""
@@ -55,16 +68,6 @@ class Plans:
         key = slots.tobytes(), choice.budget, choice.context
         plan = self._plans.get(key)
         if plan is None:
-            masks = self.masks(slots, choice)
-            any_skips, all_skip = masks.any(0).tolist(), masks.all(0).tolist()
-            steps = [
-                (layer, part, any_skips[layer][part])
-                for layer in range(masks.shape[1])
-                for part in range(2)
-                if not all_skip[layer][part]
-            ]
-            mixed = any(step[2] for step in steps)
-            on_device = masks.to(self._device, non_blocking=True) if mixed else None
-            plan = Plan(steps, on_device, self._contexts[choice.context])
+            plan = Plan.of(self.masks(slots, choice), self._device, self._contexts[choice.context])
             self._plans[key] = plan
         return plan

@@ -277,20 +277,13 @@ class DraftGraphs(CudaGraphManager):
     def _random_step(self, rows: int, generator: torch.Generator) -> tuple[SequenceBatch, Plan]:
         """A step of rows in blocks of their own, each with random layers skipped."""
         num_layers, vocabulary = self._decoder.num_layers, self.vllm_config.model_config.get_vocab_size()
-        masks = (torch.rand((rows, num_layers, 2), generator=generator) < 0.3).to(self.device)
+        masks = torch.rand((rows, num_layers, 2), generator=generator) < 0.3
         tokens = torch.randint(vocabulary, (rows,), generator=generator)
         blocks = torch.arange(1, rows + 1, dtype=torch.int32).unsqueeze(1)
         positions = torch.randint(self._attention.block_size, (rows,), generator=generator)
         lengths = torch.full((rows,), self._attention.max_model_len, dtype=torch.int32)
         tokens, positions, blocks = (x.to(self.device) for x in (tokens, positions, blocks))
-        all_skip, any_skips = masks.all(0).tolist(), masks.any(0).tolist()
-        steps = [
-            (layer, part, any_skips[layer][part])
-            for layer in range(num_layers)
-            for part in (0, 1)
-            if not all_skip[layer][part]
-        ]
-        return SequenceBatch([], tokens, positions, blocks, lengths), Plan(steps, masks)
+        return SequenceBatch([], tokens, positions, blocks, lengths), Plan.of(masks, self.device)
 
 
 @contextmanager
