@@ -110,6 +110,7 @@ class SequenceBatch:
         max_lengths: [rows] int32 on the host, at least positions + 1.
         sampling: [rows] bool on the host, whether the request samples; None: not known.
         ngrams: prompt-lookup matches; None: not looked up.
+        stop_tokens: [rows] the tokens that end each sequence; None: not known.
     """
 
     request_ids: Sequence[str]
@@ -119,6 +120,7 @@ class SequenceBatch:
     max_lengths: Tensor
     sampling: np.ndarray | None = None
     ngrams: NgramMatches | None = None
+    stop_tokens: Sequence[set[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.request_ids)
@@ -136,4 +138,5 @@ class SequenceBatch:
             self.max_lengths[torch.from_numpy(rows)],
             None if self.sampling is None else self.sampling[rows],
             None if self.ngrams is None else self.ngrams.select(on_device),
+            None if self.stop_tokens is None else [self.stop_tokens[row] for row in rows],
         )

@@ -232,7 +232,7 @@ class Drafter:
         if self._plans is None:
             self._plans = Plans(self.sequences, self.options.contexts, device)
         rule = self._exit(slots, choice, device)
-        draft = DraftTokenBuffer(rows, choice.length, rule, self.drop_stopped, device)
+        draft = DraftTokenBuffer(rows, choice.length, rule, self.drop_stopped, device, batch.stop_tokens)
         self._predicted = 0.0
         draft_steps = sampled = 0
         for step in range(choice.length):

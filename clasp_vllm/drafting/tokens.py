@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -31,14 +32,23 @@ class DraftTokenBuffer:
         count: [rows] int64, tokens of each so far.
     """
 
-    def __init__(self, rows: int, width: int, exit: Exit | None, drop: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        exit: Exit | None,
+        drop: bool,
+        device: torch.device,
+        stop_tokens: Sequence[set[int]] | None = None,
+    ) -> None:
+        """``stop_tokens``: [rows] those after which a row stops, with ``drop``; None: there are none."""
         self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
         self.lengths = torch.full((rows,), width, dtype=torch.int64, device=device)
         self.confidence = None if exit is None else torch.zeros(rows, width, device=device)
         self.drawn = np.full((rows, width), -1)
         self.left = np.arange(rows)
         self.count = np.zeros(rows, dtype=np.int64)
-        self._width, self._exit, self._drop = width, exit, drop
+        self._width, self._exit, self._drop, self._stop_tokens = width, exit, drop, stop_tokens
         self._continue = HostFlag(device) if drop or width > SHORT or device.type == "cpu" else None
 
     def take(self, rows: np.ndarray, tokens: Tensor, confidence: Tensor | None, drawn: np.ndarray) -> None:
@@ -59,8 +69,13 @@ class DraftTokenBuffer:
             self.confidence[at] = confidence
             stops = self._exit.stops(confidence, at[0])
         if self._drop:
-            full = self.count[rows] == self._width
-            stopped = rows[full if stops is None else full | stops.numpy()]
+            done = self.count[rows] == self._width
+            if stops is not None:
+                done |= stops.numpy()
+            if self._stop_tokens is not None:
+                pairs = zip(rows, tokens.tolist(), strict=True)
+                done |= np.array([token in self._stop_tokens[row] for row, token in pairs], dtype=bool)
+            stopped = rows[done]
             self.lengths[torch.from_numpy(stopped)] = torch.from_numpy(self.count[stopped])
             self.left = np.setdiff1d(self.left, stopped, assume_unique=True)
         elif stops is not None:

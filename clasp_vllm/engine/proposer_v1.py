@@ -145,31 +145,45 @@ class LayerSkipProposer(DraftModelProposer):
             inputs = self.runner.input_batch
             spans = ends, inputs.num_computed_tokens_cpu[:num_reqs], inputs.num_prompt_tokens[:num_reqs]
             self.drafter.read(prompt_tokens(request_ids, target_hidden_states, *spans))
-        room = np.full(rows.size, num_speculative_tokens)
+        room, stop_tokens = np.full(rows.size, num_speculative_tokens), self._stop_tokens(request_ids)
         if self._tokens_on_host:
-            room = np.minimum(room, self._room(request_ids, next_token_ids, positions, rows))
+            room = np.minimum(room, self._room(request_ids, next_token_ids, positions, rows, stop_tokens))
             rows, room = rows[room > 0], room[room > 0]
         output = None
         if rows.size:
-            batch = self._batch(rows, next_token_ids, positions, common_attn_metadata, matches)
+            batch = self._batch(rows, next_token_ids, positions, common_attn_metadata, matches, stop_tokens)
             sampling = _DraftSampling(self, rows, num_reqs, sampling_metadata)
             output = self.drafter.draft(batch, int(room.max()), sampling.sample)
             log_statistics(self.drafter)
         if output is not None:
             drafts[to_device(rows, self.device), : output.tokens.shape[1]] = output.tokens
             self._last_draft_probs = sampling.distribution(output)
-        # With async scheduling the verification is under way: without drafts any tokens will do.
-        return drafts if self.runner.use_async_scheduling else _worth_verifying(output, rows, room, num_reqs)
+        if self.runner.use_async_scheduling:
+            return drafts  # the verification is under way: without drafts any tokens will do
+        return _worth_verifying(output, rows, room, stop_tokens)
+
+    def _stop_tokens(self, request_ids: list[str]) -> list[set[int]]:
+        """[reqs] what ends each answer. Before ``min_tokens`` the target takes none, so no draft goes on."""
+        params = (self.runner.requests[request_id].sampling_params for request_id in request_ids)
+        return [{of.eos_token_id, *(of.stop_token_ids or ())} for of in params]
 
     def _room(
-        self, request_ids: list[str], next_token_ids: Tensor, positions: Tensor, rows: np.ndarray
+        self,
+        request_ids: list[str],
+        next_token_ids: Tensor,
+        positions: Tensor,
+        rows: np.ndarray,
+        stop_tokens: list[set[int]],
     ) -> np.ndarray:
-        """[rows] int, draft tokens that may still get into each answer; 0 after a last token that ends it."""
-        made = positions.numpy()[rows] + 1 - self.runner.input_batch.num_prompt_tokens[rows]
+        """[rows] int, draft tokens that may still get into each answer; 0 after a token that ends it."""
+        last, inputs = positions.numpy()[rows], self.runner.input_batch
+        made = last + 1 - inputs.num_prompt_tokens[rows]
+        # Drafts end with a token that ends the answer: such a one was sampled last, or is the last accepted.
+        pairs = zip(inputs.token_ids_cpu[rows, last - 1].tolist(), next_token_ids[rows].tolist(), strict=True)
         room = np.zeros(rows.size, dtype=np.int64)
-        for i, (row, token) in enumerate(zip(rows, next_token_ids[rows].tolist(), strict=True)):
-            params = self.runner.requests[request_ids[row]].sampling_params
-            if token != params.eos_token_id and token not in (params.stop_token_ids or ()):
+        for i, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
+            if stop_tokens[row].isdisjoint(pair[-made[i] :]):  # of the answer
+                params = self.runner.requests[request_ids[row]].sampling_params
                 room[i] = (params.max_tokens or self.max_model_len) - made[i] - 1  # the target adds one
         return room
 
@@ -180,6 +194,7 @@ class LayerSkipProposer(DraftModelProposer):
         positions: Tensor,
         common_attn_metadata: CommonAttentionMetadata,
         matches: NgramMatches | None,
+        stop_tokens: list[set[int]],
     ) -> SequenceBatch:
         """The ``rows`` to draft for, of all requests of the step."""
         num_reqs = len(positions)
@@ -196,6 +211,7 @@ class LayerSkipProposer(DraftModelProposer):
             max_lengths[:num_reqs] + 1,
             np.array([request_id not in greedy for request_id in request_ids]),
             matches,
+            stop_tokens,
         ).select(rows)
 
     @property
@@ -291,14 +307,15 @@ class _DraftSampling:
 
 
 def _worth_verifying(
-    output: DraftOutput | None, rows: np.ndarray, room: np.ndarray, num_reqs: int
+    output: DraftOutput | None, rows: np.ndarray, room: np.ndarray, stop_tokens: list[set[int]]
 ) -> list[list[int]]:
     """By request, the tokens for a scheduler that waits for them: no more than are worth verifying."""
-    short: list[list[int]] = [[] for _ in range(num_reqs)]
+    short: list[list[int]] = [[] for _ in stop_tokens]
     if output is not None:
         lengths = np.minimum(output.lengths.numpy(force=True), room).tolist()
         for row, ids, length in zip(rows, output.tokens.tolist(), lengths, strict=True):
-            short[row] = ids[:length]
+            ends = (i for i, token in enumerate(ids[:length], 1) if token in stop_tokens[row])
+            short[row] = ids[: next(ends, length)]
     return short
 
 

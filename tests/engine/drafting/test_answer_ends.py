@@ -61,6 +61,24 @@ def test_nothing_is_drafted_after_a_stop_token(call):
     assert steps == 0
 
 
+def stopped_in_a_draft() -> tuple[Outcome, Outcome, int, int]:
+    """An answer, the same up to a token that was drafted, the draft steps of that one, and its last index."""
+    with running(speculative_config=NOTHING_SKIPPED) as llm:
+        whole = generate(llm, PROMPTS[:1], max_tokens=40)
+        tokens = whole.token_ids[0]
+        # The prompt gives a token, each round the five drafted and one more.
+        end = next(i for i, token in enumerate(tokens) if i % 6 in (2, 3) and token not in tokens[:i])
+        before = drafter(llm).statistics.total.steps
+        short = generate(llm, PROMPTS[:1], max_tokens=40, stop_token_ids=[tokens[end]])
+        return whole, short, drafter(llm).statistics.total.steps - before, end
+
+
+def test_a_draft_ends_with_a_stop_token(call):
+    whole, short, steps, end = call(stopped_in_a_draft)
+    assert short.token_ids[0] == whole.token_ids[0][: end + 1]
+    assert short.num_draft_tokens == short.num_accepted_tokens == steps == end - (end - 1) // 6
+
+
 def side_by_side(lengths: list[int], config: object) -> list[Outcome]:
     from vllm import SamplingParams
 

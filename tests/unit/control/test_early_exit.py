@@ -85,6 +85,17 @@ def test_where_the_host_is_not_to_know_all_rows_go_on_together():
     assert draft.tokens.tolist() == [[1, 3, 3], [2, 4, 4]]  # filled up
 
 
+def test_a_row_stops_after_a_token_that_ends_it():
+    draft = DraftTokenBuffer(3, 4, None, True, CPU, [{7, 8}, set(), {9}])
+    draft.take(draft.left, torch.tensor([7, 7, 7]), None, NONE)
+    assert draft.left.tolist() == [1, 2]
+    draft.take(draft.left, torch.tensor([8, 9]), None, NONE)
+    assert draft.left.tolist() == [1]
+    draft.finish()
+    assert draft.lengths.tolist() == [1, 2, 2]
+    assert draft.tokens.tolist() == [[7, 0, 0, 0], [7, 8, 0, 0], [7, 9, 0, 0]]
+
+
 def test_without_a_rule_every_draft_is_as_long_as_it_may_be():
     for drop in (False, True):
         draft = DraftTokenBuffer(2, 2, None, drop, CPU)
