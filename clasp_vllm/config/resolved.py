@@ -66,9 +66,16 @@ def resolve(config: LayerSkipConfig, num_layers: int, max_num_seqs: int) -> Draf
     """Give every setting its value.
 
     Raises:
-        ConfigError: as many layers are to be skipped as there are, or one that does not exist.
+        ConfigError: as many layers are to be skipped as there are, or one that does not exist; or drafts
+            might cost as much as the target, with nobody to switch them off.
     """
     most = _budget(config, num_layers)
+    may_be_the_target = config.draft_weights == "auto" and config.draft_context == "full" and not most
+    if may_be_the_target and "speculation" not in config.open_choices:
+        raise ConfigError(
+            "draft_weights='auto' may come to the target's own weights, with which drafts that skip no layer "
+            "gain nothing: set adaptive: true, or a precision, or layers to skip"
+        )
     least = 0 if config.drafts_with_all_layers else 1
     columns = most + config.drafts_with_all_layers  # of a pass, but for one that is the target itself
     passes = METHODS[config.method].passes

@@ -128,6 +128,30 @@ def test_more_than_the_model_has(settings, num_layers, parts):
         assert part in str(error.value)
 
 
+NOTHING_SKIPPED = {"method": "layer_skip", "skip_layers": [], "draft_weights": "auto"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        NOTHING_SKIPPED,
+        NOTHING_SKIPPED | {"adaptive": ["length"]},
+        {"method": "clasp", "adaptive": False, "skip_ratio": 0.01, "draft_weights": "auto"},
+    ],
+)
+def test_drafts_that_may_gain_nothing_need_somebody_to_switch_them_off(settings):
+    with pytest.raises(ConfigError, match=r"draft_weights='auto'.*adaptive: true"):
+        resolve(parse_config(settings), 24, max_num_seqs=8)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"adaptive": True}, {"adaptive": ["speculation"]}, {"skip_layers": [3]}, {"draft_weights": "int8"}],
+)
+def test_drafts_that_gain_something_or_can_be_switched_off(other):
+    assert resolve(parse_config(NOTHING_SKIPPED | other), 24, max_num_seqs=8)
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [
