@@ -76,7 +76,7 @@ def _most_promising(candidates: tuple[str, ...], weight: Tensor, group_size: int
         reason = unavailable(name, weight.dtype, group_size)
         try:
             if reason is None:
-                product = product_of(name, weight, head=False)(group_size)
+                product = product_of(name, weight, False, group_size)(group_size)
                 product.load(weight)
                 seconds = _seconds(partial(product, bias=None), rows(1))
                 promised[name] = expected_ratio(AGREEMENT[name], verify, seconds)

@@ -59,7 +59,7 @@ def keep_draft_weight(layer: nn.Module, vllm_config: VllmConfig | None) -> None:
             precision = auto_precision(vllm_config, config.group_size, weight.device)
         if precision == "target":
             return
-        kind = product_of(precision, weight, isinstance(layer, ParallelLMHead))
+        kind = product_of(precision, weight, isinstance(layer, ParallelLMHead), config.group_size)
         draft = DraftLinear(kind(config.group_size))
         setattr(layer, KEPT_AS, draft)
     try:

@@ -76,9 +76,7 @@ class _KernelProduct:
         self._kernel: Any = None
 
     def load(self, weight: Tensor) -> None:
-        # Kernels for GPUs compute in 16 bits.
-        wide = weight.dtype == torch.float32 and not current_platform.is_cpu()
-        self._dtype = torch.bfloat16 if wide else weight.dtype
+        self._dtype = _computed_in(weight.dtype)
         if self._kernel is None:
             self._kernel = self._choose_kernel(weight)
             for part in vars(self._kernel).values():  # which quantise inputs
@@ -200,6 +198,11 @@ def _describe(layer: Any, weight: Tensor, dtype: torch.dtype) -> None:
     layer.weight_block_size, layer.has_bias = None, False
 
 
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """Kernels for GPUs compute in 16 bits."""
+    return torch.bfloat16 if dtype == torch.float32 and not current_platform.is_cpu() else dtype
+
+
 def _fp8_kernel(shape: tuple[int, int], dtype: torch.dtype) -> Any:
     return init_fp8_linear_kernel(
         activation_quant_key=kFp8DynamicTokenSym,
@@ -237,14 +240,18 @@ def quantise(weight: Tensor, largest: float, dtype: torch.dtype) -> tuple[Tensor
     return quantised, scale
 
 
-def product_of(precision: str, weight: Tensor, head: bool) -> type[Product]:
+def product_of(precision: str, weight: Tensor, head: bool, group_size: int) -> type[Product]:
     """The class for a linear layer or a head.
 
     Args:
-        precision: int8, fp8 or int4. A head loses more by 4 bits than it saves and gets 8.
+        precision: int8, fp8 or int4. A head loses more by 4 bits than it saves and gets 8. So does a weight
+            of a shape that kernels for 4 bits do not take.
     """
     if precision == "int4" and not head:
-        return Int4
+        reason = unavailable(precision, weight.dtype, group_size, (weight.shape[0], weight.shape[1]))
+        if reason is None:
+            return Int4
+        logger.info_once("Layer skipping: weights of %s get 8 bits, not 4: %s", tuple(weight.shape), reason)
     if precision == "fp8" or (precision == "int4" and current_platform.is_cuda_alike()):
         return Fp8
     return fastest_int8(weight)
@@ -271,17 +278,26 @@ def _seconds(kernel: type[Product], weight: Tensor) -> float:
     return measure_steps({1: lambda: product(x, None)}, x.device)[0]
 
 
-def unavailable(precision: str, dtype: torch.dtype, group_size: int) -> str | None:
-    """Why there is no kernel for a precision here; None: there is one. Touches no GPU."""
+def unavailable(
+    precision: str, dtype: torch.dtype, group_size: int, shape: tuple[int, int] = (1024, 1024)
+) -> str | None:
+    """Why there is no kernel for a precision here; None: there is one. Touches no GPU.
+
+    ``shape``: outputs and inputs of the weight.
+    """
+    outputs, inputs = shape
+    dtype = _computed_in(dtype)
     try:
         if precision == "int4":
-            of = _int4_config(1024, 1024, dtype, group_size)
+            if inputs % group_size:
+                return f"draft_weights_group_size: {group_size} does not divide {inputs} inputs"
+            of = _int4_config(inputs, outputs, dtype, group_size)
             kernel = choose_mp_linear_kernel(of)
             if kernel is CPUWNA16LinearKernel and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
                 return "vLLM's kernel for CPUs needs AVX-512"
         elif precision == "fp8":
             with set_current_vllm_config(VllmConfig()):
-                _fp8_kernel((1024, 1024), dtype)
+                _fp8_kernel(shape, dtype)
     except ValueError as error:
         return str(error)
     return None

@@ -1,0 +1,63 @@
+"""What weights of drafts are quantised to, and by which kernel. No kernel runs: GPUs' cannot exist here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from vllm.model_executor import parameter
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    pack_quantized_values_into_int32,
+    quantize_weights,
+)
+
+from clasp_vllm.engine import precisions
+from clasp_vllm.engine.precisions import INT4, Int4, Int8, product_of
+
+
+class Kernel:
+    """Stands for vLLM's kernels: takes whatever it gets, and has locks of its own, as Humming has."""
+
+    def __init__(self, *_) -> None:
+        self.locks = None
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.locks = torch.zeros(4)
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    """vLLM's parameters ask for it, and there is no engine."""
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
+@pytest.fixture
+def int4_kernel(monkeypatch):
+    monkeypatch.setattr(precisions, "choose_mp_linear_kernel", lambda config: Kernel)
+
+
+@pytest.fixture
+def int8(monkeypatch) -> type:
+    """What weights of 8 bits are here, untried."""
+    monkeypatch.setattr(precisions, "fastest_int8", lambda weight: Int8)
+    return Int8
+
+
+def refuse(config) -> type:
+    raise ValueError("no such shape")
+
+
+def test_groups_that_do_not_divide_the_inputs_leave_a_weight_at_8_bits(int4_kernel, int8):
+    weight = torch.randn(32, 96)  # as of one rank of many
+    assert product_of("int4", weight, False, 32) is Int4
+    assert product_of("int4", weight, False, 64) is int8
+    assert product_of("int4", weight[:, :32], False, 64) is int8  # fewer than a group
+
+
+def test_a_shape_without_an_int4_kernel_leaves_a_weight_at_8_bits(monkeypatch, int8):
+    weight = torch.randn(33, 64)
+    monkeypatch.setattr(precisions, "choose_mp_linear_kernel", refuse)
+    assert product_of("int4", weight, False, 64) is int8
