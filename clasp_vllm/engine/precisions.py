@@ -36,7 +36,7 @@ from clasp_vllm.engine.eager import enable_kernel
 logger = init_logger(f"vllm.{__name__}")
 
 INT4 = scalar_types.uint4b8
-ROWS = 4096  # of a weight, to quantise at a time: copies of a large one might not fit
+ROWS = 1024  # of a weight, to quantise at a time: copies of a large one might not fit
 
 
 class Product(Protocol):
@@ -162,13 +162,19 @@ class Int4(_KernelProduct):
     """A scale for each group of inputs of an output. Inputs stay as they are."""
 
     def _quantise(self, weight: Tensor) -> nn.Module:
-        _, quantised, scale, _ = quantize_weights(weight.t(), INT4, self._group_size)
-        packed = pack_quantized_values_into_int32(quantised.t().contiguous(), INT4, packed_dim=1)
+        outputs, inputs = weight.shape
+        packed = torch.empty(outputs, inputs // 8, dtype=torch.int32, device=weight.device)
+        scale = torch.empty(outputs, inputs // self._group_size, dtype=self._dtype, device=weight.device)
+        for start in range(0, outputs, ROWS):
+            rows = slice(start, start + ROWS)
+            _, quantised, factor, _ = quantize_weights(weight[rows].t(), INT4, self._group_size)
+            packed[rows] = pack_quantized_values_into_int32(quantised.t().contiguous(), INT4, packed_dim=1)
+            scale[rows] = factor.t()
         # As in a checkpoint of compressed-tensors, which all kernels take.
         dims: dict[str, Any] = {"input_dim": 1, "output_dim": 0, "weight_loader": None}
         layer = nn.Module()
         layer.weight = PackedvLLMParameter(data=packed, packed_dim=1, packed_factor=8, **dims)
-        layer.weight_scale = GroupQuantScaleParameter(data=scale.t().contiguous().to(self._dtype), **dims)
+        layer.weight_scale = GroupQuantScaleParameter(data=scale, **dims)
         for name in ("bias", "weight_zero_point"):
             layer.register_parameter(name, None)
         return layer

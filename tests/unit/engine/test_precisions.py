@@ -61,3 +61,24 @@ def test_a_shape_without_an_int4_kernel_leaves_a_weight_at_8_bits(monkeypatch, i
     weight = torch.randn(33, 64)
     monkeypatch.setattr(precisions, "choose_mp_linear_kernel", refuse)
     assert product_of("int4", weight, False, 64) is int8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int4_takes_some_rows_at_a_time(int4_kernel, monkeypatch, dtype):
+    """And gets what all at once give: a float32 copy of a whole head of 8 billion parameters takes 2 GB."""
+    torch.manual_seed(0)
+    weight, rows = torch.randn(20, 64, dtype=dtype), []
+
+    def counted(some, *args):
+        rows.append(some.shape[1])
+        return quantize_weights(some, *args)
+
+    monkeypatch.setattr(precisions, "ROWS", 8)
+    monkeypatch.setattr(precisions, "quantize_weights", counted)
+    product = Int4(32)
+    product.load(weight)
+    assert rows == [8, 8, 4]
+    _, quantised, scale, _ = quantize_weights(weight.t(), INT4, 32)
+    packed = pack_quantized_values_into_int32(quantised.t().contiguous(), INT4, packed_dim=1)
+    assert torch.equal(product._layer.weight, packed)
+    assert torch.equal(product._layer.weight_scale, scale.t())
