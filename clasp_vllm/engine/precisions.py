@@ -13,7 +13,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.kernels.linear import (
+    CutlassInt8ScaledMMLinearKernel,
     MPLinearLayerConfig,
+    TritonInt8ScaledMMLinearKernel,
     choose_mp_linear_kernel,
     init_fp8_linear_kernel,
     init_int8_linear_kernel,
@@ -114,9 +116,13 @@ class Int8(_KernelProduct):
         return _module(*quantise(weight, 127, torch.int8), "input_zero_point", "azp_adj")
 
     def _choose_kernel(self, weight: Tensor) -> Any:
-        return init_int8_linear_kernel(
+        kernel = init_int8_linear_kernel(
             is_channelwise=True, is_static_input_scheme=False, input_symmetric=True, module_name="drafts"
         )
+        # vLLM selects CUTLASS on every NVIDIA GPU, but from Blackwell on its int8 product raises.
+        if type(kernel) is CutlassInt8ScaledMMLinearKernel and current_platform.has_device_capability(100):
+            kernel = TritonInt8ScaledMMLinearKernel(kernel.config, kernel.layer_param_names)
+        return kernel
 
 
 class TorchInt8:

@@ -82,3 +82,19 @@ def test_int4_takes_some_rows_at_a_time(int4_kernel, monkeypatch, dtype):
     packed = pack_quantized_values_into_int32(quantised.t().contiguous(), INT4, packed_dim=1)
     assert torch.equal(product._layer.weight, packed)
     assert torch.equal(product._layer.weight_scale, scale.t())
+
+
+@pytest.mark.parametrize(("capability", "expected"), [(90, "Cutlass"), (100, "Triton"), (120, "Triton")])
+def test_int8_is_not_by_cutlass_where_that_has_no_such_product(monkeypatch, capability, expected):
+    """From Blackwell on it raises at the first product, though vLLM selects it."""
+    cutlass = object.__new__(precisions.CutlassInt8ScaledMMLinearKernel)
+    cutlass.config, cutlass.layer_param_names = SimpleNamespace(), ("weight",)
+    platform = SimpleNamespace(has_device_capability=lambda least: capability >= least)
+    monkeypatch.setattr(precisions, "current_platform", platform)
+    monkeypatch.setattr(precisions, "init_int8_linear_kernel", lambda **_: cutlass)
+    monkeypatch.setattr(
+        precisions.TritonInt8ScaledMMLinearKernel, "is_supported", classmethod(lambda cls: (True, None))
+    )
+    kernel = Int8()._choose_kernel(torch.randn(16, 16))
+    assert type(kernel).__name__ == f"{expected}Int8ScaledMMLinearKernel"
+    assert (kernel.config, kernel.layer_param_names) == (cutlass.config, cutlass.layer_param_names)
