@@ -87,7 +87,10 @@ class _KernelProduct:
         layer = self._quantise(weight)
         _describe(layer, weight, self._dtype)
         self.num_bytes = sum(parameter.nbytes for parameter in layer.parameters())
+        held = {name: of for name, of in vars(self._kernel).items() if isinstance(of, Tensor)}
         self._kernel.process_weights_after_loading(layer)
+        for name, tensor in held.items():  # Humming's locks, which graphs hold too
+            setattr(self._kernel, name, tensor.copy_(getattr(self._kernel, name)))
         if getattr(self._layer, "weight", None) is None:  # the first, or kept in the kernel, as by oneDNN
             self._layer = layer
             return

@@ -84,6 +84,16 @@ def test_int4_takes_some_rows_at_a_time(int4_kernel, monkeypatch, dtype):
     assert torch.equal(product._layer.weight_scale, scale.t())
 
 
+def test_what_a_kernel_holds_stays_where_it_is_when_weights_are_reloaded(int4_kernel):
+    product = Int4(32)
+    product.load(torch.randn(8, 64))
+    locks = product._kernel.locks
+    locks.fill_(7)  # as memory that has come back from sleep
+    product.load(torch.randn(8, 64))
+    assert product._kernel.locks is locks
+    assert not locks.any()
+
+
 @pytest.mark.parametrize(("capability", "expected"), [(90, "Cutlass"), (100, "Triton"), (120, "Triton")])
 def test_int8_is_not_by_cutlass_where_that_has_no_such_product(monkeypatch, capability, expected):
     """From Blackwell on it raises at the first product, though vLLM selects it."""
