@@ -59,7 +59,11 @@ class Model:
 
 
 class Passes:
-    """Runs layers of the target, or of what drafts for it, for one query token per row."""
+    """Runs layers of the target, or of what drafts for it, for one query token per row.
+
+    Attributes:
+        own_weights: whether drafts run other weights than the target's.
+    """
 
     def __init__(
         self,
@@ -76,7 +80,7 @@ class Passes:
         """
         self._target = target
         self._draft = draft or target
-        self._own_weights = draft is not None
+        self.own_weights = draft is not None
         self.attention = attention
         self.scratch = scratch
         self._graphs = graphs
@@ -128,7 +132,7 @@ class Passes:
 
         ``exact``: [n] int64, rows that hold final states of the target, and so go through its head.
         """
-        if exact is None or not self._own_weights:
+        if exact is None or not self.own_weights:
             return self._draft.logits(hidden)
         if len(exact) == len(hidden):
             return self._target.logits(hidden)
@@ -138,7 +142,7 @@ class Passes:
 
     def head(self, hidden: Tensor, exact: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Logits as above, and the likeliest token's probability [rows] float32."""
-        runner = self._runner(len(hidden)) if exact is None or not self._own_weights else None
+        runner = self._runner(len(hidden)) if exact is None or not self.own_weights else None
         return self.head_eagerly(hidden, exact) if runner is None else runner.head(hidden)
 
     def head_eagerly(self, hidden: Tensor, exact: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
@@ -164,7 +168,7 @@ class Passes:
         at = self.cache_rows(batch, window)
         tables, source, target = self.scratch.virtual_requests(at.block_table, at.positions)
         # Column 0 works on the requests' own blocks where it is the target itself.
-        own = int(not self._own_weights and at.block_table is batch.block_table)
+        own = int(not self.own_weights and at.block_table is batch.block_table)
         tables = tables[(1 - own) * rows :]
         positions, max_lengths = at.positions.repeat(budget + 1), at.max_lengths.repeat(budget + 1)
         rotary_positions = self._rotary(batch.positions.repeat(budget + 1))
@@ -221,7 +225,7 @@ class Passes:
         """What passes cost, while nothing is served. Writes to the scratch block."""
         costs = self._measure(self._target, device)
         costs = measure_context_costs(costs, self._read_context(device), self._target.decoder.num_layers)
-        if not self._own_weights:
+        if not self.own_weights:
             return costs
         draft = self._measure(self._draft, device)
         return replace(costs, draft_layer=draft.layer, draft_fixed=draft.fixed)

@@ -270,7 +270,7 @@ class DraftGraphs(CudaGraphManager):
             logits = self.head(eager)[0]
         for name, of_eager, replayed in (("states", eager, states), ("logits", eager_logits, logits)):
             off = float((of_eager.float() - replayed.float()).norm() / of_eager.float().norm())
-            if not off < TOLERANCE[eager.dtype]:
+            if not off < (ROUNDED if self._passes.own_weights else TOLERANCE[eager.dtype]):
                 return f"the {name} of {rows} rows are off by {off:.1e} (relative)"
         return None
 
@@ -297,3 +297,6 @@ def _about_graphs(doing: str) -> Iterator[None]:
 
 # The kernels are the same, but for how attention splits its keys.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Quantised products round their inputs, whatever the target's dtype: a difference that tips one over grows to
+# a step of 8 bits.
+ROUNDED = 5e-2
