@@ -320,13 +320,12 @@ class Drafter:
 
     @torch.inference_mode()
     def start(self, device: torch.device, steps: Mapping[int, Callable[[], None]] | None = None) -> None:
-        """Before anything is served: forget the engine's warm-up, draft once, and find out what passes cost.
+        """Before anything is served: forget the engine's warm-up, and find out what passes cost.
 
         ``steps``: the engine's own steps by their tokens, where they are not passes like those of drafts.
         """
         self.forget()
         self.statistics = DraftStatistics(self.decoder.num_layers)
-        self.passes.try_out(device)
         # Without a scratch block the cache is so small that it is refused next.
         if self._make_controller is not None and self.passes.attention.scratch_block >= 1:
             costs = self._measure(device, steps or {})

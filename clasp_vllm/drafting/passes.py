@@ -258,8 +258,12 @@ class Passes:
 
         return ContextPass(forward, min(size, most), most, min(CONTEXT_ROWS, self.attention.max_rows))
 
+    @torch.inference_mode()
     def try_out(self, device: torch.device) -> None:
-        """Run a draft step, so that what cannot draft fails now. Writes to the null block."""
+        """Run a draft step, so that what cannot draft fails now, and kernels have what they keep.
+
+        Writes to the null block.
+        """
         self._forward(self._draft, 1, self._draft.decoder.num_layers, 0, device)
         synchronize(device)
 

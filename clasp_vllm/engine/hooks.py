@@ -169,11 +169,15 @@ def _worker(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
     def compile_or_warm_up_model(self: Any) -> Any:
-        times = original(self)
-        if uses_us(self.vllm_config):
-            from clasp_vllm.engine.steps import engine_steps
+        if not uses_us(self.vllm_config):
+            return original(self)
+        from clasp_vllm.engine.steps import engine_steps
 
-            drafter_of(self.model_runner).start(self.device, engine_steps(self.model_runner))
+        drafter = drafter_of(self.model_runner)
+        # Before vLLM locks its workspace, to which Marlin's locks are added by its first product on a stream.
+        drafter.passes.try_out(self.device)
+        times = original(self)
+        drafter.start(self.device, engine_steps(self.model_runner))
         return times
 
     return compile_or_warm_up_model
