@@ -1,10 +1,14 @@
 """The prediction for GPUs: a script that needs none, and says that it is one."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 
+import pytest
 from engines import ROOT
+
+from clasp_vllm.tools import cost_model
 
 
 def test_prints_a_prediction():
@@ -18,3 +22,39 @@ def test_prints_a_prediction():
     ratios = [float(text) for text in re.findall(r"to ([0-9]\.[0-9]+) \(", result.stdout)]
     assert len(ratios) > 100
     assert all(1.05 <= ratio < 3 for ratio in ratios)
+
+
+@pytest.fixture(scope="module")
+def predict():
+    spec = importlib.util.spec_from_file_location("predict", ROOT / "scripts" / "bench" / "predict.py")
+    module = sys.modules["predict"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["predict"]
+
+
+def parts(predict, draft: int, requests: int = 1, number: int = 1):
+    machine = predict.Machine(predict.GPUS[1], number, 0.8, 8e-6, 0.08, 2e-4)
+    return predict.costs(predict.MODELS[0], machine, predict.DRAFTS[draft], requests, 1_000)
+
+
+def test_chosen_layers_cost_optimisation_passes(predict):
+    """As the controller has them: a fiftieth of the time."""
+    of_skipping, of_fp8 = parts(predict, 0), parts(predict, 1)
+    assert of_skipping.optimize > of_skipping.step[0]
+    assert of_fp8.optimize is None
+    without = cost_model.best_ratio(of_skipping, 0.9, 16, predict.LONGEST)[0]
+    assert 0.95 * without < predict.best_ratio(of_skipping, 0.9, 16)[0] < 0.99 * without
+
+
+def test_a_head_at_8_bits_is_priced_as_that(predict):
+    """Under int4 layers too, where operations bound it."""
+    assert parts(predict, 3, 256).head == parts(predict, 1, 256).head < 0.6 * parts(predict, 0, 256).head
+
+
+def test_what_to_set_is_what_the_tables_say(predict):
+    """int4 for 8B on one GPU; on eight skipping alone promises as much."""
+    for number, ahead in ((1, True), (8, False)):
+        skipping = predict.best_ratio(parts(predict, 0, 1, number), 0.9, 16)[0]
+        int4 = predict.best_ratio(parts(predict, 3, 1, number), 0.94, 32)[0]
+        assert (int4 > skipping) == ahead
