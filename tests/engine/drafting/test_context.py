@@ -53,6 +53,7 @@ def call(request):
         yield call
 
 
+@pytest.mark.slow_on_v2
 def test_output_is_plain_vllms(call, request):
     v2 = "v2" in request.node.name  # a step takes a while there
     plain, *cut = (
