@@ -62,11 +62,13 @@ def install() -> None:
         check_version()
     except ConfigError:
         return  # the configuration hook says so if one of our methods is asked for
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.worker.worker_base import WorkerBase
 
+    wrap(SamplingParams, "_validate_spec_decode", _request_parameters)
     wrap(EngineCore, "_initialize_kv_caches", _scratch_blocks)
     wrap(WorkerBase, "__init__", _worker)
     wrap(StatLoggerManager, "__init__", _stat_loggers)
@@ -139,6 +141,15 @@ def _check_method(method: object) -> None:
     allowed = (*METHODS, *get_args(SpeculativeMethod))
     if method is not None and method not in allowed and method != "[ngram]":
         raise ConfigError(f"method={method!r} is not known; allowed are {', '.join(allowed)}")
+
+
+def _request_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if getattr(speculative_config, "layer_skip", None) is None:
+            original(self, speculative_config)
+        # min_p and logit_bias, which vLLM refuses here, are applied to drafts too.
+
+    return _validate_spec_decode
 
 
 def _scratch_blocks(original: Callable[..., Any]) -> Callable[..., Any]:

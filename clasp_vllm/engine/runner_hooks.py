@@ -21,14 +21,16 @@ def install_runner_hooks(v2: bool) -> None:
         wrap(ModelCudaGraphManager, "_init_candidates", _target_graphs)
     else:
         import vllm.v1.sample.rejection_sampler as rejection_sampler
+        import vllm.v1.worker.gpu_model_runner as runner
         from vllm.v1.spec_decode.draft_model import DraftModelProposer
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         wrap(DraftModelProposer, "__new__", _proposer_v1)
         wrap(rejection_sampler, "expand_batch_to_tokens", _expand_batch)
         wrap(rejection_sampler.RejectionSampler, "forward", _sample)
-        wrap(GPUModelRunner, "propose_draft_token_ids", _propose)
-        wrap(GPUModelRunner, "sample_tokens", _sample_tokens)
+        wrap(rejection_sampler.RejectionSampler, "apply_logits_processors", _verified_logits)
+        wrap(runner, "build_logitsprocs", _logits_processors)  # it imported the function by name
+        wrap(runner.GPUModelRunner, "propose_draft_token_ids", _propose)
+        wrap(runner.GPUModelRunner, "sample_tokens", _sample_tokens)
 
 
 def install_draft_weights() -> None:
@@ -118,6 +120,35 @@ def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, metadata, draft_probs, logits, sampling_metadata)
 
     return forward
+
+
+def _logits_processors(original: Callable[..., Any]) -> Callable[..., Any]:
+    from clasp_vllm.engine.verified_logits import builtin_processors
+
+    def build_logitsprocs(
+        vllm_config: Any,
+        device: Any,
+        is_pin_memory: bool,
+        is_pooling_model: bool,
+        custom_logitsprocs: Any = (),
+    ) -> Any:
+        if custom_logitsprocs or not uses_us(vllm_config):  # vLLM refuses custom ones with any speculation
+            return original(vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs)
+        return builtin_processors(vllm_config, device, is_pin_memory)
+
+    return build_logitsprocs
+
+
+def _verified_logits(original: Callable[..., Any]) -> Callable[..., Any]:
+    from clasp_vllm.engine.verified_logits import add_logit_bias, apply_min_p
+
+    def apply_logits_processors(self: Any, logits: Any, sampling_metadata: Any, metadata: Any) -> Any:
+        add_logit_bias(logits, sampling_metadata, metadata.num_draft_tokens)  # penalties scale it
+        logits = original(self, logits, sampling_metadata, metadata)
+        apply_min_p(logits, sampling_metadata, metadata.num_draft_tokens)
+        return logits
+
+    return apply_logits_processors
 
 
 def _propose(original: Callable[..., Any]) -> Callable[..., Any]:

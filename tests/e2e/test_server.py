@@ -126,6 +126,16 @@ def test_a_bad_request_leaves_the_server_serving(client, plain):
     assert complete(client, PROMPTS[0], False) == plain[0]
 
 
+def test_logit_bias_and_min_p_are_served(client):
+    """vLLM answers both with status 400 under any other method."""
+    arguments = {"model": MODEL, "prompt": PROMPTS[0], "max_tokens": 12, "logprobs": 0}
+    forced = client.completions.create(**arguments, temperature=0, logit_bias={"300": 100})
+    assert len(set(forced.choices[0].logprobs.tokens)) == 1
+    likeliest = client.completions.create(**arguments, temperature=1, extra_body={"min_p": 1.0})
+    greedy = client.completions.create(**arguments, temperature=0)
+    assert likeliest.choices[0].logprobs.tokens == greedy.choices[0].logprobs.tokens
+
+
 def greedy_texts(requests: list[dict]) -> list[str]:
     """Plain vLLM's answers to requests of tests/traffic.py."""
     from vllm import SamplingParams

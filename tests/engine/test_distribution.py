@@ -44,7 +44,13 @@ def save_model(folder: str) -> str:
 
 
 def exact_distribution(
-    folder: str, horizon: int, temperature: float, top_p: float, top_k: int
+    folder: str,
+    horizon: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float = 0.0,
+    logit_bias: dict[int, float] | None = None,
 ) -> dict[tuple[int, ...], float]:
     """Probability of every continuation of ``horizon`` tokens."""
     import torch
@@ -55,7 +61,11 @@ def exact_distribution(
     @torch.inference_mode()
     def next_probs(prefixes: list[tuple[int, ...]]) -> torch.Tensor:
         logits = model(torch.tensor([[*PROMPT, *prefix] for prefix in prefixes])).logits[:, -1]
+        for token, bias in (logit_bias or {}).items():
+            logits[:, token] += bias
         logits = logits.double() / temperature
+        likely = logits.softmax(-1)
+        logits = logits.masked_fill(likely < min_p * likely.amax(-1, keepdim=True), -torch.inf)
         kth = logits.topk(top_k or VOCAB).values[:, -1:]
         probs = logits.masked_fill(logits < kth, -torch.inf).softmax(-1)
         ordered, index = probs.sort(-1, descending=True)
@@ -85,6 +95,7 @@ def sample(
     top_k: int,
     sabotage: str | None,
     async_scheduling: bool = False,
+    **parameters: object,
 ) -> tuple[list[tuple[int, ...]], int]:
     """Continuations, and how many tokens were accepted from drafts."""
     from vllm import SamplingParams
@@ -107,6 +118,7 @@ def sample(
             max_tokens=horizon + 3,
             ignore_eos=True,
             detokenize=False,
+            **parameters,
         )
         prompts = [{"prompt_token_ids": PROMPT}] * samples
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -178,6 +190,26 @@ def test_distribution_is_the_targets(runner, draft, temperature, top_p, top_k, t
         got, accepted = call(sample, folder, samples, horizon, spec, temperature, top_p, top_k, None)
     assert accepted > samples / 2
     assert p_value(got, exact_distribution(folder, horizon, temperature, top_p, top_k)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("runner", "draft"),
+    [
+        ("v1", "greedy"),
+        ("v1", "probabilistic"),
+        pytest.param("v2", "greedy", marks=pytest.mark.slow),
+        pytest.param("v2", "probabilistic", marks=pytest.mark.slow),
+    ],
+)
+def test_min_p_and_logit_bias_are_applied_to_drafts(runner, draft, tmp_path):
+    samples, horizon = (5000, 3) if runner == "v1" else (800, 2)
+    parameters = {"min_p": 0.1, "logit_bias": {2: -1.5, 7: 1.0, 9: -100.0}}
+    with engine_process(runner) as call:
+        folder = call(save_model, str(tmp_path))
+        spec = CLASP | {"draft_sample_method": draft}
+        got, accepted = call(sample, folder, samples, horizon, spec, 1.2, 1.0, 0, None, **parameters)
+    assert accepted > samples / 4
+    assert p_value(got, exact_distribution(folder, horizon, 1.2, 1.0, 0, **parameters)) > 1e-3
 
 
 @pytest.mark.parametrize("draft", ["greedy", "probabilistic"])

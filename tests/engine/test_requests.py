@@ -11,7 +11,7 @@ CLASP = {
     "max_optimized_requests": 3,
     "draft_exit_threshold": 0.0,
 }
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+BIAS = {token: (-1) ** token * 4.0 for token in range(256, 512)}
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 120}},
@@ -30,6 +30,8 @@ REQUESTS = {
     "frequency penalty": (PROMPTS[6], {"frequency_penalty": 0.7, "logprobs": 2}),
     "bad words": (PROMPTS[7], {"bad_words": ["the", " I", "man"]}),
     "allowed tokens": (PROMPTS[8], {"allowed_token_ids": list(range(200, 700))}),
+    "logit bias": (PROMPTS[9], {"logit_bias": BIAS}),
+    "logit bias, penalty": (PROMPTS[9], {"logit_bias": BIAS, "repetition_penalty": 1.3, "logprobs": 1}),
     "ignore eos": (PROMPTS[10], {"ignore_eos": True, "max_tokens": 60}),
     "end": (PROMPTS[10], {"ignore_eos": False, "max_tokens": 60}),
     "min tokens": (PROMPTS[13], {"ignore_eos": False, "min_tokens": 30, "max_tokens": 60}),
@@ -121,35 +123,13 @@ def test_the_requests_do_what_they_say(both):
     plain, _ = both
     assert len(plain["logprobs"]["logprobs"][0][0]) >= 3
     assert len(plain["prompt logprobs"]["prompt_logprobs"]) > 3
+    assert plain["logit bias"]["tokens"] != plain["plain"]["tokens"]
+    assert plain["logit bias, penalty"]["tokens"] != plain["logit bias"]["tokens"]
     if "regex" not in plain:
         return
     assert json.loads(plain["JSON schema"]["texts"][0]).keys() == {"name", "age"}
     assert re.fullmatch(r" (\d{1,3} pens, ){2,4}done", plain["regex"]["texts"][0])
     assert plain["choice"]["texts"][0] in (" 21 miles", " 12 kilometres")
-
-
-def refusals(speculative_config: object) -> list[str]:
-    """The errors that requests get for what cannot be verified; the engine goes on serving."""
-    from vllm.exceptions import VLLMValidationError
-
-    messages = []
-    with running(speculative_config=speculative_config) as llm:
-        for settings in ({"min_p": 0.1, "temperature": 1.0}, {"logit_bias": {5: 1.0}}):
-            try:
-                llm.generate([PROMPTS[0]], sampling(settings), use_tqdm=False)
-            except VLLMValidationError as error:
-                messages.append(str(error))
-        llm.generate([PROMPTS[0]], sampling({"max_tokens": 2}), use_tqdm=False)
-    return messages
-
-
-def test_what_speculation_refuses_is_refused_alike():
-    """vLLM 0.32 refuses min_p and logit_bias with any speculation."""
-    with engine_process("v1") as call:
-        ours = call(refusals, CLASP)
-        assert ours == call(refusals, NGRAM)
-    assert len(ours) == 2
-    assert "not yet supported with speculative decoding" in ours[0]
 
 
 def beams(speculative_config: object) -> list[list[list[int]]]:
