@@ -111,6 +111,8 @@ class SequenceBatch:
         sampling: [rows] bool on the host, whether the request samples; None: not known.
         ngrams: prompt-lookup matches; None: not looked up.
         stop_tokens: [rows] the tokens that end each sequence; None: not known.
+        running: [reqs] names of all sequences that have just sampled a token, those among them that are not
+            drafted for; None: they are those of ``request_ids``.
     """
 
     request_ids: Sequence[str]
@@ -121,6 +123,7 @@ class SequenceBatch:
     sampling: np.ndarray | None = None
     ngrams: NgramMatches | None = None
     stop_tokens: Sequence[set[int]] | None = None
+    running: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.request_ids)
@@ -139,4 +142,5 @@ class SequenceBatch:
             None if self.sampling is None else self.sampling[rows],
             None if self.ngrams is None else self.ngrams.select(on_device),
             None if self.stop_tokens is None else [self.stop_tokens[row] for row in rows],
+            self.running,
         )

@@ -181,15 +181,15 @@ class Drafter:
         output = DraftOutput(drafted, lengths, drawn)
         done = DraftRound(slots, choice, looked_up, skipping, skip_drafts, output)
         if self.controller is not None:
-            self._remember(batch.request_ids, done, self.controller)
+            self._remember(batch, done, self.controller)
         return done
 
-    def _remember(self, request_ids: Sequence[str], done: DraftRound, controller: Controller) -> None:
+    def _remember(self, batch: SequenceBatch, done: DraftRound, controller: Controller) -> None:
         """Tell the controller of a round."""
-        rows, lengths = len(request_ids), done.output.lengths
+        rows, lengths, running = len(batch), done.output.lengths, batch.running or batch.request_ids
         skipping, skip_drafts = done.skipping, done.skip_drafts
         if skip_drafts is None and not done.looked_up.any():
-            controller.round_ended(request_ids, None, DeviceEvent(lengths.device))
+            controller.round_ended(running, None, DeviceEvent(lengths.device))
             return
         certain, limits, sure = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=np.int64), None
         drafted = None
@@ -205,10 +205,9 @@ class Drafter:
                 sure[rows_index(skipping, rows, lengths.device)] = skip_drafts.draft.confidence
             controller.time_drafting(rows, skip_drafts.events, self._predicted, skip_drafts.due.size)
             ended = skip_drafts.events[-1]
-        drafts = UnverifiedDrafts(
-            request_ids, done.slots, done.looked_up, certain, lengths, drafted, limits, sure, done.choice
-        )
-        controller.round_ended(request_ids, drafts, ended)
+        ids, slots, looked_up, choice = batch.request_ids, done.slots, done.looked_up, done.choice
+        drafts = UnverifiedDrafts(ids, slots, looked_up, certain, lengths, drafted, limits, sure, choice)
+        controller.round_ended(running, drafts, ended)
 
     def _draft_by_skipping(
         self,

@@ -72,6 +72,7 @@ def install() -> None:
     wrap(EngineCore, "_initialize_kv_caches", _scratch_blocks)
     wrap(WorkerBase, "__init__", _worker)
     wrap(StatLoggerManager, "__init__", _stat_loggers)
+    wrap(Scheduler, "schedule", _placeholders)
     wrap(Scheduler, "update_from_output", _update_from_output)
     wrap(EngineCore, "post_step", _post_step)
 
@@ -146,8 +147,11 @@ def _check_method(method: object) -> None:
 def _request_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if getattr(speculative_config, "layer_skip", None) is None:
-            original(self, speculative_config)
+            return original(self, speculative_config)
+        from clasp_vllm.engine.requests import check_extra_args
+
         # min_p and logit_bias, which vLLM refuses here, are applied to drafts too.
+        return check_extra_args(self.extra_args)
 
     return _validate_spec_decode
 
@@ -197,6 +201,19 @@ def _warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
 def drafter_of(runner: Any) -> Any:
     """The drafter of a model runner that uses us."""
     return (runner.speculator if hasattr(runner, "speculator") else runner.drafter).drafter
+
+
+def _placeholders(original: Callable[..., Any]) -> Callable[..., Any]:
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if uses_us(self.vllm_config):
+            from clasp_vllm.engine.requests import declines_drafts
+
+            for request in self.running:
+                if request.spec_token_ids and declines_drafts(request.sampling_params):
+                    request.spec_token_ids = []
+        return original(self, *args, **kwargs)
+
+    return schedule
 
 
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from clasp_vllm.engine.build import (
     first_broadcast,
     log_statistics,
 )
+from clasp_vllm.engine.requests import declines_drafts
 from clasp_vllm.engine.speculative_config import layer_skip_config
 
 
@@ -103,7 +104,8 @@ class LayerSkipProposer(DraftModelProposer):
             return False
         if self.runner.discard_request_mask.np[: batch.num_reqs].any():
             return False
-        self._matches = self._look_up(sampled[:, 0], lengths[: batch.num_reqs], np.arange(batch.num_reqs))
+        rows = np.flatnonzero(self._wanted(np.arange(batch.num_reqs)))
+        self._matches = self._look_up(sampled[:, 0], lengths[: batch.num_reqs], rows)
         if self._matches is not None and self._matches.lengths.any():
             return False
         self._matches = None
@@ -145,13 +147,17 @@ class LayerSkipProposer(DraftModelProposer):
             inputs = self.runner.input_batch
             spans = ends, inputs.num_computed_tokens_cpu[:num_reqs], inputs.num_prompt_tokens[:num_reqs]
             self.drafter.read(prompt_tokens(request_ids, target_hidden_states, *spans))
+        running = [request_ids[row] for row in rows]
+        rows = rows[self._wanted(rows)]
         room, stop_tokens = np.full(rows.size, num_speculative_tokens), self._stop_tokens(request_ids)
         if self._tokens_on_host:
             room = np.minimum(room, self._room(request_ids, next_token_ids, positions, rows, stop_tokens))
             rows, room = rows[room > 0], room[room > 0]
         output = None
         if rows.size:
-            batch = self._batch(rows, next_token_ids, positions, common_attn_metadata, matches, stop_tokens)
+            batch = self._batch(
+                rows, next_token_ids, positions, common_attn_metadata, matches, stop_tokens, running
+            )
             sampling = _DraftSampling(self, rows, num_reqs, sampling_metadata)
             output = self.drafter.draft(batch, int(room.max()), sampling.sample)
             log_statistics(self.drafter)
@@ -166,6 +172,12 @@ class LayerSkipProposer(DraftModelProposer):
         """[reqs] what ends each answer. Before ``min_tokens`` the target takes none, so no draft goes on."""
         params = (self.runner.requests[request_id].sampling_params for request_id in request_ids)
         return [{of.eos_token_id, *(of.stop_token_ids or ())} for of in params]
+
+    def _wanted(self, rows: np.ndarray) -> np.ndarray:
+        """[rows] bool, whose requests want drafts."""
+        requests, names = self.runner.requests, self.runner.input_batch.req_ids
+        declined = [declines_drafts(requests[names[row]].sampling_params) for row in rows]
+        return ~np.array(declined, dtype=bool)
 
     def _room(
         self,
@@ -195,8 +207,9 @@ class LayerSkipProposer(DraftModelProposer):
         common_attn_metadata: CommonAttentionMetadata,
         matches: NgramMatches | None,
         stop_tokens: list[set[int]],
+        running: list[str],
     ) -> SequenceBatch:
-        """The ``rows`` to draft for, of all requests of the step."""
+        """The ``rows`` to draft for, of all requests of the step; ``running``: those that have sampled."""
         num_reqs = len(positions)
         request_ids = self.runner.input_batch.req_ids[:num_reqs]
         max_lengths = common_attn_metadata.seq_lens_cpu_upper_bound
@@ -212,6 +225,7 @@ class LayerSkipProposer(DraftModelProposer):
             np.array([request_id not in greedy for request_id in request_ids]),
             matches,
             stop_tokens,
+            running,
         ).select(rows)
 
     @property

@@ -17,6 +17,7 @@ def install_runner_hooks(v2: bool) -> None:
 
         wrap(spec_decode, "init_speculator", _speculator_v2)
         wrap(runner, "init_speculator", _speculator_v2)  # it imported the function by name
+        wrap(runner.GPUModelRunner, "add_requests", _add_requests)
         wrap(runner.GPUModelRunner, "sample_tokens", _sample_tokens)
         wrap(ModelCudaGraphManager, "_init_candidates", _target_graphs)
     else:
@@ -75,6 +76,19 @@ def _speculator_v2(original: Callable[..., Any]) -> Callable[..., Any]:
         return LayerSkipSpeculator(vllm_config, device, req_states)
 
     return init_speculator
+
+
+def _add_requests(original: Callable[..., Any]) -> Callable[..., Any]:
+    from clasp_vllm.engine.requests import declines_drafts
+
+    def add_requests(self: Any, scheduler_output: Any) -> None:
+        original(self, scheduler_output)
+        if uses_us(self.vllm_config):
+            for request in scheduler_output.scheduled_new_reqs:
+                slot = self.req_states.req_id_to_index[request.req_id]
+                self.speculator.declined[slot] = declines_drafts(request.sampling_params)
+
+    return add_requests
 
 
 def _target_graphs(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,6 +62,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         # Not by default, for what it gains here has not been measured.
         self._lookup = NgramGPUSpeculator(vllm_config, device, req_states) if config.ngram_cascade else None
         self._nothing = torch.full((self.max_num_reqs, 1), -1, dtype=torch.int64, device=device)
+        self.declined = np.zeros(self.max_num_reqs, dtype=bool)  # by slot, requests that want no drafts
         self._confidence: Tensor | None = None
         self._exact: np.ndarray | None = None  # see ``Passes.logits``
         self.graphs: DraftGraphs | None = None  # here, for vLLM's memory profile to find and drop them
@@ -181,6 +182,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             ends = np.concatenate(([0], np.cumsum(scheduled)))
             spans = ends, input_batch.num_computed_tokens_np[:num_reqs], input_batch.prefill_len_np[:num_reqs]
             self.drafter.read(prompt_tokens(input_batch.req_ids, last_hidden_states, *spans))
+        running = [input_batch.req_ids[row] for row in rows]
+        rows = rows[~self.declined[input_batch.idx_mapping_np[rows]]]
         if rows.size == 0:
             return drafts.zero_()
 
@@ -192,6 +195,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             self.block_tables.input_block_tables[0][:num_reqs],
             input_batch.seq_lens_cpu_upper_bound[:num_reqs] + 1,
             ngrams=self.drafter.guarded(lambda: self._looked_up(input_batch, num_sampled)),
+            running=running,
         ).select(rows)
         on_device = to_device(rows, self.device)
         idx_mapping = input_batch.idx_mapping[on_device]

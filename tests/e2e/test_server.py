@@ -136,6 +136,32 @@ def test_logit_bias_and_min_p_are_served(client):
     assert likeliest.choices[0].logprobs.tokens == greedy.choices[0].logprobs.tokens
 
 
+def test_a_request_may_decline_drafts(client, server, plain):
+    def drafted(**xargs: bool) -> tuple[float, str]:
+        before = server.counters().get("num_draft_tokens", 0)
+        body = {"ignore_eos": True, "vllm_xargs": xargs}
+        response = client.completions.create(
+            model=MODEL, prompt=PROMPTS[1], max_tokens=48, temperature=0, extra_body=body
+        )
+        return server.counters()["num_draft_tokens"] - before, response.choices[0].text
+
+    assert drafted(layer_skip=True)[0] > 0
+    assert drafted(layer_skip=False) == (0, plain[1])
+
+
+@pytest.mark.parametrize(
+    ("xargs", "message"),
+    [
+        ({"layer_skip": "no"}, "layer_skip='no' must be true or false"),
+        ({"layer_skip": 2}, "layer_skip=2 must be true or false"),
+        ({"layer_skips": False}, "layer_skips=0 is not known; allowed is layer_skip"),
+    ],
+)
+def test_wrong_parameters_are_refused(client, xargs, message):
+    with pytest.raises(openai.BadRequestError, match=re.escape(message)):
+        client.completions.create(model=MODEL, prompt="a", max_tokens=2, extra_body={"vllm_xargs": xargs})
+
+
 def greedy_texts(requests: list[dict]) -> list[str]:
     """Plain vLLM's answers to requests of tests/traffic.py."""
     from vllm import SamplingParams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -307,16 +308,16 @@ def test_a_failure_before_the_start_has_ended_ends_it(target):
     assert not failures
 
 
+def make_controller(costs) -> Controller:
+    shares = LayerShares(0.5, 0.5)
+    return Controller(
+        costs, 8, (3,), (None,), LAYERS, shares, LENGTH, 2, (), padded=False, drop_stopped=True, ranks=1
+    )
+
+
 @torch.inference_mode()
 def test_the_controller_is_made_when_costs_are_known(target):
     """And learns from passes and from what is accepted."""
-
-    def make_controller(costs) -> Controller:
-        shares = LayerShares(0.5, 0.5)
-        return Controller(
-            costs, 8, (3,), (None,), LAYERS, shares, LENGTH, 2, (), padded=False, drop_stopped=True, ranks=1
-        )
-
     drafter = drafter_of(target, policy=clasp, make_controller=make_controller)
     drafter.drop_stopped = True
     assert drafter.controller is None
@@ -335,6 +336,28 @@ def test_the_controller_is_made_when_costs_are_known(target):
     lengths = output.lengths.numpy() + 1
     drafter.observe(batch.request_ids, lengths, torch.tensor([LENGTH - 1] * 3))
     assert (evidence.drafts.variance[:3] < unsure).all()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("beside", [[], ["declined"]])
+def test_steps_with_requests_that_are_not_drafted_for_are_timed_too(target, beside):
+    """Else what drafts gain beside them would never be seen, and what they cost would."""
+    drafter = drafter_of(target, policy=clasp, make_controller=make_controller)
+    drafter.start(CPU)
+    scale = drafter.controller.corrections.scales["verify_scale"]
+    batch = target.batch()
+    running = [*batch.request_ids, *beside]
+    batch = replace(batch, running=running)
+
+    def confident(hidden, positions, step, rows, exact=None):
+        return target.head(hidden).argmax(-1), torch.ones(len(rows))
+
+    before = scale.copy()
+    for _ in range(2):
+        drafter.draft(batch, LENGTH, confident)
+        lengths = np.array([LENGTH + 1] * 3 + [1] * len(beside))
+        drafter.observe(running, lengths, torch.tensor([LENGTH - 1] * 3 + [0] * len(beside)))
+    assert (scale != before).any()
 
 
 def test_rows_are_chosen_on_the_device():

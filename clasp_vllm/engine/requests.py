@@ -1,0 +1,31 @@
+"""What a request may ask of us: in ``vllm_xargs`` over HTTP, in ``SamplingParams.extra_args`` offline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+KEY = "layer_skip"
+PREFIXES = ("layer_skip", "clasp")  # further keys that begin so are mistakes, not another plugin's
+
+
+def check_extra_args(extra_args: Mapping[str, Any] | None) -> None:
+    """Raises VLLMValidationError, over HTTP a response with status 400, where a request asks wrongly.
+
+    vLLM's API hands JSON's false and true on as 0 and 1.
+    """
+    for key, value in (extra_args or {}).items():
+        if key == KEY:
+            problem = None if isinstance(value, int) and value in (0, 1) else "must be true or false"
+        else:
+            problem = f"is not known; allowed is {KEY}" if key.startswith(PREFIXES) else None
+        if problem is not None:
+            raise VLLMValidationError(f"{key:.40}={value!r:.80} {problem}", parameter="vllm_xargs")
+
+
+def declines_drafts(params: SamplingParams | None) -> bool:
+    """Whether a request is to be left out of drafting."""
+    return params is not None and params.extra_args is not None and not params.extra_args.get(KEY, True)

@@ -1,0 +1,95 @@
+"""What vLLM refuses with other methods, and what a request may ask of us, all in one batch."""
+
+import pytest
+from engines import PROMPTS, engine_process, force_async_scheduling, running
+
+CLASP = {"method": "clasp", "adaptive": False, "num_speculative_tokens": 4, "optimization_interval": 2}
+BIAS = {token: (-1) ** token * 4.0 for token in range(256, 512)}
+DECLINED = {"extra_args": {"layer_skip": False}}
+SAMPLED = {"temperature": 1.0, "min_p": 0.05, "seed": 3}
+REQUESTS = {
+    "plain": (PROMPTS[0], {}),
+    "bias": (PROMPTS[6], {"logit_bias": BIAS}),
+    "declined": (PROMPTS[0], DECLINED),
+    "declined, bias": (PROMPTS[6], DECLINED | {"logit_bias": BIAS}),
+    "declined, sampled": (PROMPTS[6], DECLINED | SAMPLED),
+    "declined, sampled, bias": (PROMPTS[9], DECLINED | SAMPLED | {"logit_bias": BIAS}),
+    "wanted": (PROMPTS[2], {"extra_args": {"layer_skip": True}}),
+}
+
+
+def answers(speculative_config: object, asynchronous: bool, length: int) -> dict[str, tuple[list[int], int]]:
+    """By request, its tokens and how many draft tokens were verified for it."""
+    from vllm import SamplingParams
+
+    if asynchronous:
+        force_async_scheduling()
+    counting = {"per_request_spec_decode_metrics": "summary"} if speculative_config else {}
+    with running(speculative_config=speculative_config, **counting) as llm:
+        prompts, settings = zip(*REQUESTS.values(), strict=True)
+        defaults = {"temperature": 0.0, "max_tokens": length, "ignore_eos": True}
+        params = [SamplingParams(**(defaults | given)) for given in settings]
+        outputs = [output.outputs[0] for output in llm.generate(list(prompts), params, use_tqdm=False)]
+    metrics = [output.spec_decode_metrics for output in outputs]
+    drafted = [0 if counts is None else counts.to_dict()["num_draft_tokens"] for counts in metrics]
+    tokens = [list(output.token_ids) for output in outputs]
+    return dict(zip(REQUESTS, zip(tokens, drafted, strict=True), strict=True))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("v1", False),
+        ("v1", True),
+        pytest.param(("v2", False), marks=(pytest.mark.slow, pytest.mark.v2)),
+        pytest.param(("v2", True), marks=(pytest.mark.slow, pytest.mark.v2)),
+    ],
+    ids=lambda kind: f"{kind[0]}-{'async' if kind[1] else 'sync'}",
+)
+def both(request) -> tuple[dict, dict]:
+    runner, asynchronous = request.param
+    length = 32 if runner == "v1" else 12  # which is interpreted
+    with engine_process(runner) as call:
+        plain, ours = (call(answers, spec, asynchronous, length) for spec in (None, CLASP))
+    return plain, ours
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_answer_is_plain_vllms(both, name):
+    """With a seed too, where there are no drafts."""
+    plain, ours = both
+    assert ours[name][0] == plain[name][0]
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_drafts_are_of_those_who_want_them(both, name):
+    _, ours = both
+    assert (ours[name][1] == 0) == name.startswith("declined")
+
+
+def test_the_requests_do_what_they_say(both):
+    plain, _ = both
+    assert plain["bias"][0] != plain["declined, sampled"][0]
+    assert plain["declined"][0] == plain["plain"][0]
+
+
+def refusals(speculative_config: object) -> list[str]:
+    """The errors of wrong requests, after each of which the engine goes on serving."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    messages = []
+    with running(speculative_config=speculative_config) as llm:
+        for extra_args in ({"layer_skip": "no"}, {"layer_skips": False}):
+            with pytest.raises(VLLMValidationError) as error:
+                llm.generate([PROMPTS[0]], SamplingParams(extra_args=extra_args), use_tqdm=False)
+            messages.append(str(error.value))
+            llm.generate([PROMPTS[0]], SamplingParams(max_tokens=2), use_tqdm=False)
+    return messages
+
+
+def test_wrong_parameters_are_refused():
+    with engine_process("v1") as call:
+        value, key = call(refusals, CLASP)
+    assert "layer_skip='no' must be true or false" in value
+    assert "layer_skips=False is not known; allowed is layer_skip" in key

@@ -1,0 +1,63 @@
+"""What a request may ask of us."""
+
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "extra_args", [None, {}, {"layer_skip": False}, {"layer_skip": True}, {"layer_skip": 0}, {"other": "x"}]
+)
+def test_what_is_right_or_not_ours_is_let_through(extra_args):
+    from clasp_vllm.engine.requests import check_extra_args
+
+    check_extra_args(extra_args)
+
+
+@pytest.mark.parametrize("value", ["false", "0", 2, -1, 0.0, None, [False]])
+def test_other_values_are_refused(value):
+    from vllm.exceptions import VLLMValidationError
+
+    from clasp_vllm.engine.requests import check_extra_args
+
+    with pytest.raises(VLLMValidationError, match="must be true or false") as error:
+        check_extra_args({"layer_skip": value})
+    assert f"layer_skip={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["layer_skips", "layer_skip_length", "clasp", "clasp_vllm"])
+def test_other_keys_of_ours_are_refused(key):
+    from vllm.exceptions import VLLMValidationError
+
+    from clasp_vllm.engine.requests import check_extra_args
+
+    with pytest.raises(VLLMValidationError, match="not known; allowed is layer_skip") as error:
+        check_extra_args({key: False})
+    assert f"{key}=False" in str(error.value)
+
+
+def test_a_message_does_not_repeat_all_that_it_was_sent():
+    from vllm.exceptions import VLLMValidationError
+
+    from clasp_vllm.engine.requests import check_extra_args
+
+    for extra_args in ({"layer_skip": "x" * 10**6}, {"clasp" + "x" * 10**6: 1}):
+        with pytest.raises(VLLMValidationError) as error:
+            check_extra_args(extra_args)
+        assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "declines"),
+    [
+        ({"layer_skip": False}, True),
+        ({"layer_skip": 0}, True),
+        ({"layer_skip": True}, False),
+        ({}, False),
+        (None, False),
+    ],
+)
+def test_who_declines(extra_args, declines):
+    from clasp_vllm.engine.requests import declines_drafts
+
+    assert declines_drafts(SimpleNamespace(extra_args=extra_args)) == declines
