@@ -56,13 +56,14 @@ PROMPTS = [
 REPEATING = "a = 1, b = 2, c = 3, d = 4; " * 4
 
 
-def tiny_llama(folder: Path, seed: int = 0, **settings: Any) -> Path:
-    """A random Llama of six layers with the demo model's tokenizer."""
+def tiny_llama(folder: Path, seed: int = 0, kind: str = "llama", **settings: Any) -> Path:
+    """A random Llama, or another of its family, of six layers with the demo model's tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        kind,
         vocab_size=4096,
         hidden_size=64,
         intermediate_size=96,
@@ -76,7 +77,7 @@ def tiny_llama(folder: Path, seed: int = 0, **settings: Any) -> Path:
         eos_token_id=1,
         **settings,
     )
-    LlamaForCausalLM(config).float().save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO_MODEL / name, folder / name)
     return folder

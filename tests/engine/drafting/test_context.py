@@ -188,22 +188,7 @@ def test_the_controller_chooses_a_window_and_leaves_it(call):
 
 def sliding(folder: str) -> list[list[list[int]]]:
     """A model whose layers see the last 40 tokens alone."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=2048,
-        initializer_range=0.12,
-        sliding_window=40,
-    )
-    tiny_llama(Path(folder))
-    MistralForCausalLM(config).float().save_pretrained(folder)
+    tiny_llama(Path(folder), kind="mistral", sliding_window=40)
     generated = []
     for spec in (None, ALL_LAYERS | {"draft_context": 33}):
         with running(folder, spec, **SETTINGS) as llm:
