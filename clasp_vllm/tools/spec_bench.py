@@ -243,7 +243,8 @@ def after_documents(
         made: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return made
 
-    read = ids("\n\n".join(one.turns[-1] for one in documents if one.category in DOCUMENTS))
+    texts = (f"{one.turns[-1]}\n\n" for one in documents if one.category in DOCUMENTS)
+    read = [token for text in texts for token in ids(text)]
     made = []
     for question in questions:
         room = tokens - len(ids(question.turns[-1])) - TEMPLATE

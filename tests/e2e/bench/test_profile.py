@@ -9,7 +9,11 @@ from engines import DEMO_MODEL
 
 
 @pytest.mark.parametrize(
-    "config", [None, '{"method": "clasp", "adaptive": false, "optimization_interval": 2}']
+    "config",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        '{"method": "clasp", "adaptive": false, "optimization_interval": 2}',
+    ],
 )
 def test_command(config, tmp_path):
     """Every part is there, and they add up."""

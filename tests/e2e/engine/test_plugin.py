@@ -26,7 +26,11 @@ def vllm(*arguments: str) -> subprocess.CompletedProcess:
     [
         pytest.param("nowhere.yaml", ["'nowhere.yaml'", "no such file"], marks=pytest.mark.slow),
         ('{"method": "clasp", "skip_raito": 0.5}', ["skip_raito=0.5", "did you mean skip_ratio"]),
-        ('{"method": "clasp", "num_skipped_layers": 24}', ["num_skipped_layers", "24", "0 to 23"]),
+        pytest.param(
+            '{"method": "clasp", "num_skipped_layers": 24}',
+            ["num_skipped_layers", "24", "0 to 23"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param('{"method": "klasp"}', ["method='klasp'", "clasp", "ngram"], marks=pytest.mark.slow),
     ],
 )
