@@ -123,8 +123,8 @@ class LayerSkipConfig(BaseModel):
     )
     draft_context: Literal["full", "auto"] | Annotated[int, Field(ge=1)] = Field(
         default="full",
-        description="What drafts attend to. full: the whole context. A number: so many of the last tokens "
-        "and the context's first block (an attention sink). auto: with adaptive, one of full and "
+        description="What drafts attend to. full: the whole context. A number: at least so many of the last "
+        "tokens and the context's first block (an attention sink). auto: with adaptive, one of full and "
         f"{', '.join(map(str, DRAFT_WINDOWS))} tokens, as promises most for a batch by what it costs and how "
         "drafts are accepted. Drafts over long contexts cost less, and may pay without skipping a layer.",
     )
@@ -144,7 +144,8 @@ class LayerSkipConfig(BaseModel):
         ge=1,
         le=1024,
         description="clasp only: how many requests may have their layers chosen in one step "
-        f"(default {MAX_OPTIMIZED_REQUESTS}). Each holds back num_skipped_layers blocks of KV cache.",
+        f"(default {MAX_OPTIMIZED_REQUESTS}). Each holds back num_skipped_layers blocks of KV cache, and one "
+        "more with draft_weights or draft_context.",
     )
     mask_memory: float | None = Field(
         default=None,

@@ -147,6 +147,7 @@ class AcceptanceEvidence:
         accepted: np.ndarray,
         rejected: np.ndarray,
         context: int = 0,
+        cut: Flags | None = None,
     ) -> None:
         """What verification said of drafts made by skipping.
 
@@ -157,18 +158,21 @@ class AcceptanceEvidence:
             accepted: [rows] int64 draft tokens accepted, those included.
             rejected: [rows] bool, whether a token was rejected after these.
             context: what drafts attended to: 0 = all, else the window of this number, from 1.
+            cut: [rows] whether the row has more tokens than the window; None: all have.
         """
         if not len(slots):
             return
         seen, won = self._outcomes(first, accepted, rejected)
-        expected = self.acceptance(slots, context=context)[:, budget]
+        expected = self.acceptance(slots, context=context, cut=cut)[:, budget]
         kinds, error = self.kind[slots], (won - expected) * seen
+        beside = np.zeros(len(slots))
         if context:
-            window, known = self.windows[context - 1], self.drafts.variance[slots]
-            self.drafts.add(slots, kinds, expected, won, seen, beside=window.variance[slots])
-            window.add(slots, kinds, expected, won, seen, beside=known)
-        else:
-            self.drafts.add(slots, kinds, expected, won, seen)
+            window, rows = self.windows[context - 1], slice(None) if cut is None else np.flatnonzero(cut)
+            own, known = slots[rows], self.drafts.variance[slots[rows]]
+            beside[rows] = window.variance[own]
+            window.add(own, kinds[rows], expected[rows], won[rows], seen[rows], beside=known)
+            window.offset[own] = np.minimum(window.offset[own], 0.0)  # seeing less is never better
+        self.drafts.add(slots, kinds, expected, won, seen, beside)
         for kind in (0, 1):
             self._add_positions(
                 kind, error[kinds == kind], (expected * seen)[kinds == kind], seen[kinds == kind]
@@ -225,19 +229,22 @@ class AcceptanceEvidence:
             before = offset[:, step] = before + trust[:, step] * (offset[:, step] - before)
         return offset
 
-    def acceptance(self, slots: np.ndarray, optimism: float = 0.0, context: int = 0) -> Array:
+    def acceptance(
+        self, slots: np.ndarray, optimism: float = 0.0, context: int = 0, cut: Flags | None = None
+    ) -> Array:
         """[rows, budgets, longest]: that a token is accepted if those before it were.
 
         Args:
             optimism: standard deviations of a sequence's estimate that are added to it.
-            context: see ``add_verified``.
+            context, cut: see ``add_verified``.
         """
         curve = np.minimum.accumulate(np.clip(self._curve, 0.02, 0.98))  # skipping more is never better
         unknown = np.maximum(self.drafts.variance[slots] - KNOWN, 0.0)
         offset = self.drafts.offset[slots] + optimism * np.sqrt(unknown)
-        if context:  # seeing less is never better
+        if context:  # nor is a narrower window better than a wider one
             windows = [window.offset[slots] for window in self.windows[:context]]
-            offset = offset + np.minimum(np.min(windows, axis=0), 0.0)
+            lost = np.minimum(np.min(windows, axis=0), 0.0)
+            offset = offset + (lost if cut is None else lost * cut)
         own = np.log(curve / (1 - curve)) + offset[:, None]
         own = own[..., None] + self.positions()[self.kind[slots]][:, None]
         return _probability(own)

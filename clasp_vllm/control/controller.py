@@ -152,7 +152,9 @@ class Controller:
     ) -> None:
         """A round has ended: remember its drafts, if there are any, until they are verified."""
         if drafts is not None:
-            self.outcomes.remember(drafts)
+            window = self._window(drafts.choice)
+            cut = None if window is None else self._lengths > window
+            self.outcomes.remember(replace(drafts, cut=cut))
         self.evidence.forget(1 + self.gate.take_idled())
         self._times.round_ended(request_ids, ended)
         self._request_ids = list(request_ids)

@@ -127,7 +127,7 @@ class Pricing:
                 and np.minimum(of.lengths, window).mean() > WORTH_CUTTING * mean
             ):
                 continue
-            batch = self._batch(costs.over(of.lengths, window), evidence, of, rows, optimism, context)
+            batch = self._batch(costs.over(of.lengths, window), evidence, of, rows, optimism, context, window)
             choices.append(replace(choose(batch, ngrams), context=context))
         return max(choices, key=lambda choice: choice.ratio)
 
@@ -139,8 +139,9 @@ class Pricing:
         rows: np.ndarray,
         optimism: float,
         context: int,
+        window: int | None,
     ) -> Batch:
-        slots = of.slots[rows]
+        slots, cut = of.slots[rows], None if window is None else of.lengths[rows] > window
         layers = self._layers.get(slots.tobytes())
         if layers is None:  # worked out once for each set of sequences, until a mask changes
             own = of.masks[torch.from_numpy(slots)].all(0)
@@ -149,7 +150,7 @@ class Pricing:
         return Batch(
             costs,
             self._num_layers,
-            evidence.acceptance(slots, optimism, context),
+            evidence.acceptance(slots, optimism, context, cut),
             layers,
             evidence.continuation_prob,
             self._lengths,

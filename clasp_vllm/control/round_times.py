@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -62,7 +62,8 @@ class RoundTimes:
         if ended is None or not self._running.issuperset(request_ids):
             return
         rows, tokens = len(lengths), int(lengths.sum())
-        predicted = float(costs.engine_step(tokens, self._num_layers))
+        # Those not drafted for read their contexts too.
+        predicted = float(replace(costs, requests=rows).engine_step(tokens, self._num_layers))
         if tokens == rows:
             self._corrections.add("plain_scale", tokens, predicted, ended, DeviceEvent(ended.device))
         else:

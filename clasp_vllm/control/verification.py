@@ -30,6 +30,7 @@ class UnverifiedDrafts:
         limits: [rows] int64, the tokens there might have been, had drafting not stopped early.
         confidence: [rows, tokens] float32 on the device, how sure the draft was of each; None: not known.
         choice: how they were made.
+        cut: [rows] bool, whether they attended to a part of the context; None: not known.
     """
 
     request_ids: Sequence[str]
@@ -41,6 +42,7 @@ class UnverifiedDrafts:
     limits: np.ndarray
     confidence: Tensor | None
     choice: Choice
+    cut: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class VerificationOutcomes:
             accepted[ours],
             any_rejected[ours],
             drafts.choice.context,
+            None if drafts.cut is None else drafts.cut[rows][ours],
         )
         self._evidence.add_lengths(lengths[ours], limits[ours], accepted[ours])
         if verification.confidence is not None:

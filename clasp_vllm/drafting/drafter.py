@@ -1,8 +1,8 @@
 """One drafting round for a batch: the same code for every model runner.
 
 A round starts from the last sampled token of each sequence, whose keys and values are not in the
-cache yet. Rows whose mask is due first go through the dynamic programme on that token: column 0
-of it is the target, so its prediction is the round's first draft and is accepted with
+cache yet. Rows whose mask is due first go through the dynamic programme on that token: the pass
+runs the target too, so its prediction is the round's first draft and is accepted with
 certainty. All other tokens are drafted by the target with each row's skipped layers left out.
 """
 

@@ -238,10 +238,10 @@ class Passes:
         return measure_pass_costs(forward, model.decoder.num_layers, longest, lambda: synchronize(device))
 
     def _read_context(self, device: torch.device) -> ContextPass | None:
-        """The target on rows that attend to many tokens; None where the cache holds too few of them."""
+        """Drafts of rows that attend to many tokens; None where the cache holds too few of them."""
         size, limit = self.attention.block_size, self.attention.max_model_len
         most = min(limit, LONGEST_MEASURED, self.attention.scratch_block * size) // size * size
-        if most < LEAST_CONTEXT:
+        if most < max(LEAST_CONTEXT, 2 * size):
             return None
 
         def forward(rows: int, tokens: int, queries: int) -> None:
@@ -253,10 +253,10 @@ class Passes:
             positions = torch.arange(tokens - queries, tokens, device=device).repeat(rows)
             lengths = torch.full((rows,), tokens, dtype=torch.int32)
             batch = SequenceBatch([], torch.zeros_like(positions), positions, table, lengths)
-            self._whole_pass(self._target, batch, self._target.decoder.num_layers)
+            self._whole_pass(self._draft, batch, self._draft.decoder.num_layers)
             synchronize(device)
 
-        return ContextPass(forward, min(size, most), most, min(CONTEXT_ROWS, self.attention.max_rows))
+        return ContextPass(forward, size, most, min(CONTEXT_ROWS, self.attention.max_rows))
 
     @torch.inference_mode()
     def try_out(self, device: torch.device) -> None:

@@ -3,8 +3,8 @@
 Every column of the dynamic programme is a virtual request: one query token at the request's next
 position, with a block table equal to the request's except that the last block is a private scratch
 block holding a copy of it. The column then attends to the request's exact past and to its own key
-and value, through the engine's ordinary paged attention. Column 0 is the target, so it works on
-the request's own block: what it writes there is what verification will write again.
+and value, through the engine's ordinary paged attention. Where column 0 is the target, it works
+on the request's own block: what it writes there is what verification will write again.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def outcome(
         def add_ngrams(self, slots, accepted, rejected):
             pass
 
-        def add_verified(self, slots, budget, first, accepted, rejected, context):
+        def add_verified(self, slots, budget, first, accepted, rejected, context, cut):
             calls.append((slots.tolist(), first.tolist(), accepted.tolist(), rejected.tolist()))
 
         def add_lengths(self, lengths, limits, accepted):

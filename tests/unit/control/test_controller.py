@@ -262,3 +262,25 @@ def test_drafts_with_a_window_are_predicted_by_what_they_see():
     assert window is not None
     predicted = adaptive.draft_seconds(1, [0, 1] * LAYERS)
     assert predicted == pytest.approx(LAYERS * (1e-3 + window * 1e-5))  # without correction
+
+
+def test_a_sequence_shorter_than_the_window_says_nothing_of_it():
+    """And is expected to be accepted as with all of the context."""
+    evidence = with_windows().evidence
+    evidence.start(1)
+    both, none, cut = np.array([0, 1]), np.zeros(2, dtype=np.int64), np.array([True, False])
+    whole, windowed = evidence.acceptance(both), evidence.acceptance(both, context=1, cut=cut)
+    assert (windowed[0] < whole[0]).all()
+    assert (windowed[1] == whole[1]).all()
+    before = evidence.windows[0].offset.copy(), evidence.drafts.offset.copy()
+    evidence.add_verified(both, 0, none, none, np.array([True, True]), 1, cut)
+    assert evidence.windows[0].offset[0] < before[0][0]
+    assert evidence.windows[0].offset[1] == before[0][1]
+    assert (evidence.drafts.offset[:2] < before[1][:2]).all()
+
+
+def test_what_is_accepted_makes_no_window_better_than_all():
+    evidence, one = with_windows().evidence, np.array([0])
+    for _ in range(50):
+        evidence.add_verified(one, 0, one * 0, one + 4, one > 0, 1)
+    assert evidence.windows[0].offset[0] == 0.0
