@@ -118,45 +118,36 @@ class Pricing:
         ngrams: Ngrams | None = None,
     ) -> Choice:
         """The best of all contexts that drafts may attend to."""
-        mean = float(of.lengths.mean())
+        slots, lengths, mean = of.slots[rows], of.lengths[rows], float(of.lengths.mean())
+        layers = self._layers_run(of, slots)
         choices = []
         for context, window in enumerate(self._contexts):
-            if (
-                window is not None
-                and context
-                and np.minimum(of.lengths, window).mean() > WORTH_CUTTING * mean
-            ):
-                continue
-            batch = self._batch(costs.over(of.lengths, window), evidence, of, rows, optimism, context, window)
+            cut = None
+            if window is not None:
+                if context and np.minimum(of.lengths, window).mean() > WORTH_CUTTING * mean:
+                    continue
+                cut = lengths > window
+            batch = Batch(
+                costs.over(of.lengths, window),
+                self._num_layers,
+                evidence.acceptance(slots, optimism, context, cut),
+                layers,
+                evidence.continuation_prob,
+                self._lengths,
+                self._padded,
+                self._drop_stopped,
+            )
             choices.append(replace(choose(batch, ngrams), context=context))
         return max(choices, key=lambda choice: choice.ratio)
 
-    def _batch(
-        self,
-        costs: PassCosts,
-        evidence: AcceptanceEvidence,
-        of: Sequences,
-        rows: np.ndarray,
-        optimism: float,
-        context: int,
-        window: int | None,
-    ) -> Batch:
-        slots, cut = of.slots[rows], None if window is None else of.lengths[rows] > window
+    def _layers_run(self, of: Sequences, slots: np.ndarray) -> Array:
+        """[budgets] layers that a draft step of these runs, worked out once until a mask changes."""
         layers = self._layers.get(slots.tobytes())
-        if layers is None:  # worked out once for each set of sequences, until a mask changes
+        if layers is None:
             own = of.masks[torch.from_numpy(slots)].all(0)
             layers = self._shares.layers_run(own).numpy()
             self._layers[slots.tobytes()] = layers
-        return Batch(
-            costs,
-            self._num_layers,
-            evidence.acceptance(slots, optimism, context, cut),
-            layers,
-            evidence.continuation_prob,
-            self._lengths,
-            self._padded,
-            self._drop_stopped,
-        )
+        return layers
 
 
 def _ngrams(evidence: AcceptanceEvidence, of: Sequences) -> Ngrams:

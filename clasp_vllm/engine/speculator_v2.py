@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from clasp_vllm.device import to_device
+from clasp_vllm.device import rows_index, to_device
 from clasp_vllm.drafting.batch import NgramMatches, SequenceBatch, prompt_tokens
 from clasp_vllm.drafting.draft import Sample
 from clasp_vllm.drafting.drafter import Drafter
@@ -219,11 +219,10 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             hidden: Tensor, positions: Tensor, step: int, rows: np.ndarray, exact: np.ndarray | None = None
         ) -> tuple[Tensor, Tensor | None]:
             self._exact = exact
-            every = len(rows) == len(idx_mapping)
             tokens = self.sample_draft(
                 hidden,
                 positions,
-                idx_mapping if every else idx_mapping[to_device(rows, self.device)],
+                idx_mapping[rows_index(rows, len(idx_mapping), self.device)],
                 self.temperature,
                 self.seeds,
                 self._step.fill_(step),
