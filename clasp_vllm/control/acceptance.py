@@ -251,7 +251,7 @@ class AcceptanceEvidence:
 
 
 def _window_guess(window: int) -> float:
-    """The offset of a window, until there is evidence: what summaries lose by it (docs/benchmarks.md)."""
+    """The offset of a window, until there is evidence: a guess, by a first look at summaries."""
     return -0.5 - 0.75 * max(math.log2(2048 / window), 0.0)
 
 
