@@ -124,7 +124,7 @@ class Controller:
         """Take in the engine's step: see ``Drafter.observe``."""
         self.outcomes.verified(request_ids, lengths - 1, rejected)
         self._times.settle(self._corrected(), self.gate.budget)
-        self.gate.budget.step()
+        self.gate.budget.step(len(request_ids))
         self._times.engine_step(request_ids, lengths, rejected, self.costs.over(self._lengths))
 
     def may_idle(self, request_ids: Sequence[str]) -> bool:
@@ -202,7 +202,8 @@ class Controller:
         self._lengths = np.zeros(rows, dtype=np.int64) if lengths is None else lengths
         costs = self._corrected()
         choice = self._decide(costs, Sequences(slots, masks, match_lengths, self._lengths, version))
-        self.gate.decide(choice, self._optimistic, float(costs.plain(rows, self._num_layers)))
+        plain = float(costs.plain(rows, self._num_layers))
+        self.gate.decide(choice, self._optimistic, plain, rows)
         self.requested_draft_length = max(choice.length, choice.ngram) if self.gate.asks else 0
         self._explain(choice, costs, slots)
         goes_plain = self._goes_plain(rows, bool(allowed) and self.gate.speculating)

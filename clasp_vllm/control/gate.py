@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from clasp_vllm.control.loss_budget import LossBudget
+from clasp_vllm.control.loss_budget import LossBudget, counted
 from clasp_vllm.control.planner import WORTH_IT, Choice
 
 PROBE_SHARE = 0.002  # of the time, what probes may lose while speculation is off
@@ -75,6 +75,7 @@ class Gate:
         self.shared_balance: float | None = self.budget.balance if shared else None
         self.asks = False
         self._always_on = always_on
+        self._rows = 0  # of the last decision
         self._waited = 0  # steps that a probe has waited for room
         self._off_steps, self._off_rows, self._off_started = 0, 0, 0
         self._idle = 0  # plain steps that need no decision yet
@@ -95,15 +96,17 @@ class Gate:
         self._off_rows, self._off_started = rows, started
         return True
 
-    def decide(self, choice: Choice, optimistic: bool, plain_seconds: float) -> None:
+    def decide(self, choice: Choice, optimistic: bool, plain_seconds: float, rows: int) -> None:
         """Go to the state that the best choice asks for.
 
         Args:
             optimistic: whether optimism alone makes it worth trying.
             plain_seconds: of a plain step of the batch.
+            rows: of the batch.
         """
+        self._rows = rows
         worth_it = choice.ratio >= WORTH_IT or optimistic
-        self.asks = self._always_on or (worth_it and self.affords(choice, plain_seconds))
+        self.asks = self._always_on or (worth_it and self.affords(choice, plain_seconds, rows))
         if self.asks:
             self.state = State.TRYING if optimistic else State.SPECULATING
         elif self.state is State.PROBING:
@@ -114,10 +117,10 @@ class Gate:
         else:
             self.state = State.OFF
 
-    def affords(self, choice: Choice, plain_seconds: float) -> bool:
+    def affords(self, choice: Choice, plain_seconds: float, rows: int) -> bool:
         """Whether a round that gains nothing loses no more than the budget holds."""
         balance = self.budget.balance if self.shared_balance is None else self.shared_balance
-        return balance >= choice.seconds / plain_seconds - 1
+        return balance >= counted(rows) * (choice.seconds / plain_seconds - 1)
 
     @property
     def speculating(self) -> bool:
@@ -146,7 +149,7 @@ class Gate:
         self._idle -= 1
         self._idled += 1
         self._off_steps += 1
-        self.budget.step()
+        self.budget.step(self._rows)
 
     def take_idled(self) -> int:
         """Steps without a decision since the last call."""

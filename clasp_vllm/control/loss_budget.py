@@ -4,6 +4,10 @@ Estimates say whether drafting pays, and they can be wrong: of requests not met 
 drafts never quite pay, of a machine that has become slower. So what speculation really gained or lost is kept
 like an account, in plain steps: every engine step adds a little, every round adds what it gained, and the
 controller begins no round that could lose more than is there.
+
+A step that a batch loses, each of its sequences loses. It counts for each of them, or the first answers of a
+large batch, which take few steps, would lose the most; but not for more than a few, for one round must be
+possible in every batch.
 """
 
 from __future__ import annotations
@@ -11,29 +15,35 @@ from __future__ import annotations
 START = 12.0  # plain steps that may be lost before anything is known
 SHARE = 0.002  # of all steps, what may be lost in the long run
 MOST = 24.0  # plain steps of gains that are remembered: what was earned on one text is not lost on another
+COUNTED = 8  # sequences of a batch, at most, that a step counts for
 
 
 class LossBudget:
     """The account of one engine.
 
     Attributes:
-        balance: plain steps that speculation may still lose.
+        balance: plain steps of one sequence that speculation may still lose.
     """
 
     def __init__(self) -> None:
         self.balance = START
 
-    def step(self) -> None:
-        """Count an engine step."""
-        self._add(SHARE)
+    def step(self, rows: int) -> None:
+        """Count an engine step of ``rows`` sequences."""
+        self._add(rows, SHARE)
 
-    def charge_drafting(self, seconds: float, plain_seconds: float) -> None:
+    def charge_drafting(self, rows: int, seconds: float, plain_seconds: float) -> None:
         """Drafting took so long. ``plain_seconds``: of a plain step of the same rows."""
-        self._add(-seconds / plain_seconds)
+        self._add(rows, -seconds / plain_seconds)
 
     def verified(self, rows: int, tokens: int, seconds: float, plain_seconds: float) -> None:
         """A step that verified drafts of ``rows`` sequences made ``tokens`` tokens in ``seconds``."""
-        self._add(tokens / rows - seconds / plain_seconds)
+        self._add(rows, tokens / rows - seconds / plain_seconds)
 
-    def _add(self, steps: float) -> None:
-        self.balance = min(self.balance + steps, MOST)
+    def _add(self, rows: int, steps: float) -> None:
+        self.balance = min(self.balance + counted(rows) * steps, MOST)
+
+
+def counted(rows: int) -> int:
+    """How many plain steps of one sequence a step of ``rows`` sequences counts as."""
+    return min(rows, COUNTED)

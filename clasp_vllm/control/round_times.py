@@ -117,6 +117,6 @@ class RoundTimes:
             plain = float(costs.plain(part.rows, self._num_layers))
             step = part.verification
             if step is None:
-                budget.charge_drafting(seconds, plain)
+                budget.charge_drafting(part.rows, seconds, plain)
             else:
                 budget.verified(part.rows, step.tokens - int(step.rejected.get()), seconds, plain)

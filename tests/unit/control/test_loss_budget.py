@@ -3,14 +3,14 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clasp_vllm.control.loss_budget import MOST, SHARE, START, LossBudget
+from clasp_vllm.control.loss_budget import COUNTED, MOST, SHARE, START, LossBudget, counted
 
 
 def test_gains_and_losses_in_plain_steps():
     budget = LossBudget()
-    budget.charge_drafting(seconds=0.030, plain_seconds=0.010)
+    budget.charge_drafting(rows=2, seconds=0.030, plain_seconds=0.010)
     budget.verified(rows=2, tokens=6, seconds=0.012, plain_seconds=0.010)
-    assert budget.balance == START - 3 + (3 - 1.2)
+    assert budget.balance == START + 2 * (-3 + (3 - 1.2))
 
 
 def test_gains_are_remembered_up_to_a_limit():
@@ -25,9 +25,22 @@ def test_what_is_lost_is_bounded(wants):
     """Rounds that always lose a step and a half, begun whenever somebody wants and the account allows."""
     budget, lost = LossBudget(), 0.0
     for wanted in wants:
-        budget.step()
+        budget.step(rows=1)
         if wanted and budget.balance >= 1.5:
-            budget.charge_drafting(seconds=1.5, plain_seconds=1.0)
+            budget.charge_drafting(rows=1, seconds=1.5, plain_seconds=1.0)
             budget.verified(rows=1, tokens=1, seconds=1.0, plain_seconds=1.0)
             lost += 1.5
     assert lost <= START + SHARE * len(wants)
+
+
+def test_a_step_counts_for_each_sequence_of_a_batch_up_to_a_few():
+    for rows, steps in ((1, 12), (2, 6), (4, 3), (COUNTED, START / COUNTED), (64, START / COUNTED)):
+        budget = LossBudget()
+        budget.charge_drafting(rows, seconds=steps, plain_seconds=1.0)
+        assert budget.balance == 0.0
+    assert counted(3) == 3
+
+
+def test_one_round_is_possible_in_every_batch():
+    """Of a draft step as dear as a plain step, whose verification takes a half more."""
+    assert START / COUNTED >= 1.5
