@@ -25,7 +25,7 @@ class PagedCache:
 
     def __init__(self, num_layers: int, num_blocks: int, scratch_block: int, hidden_size: int) -> None:
         self.max_model_len, self.max_rows, self.block_size = 64, 4, BLOCK
-        self.scratch_block = scratch_block
+        self.scratch_block, self.sink = scratch_block, True
         self.memory = torch.full((num_layers, num_blocks, BLOCK, 2, hidden_size), torch.nan)
         self.rows: tuple[Tensor, Tensor] | None = None
 

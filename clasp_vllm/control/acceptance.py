@@ -133,11 +133,21 @@ class AcceptanceEvidence:
         for offsets in (self.drafts, self.ngrams, *self.windows):
             offsets.start(slot, int(sampling))
 
-    def add_pass(self, agree: np.ndarray) -> None:
-        """``agree``: [rows, budgets] bool, the budget's state predicts the target's token."""
-        for row in agree.astype(np.float64):
+    def add_pass(
+        self, agree: Flags, slots: np.ndarray | None = None, context: int = 0, cut: Flags | None = None
+    ) -> None:
+        """What an optimisation pass shows of the curve.
+
+        Args:
+            agree: [rows, budgets], the budget's state predicts the target's token.
+            slots: [rows] int64; None: all attended to everything.
+            context, cut: see ``add_verified``.
+        """
+        lost = np.zeros(len(agree)) if slots is None else self._lost(slots, context, cut)
+        for row, less in zip(agree.astype(np.float64), lost, strict=True):
             self._trials = min(self._trials + 1, 1 / FORGET)
-            self._curve += (row - self._curve) / self._trials
+            expected = self._curve if not less else _probability(_logit(self._curve) + less)
+            self._curve = (self._curve + (row - expected) / self._trials).clip(0.0, 1.0)
 
     def add_verified(
         self,
@@ -172,6 +182,8 @@ class AcceptanceEvidence:
             beside[rows] = window.variance[own]
             window.add(own, kinds[rows], expected[rows], won[rows], seen[rows], beside=known)
             window.offset[own] = np.minimum(window.offset[own], 0.0)  # seeing less is never better
+            for wider in self.windows[: context - 1]:
+                wider.offset[own] = np.maximum(wider.offset[own], window.offset[own])
         self.drafts.add(slots, kinds, expected, won, seen, beside)
         for kind in (0, 1):
             self._add_positions(
@@ -238,21 +250,31 @@ class AcceptanceEvidence:
             optimism: standard deviations of a sequence's estimate that are added to it.
             context, cut: see ``add_verified``.
         """
-        curve = np.minimum.accumulate(np.clip(self._curve, 0.02, 0.98))  # skipping more is never better
+        curve = np.minimum.accumulate(self._curve)  # skipping more is never better
         unknown = np.maximum(self.drafts.variance[slots] - KNOWN, 0.0)
-        offset = self.drafts.offset[slots] + optimism * np.sqrt(unknown)
-        if context:  # nor is a narrower window better than a wider one
-            windows = [window.offset[slots] for window in self.windows[:context]]
-            lost = np.minimum(np.min(windows, axis=0), 0.0)
-            offset = offset + (lost if cut is None else lost * cut)
-        own = np.log(curve / (1 - curve)) + offset[:, None]
+        offset = self.drafts.offset[slots] + optimism * np.sqrt(unknown) + self._lost(slots, context, cut)
+        own = _logit(curve) + offset[:, None]
         own = own[..., None] + self.positions()[self.kind[slots]][:, None]
         return _probability(own)
+
+    def _lost(self, slots: np.ndarray, context: int, cut: Flags | None) -> Array:
+        """[rows] logits, at most 0, by not attending to all; arguments as of ``add_verified``."""
+        if not context:
+            return np.zeros(len(slots))
+        windows = [window.offset[slots] for window in self.windows[:context]]
+        lost: Array = np.minimum(np.min(windows, axis=0), 0.0)  # a narrower one is never better
+        return lost if cut is None else lost * cut
 
 
 def _window_guess(window: int) -> float:
     """The offset of a window, until there is evidence: a guess, by a first look at summaries."""
     return -0.5 - 0.75 * max(math.log2(2048 / window), 0.0)
+
+
+def _logit(probability: Array) -> Array:
+    clipped = probability.clip(0.02, 0.98)
+    logit: Array = np.log(clipped / (1 - clipped))
+    return logit
 
 
 def _probability(logit: Array) -> Array:

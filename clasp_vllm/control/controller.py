@@ -83,7 +83,7 @@ class Controller:
             log: told in words whenever another choice is made.
         """
         self.costs = costs
-        self.corrections = CostCorrections()
+        self.corrections = CostCorrections(len(contexts))
         self.requested_draft_length = longest
         self.padded = padded
         self.longest = longest
@@ -110,6 +110,7 @@ class Controller:
             self._capacity, self._budgets, self._num_layers, self.longest, windows
         )
         self._lengths = np.empty(0, dtype=np.int64)  # tokens of context, of the last round
+        self._draft_costs: PassCosts | None = None  # of that round's drafts, without correction
         self.confidence = Confidence()
         self.outcomes = VerificationOutcomes(self.evidence, self.confidence, self.longest)
         self.ngram_lengths = NgramLengthPredictor(self._capacity, late=self.padded)
@@ -144,8 +145,9 @@ class Controller:
 
     def draft_seconds(self, rows: int, parts: Sequence[int]) -> float:
         """Of a draft step, without correction. ``parts``: as in ``LayerShares.cost``."""
-        costs = self.costs.over(self._lengths, self._window(self.last))
-        return float(costs.draft_step(rows, self._layer_shares.cost(parts)))
+        if self._draft_costs is None:
+            self._draft_costs = self._drafting(self.costs, self.last)
+        return float(self._draft_costs.draft_step(rows, self._layer_shares.cost(parts)))
 
     def round_ended(
         self, request_ids: Sequence[str], drafts: UnverifiedDrafts | None, ended: DeviceEvent
@@ -174,9 +176,12 @@ class Controller:
             predicted: seconds of the draft steps.
             optimized: rows of the pass; 0 = there was none.
         """
-        costs = self.costs.over(self._lengths, self._window(self.last))
-        seconds = costs.optimize(optimized, self._num_layers, self._budgets[-1]) if optimized else 0.0
-        self._times.add_drafting(rows, events, predicted, seconds)
+        seconds = 0.0
+        if optimized:
+            costs = self._drafting(self.costs, self.last)
+            seconds = costs.optimize(optimized, self._num_layers, self._budgets[-1])
+        context = 0 if self.last is None else self.last.context
+        self._times.add_drafting(rows, events, predicted, seconds, context)
 
     def choose(
         self,
@@ -200,12 +205,13 @@ class Controller:
         rows = len(slots)
         match_lengths = np.zeros(rows, dtype=np.int64) if match_lengths is None else match_lengths
         self._lengths = np.zeros(rows, dtype=np.int64) if lengths is None else lengths
+        self._draft_costs = None
         costs = self._corrected()
         choice = self._decide(costs, Sequences(slots, masks, match_lengths, self._lengths, version))
         plain = float(costs.plain(rows, self._num_layers))
         self.gate.decide(choice, self._optimistic, plain, rows)
         self.requested_draft_length = max(choice.length, choice.ngram) if self.gate.asks else 0
-        self._explain(choice, costs, slots)
+        self._explain(choice, slots)
         goes_plain = self._goes_plain(rows, bool(allowed) and self.gate.speculating)
         self._times.verified()
         if goes_plain:
@@ -235,6 +241,18 @@ class Controller:
     def _corrected(self) -> PassCosts:
         return self.costs.scaled(self.rank_sync.scales).over(self._lengths)
 
+    def step_seconds(self, rows: int) -> tuple[float, float]:
+        """Of a plain step and of a draft step as last chosen, with corrections."""
+        costs = self._drafting(self._corrected(), self.last)
+        skipped = 0 if self.last is None else self._budgets[self.last.budget]
+        draft = costs.draft_step(rows, self._num_layers - skipped)
+        return float(costs.plain(rows, self._num_layers)), float(draft)
+
+    def _drafting(self, costs: PassCosts, choice: Choice | None) -> PassCosts:
+        """Of the last round's sequences, drafted for as chosen."""
+        context = 0 if choice is None else choice.context
+        return costs.over(self._lengths, self._contexts[context], context)
+
     def _window(self, choice: Choice | None) -> int | None:
         return self._contexts[0 if choice is None else choice.context]
 
@@ -247,7 +265,7 @@ class Controller:
             self._until_plain[size] = PLAIN_EVERY
         return due and speculating and self._may_stop
 
-    def _explain(self, choice: Choice, costs: PassCosts, slots: np.ndarray) -> None:
+    def _explain(self, choice: Choice, slots: np.ndarray) -> None:
         plan = choice.budget, choice.length, choice.context, choice.ngram
         made = len(slots), *plan, self.gate.state
         if made == self._logged:
@@ -255,14 +273,12 @@ class Controller:
         self._logged = made
         acceptance = self.evidence.acceptance(slots, context=choice.context)[:, choice.budget].mean(0)
         skipped = self._budgets[choice.budget]
-        costs = costs.over(self._lengths, self._window(choice))
-        plain = 1000 * float(costs.plain(len(slots), self._num_layers))
-        step = 1000 * float(costs.draft_step(len(slots), self._num_layers - skipped))
+        plain, step = (1000 * seconds for seconds in self.step_seconds(len(slots)))
         self._log(
             f"{len(slots)} sequences: {WORDS[self.gate.state]}; "
             f"best: {choice.length} tokens with {skipped} of {self._num_layers} layers skipped, "
             f"{choice.ngram} by prompt lookup, "
-            f"attending to {self._window(choice) or 'all'} tokens of context, "
+            f"attending to {self._window(choice) or 'all'} tokens of context at most, "
             f"stopping when the chance of all falls under {choice.floor:.2f}, "
             f"expected {choice.ratio:.2f} times plain decoding (acceptance "
             f"{' '.join(f'{chance:.2f}' for chance in acceptance)}, "
@@ -302,7 +318,7 @@ class Controller:
             return self._interval
         kept = self._num_layers - self._budgets[choice.budget]
         return rounds_between_passes(
-            self._corrected().over(self._lengths, self._window(choice)),
+            self._drafting(self._corrected(), choice),
             self._num_layers,
             self._budgets[-1],
             choice,
@@ -310,10 +326,14 @@ class Controller:
             kept,
         )
 
-    def learn(self, agree: np.ndarray) -> None:
+    def learn(self, agree: np.ndarray, slots: np.ndarray, context: int, lengths: np.ndarray) -> None:
         """Take in what an optimisation pass shows, as shared by rank 0.
 
         Args:
             agree: [rows, budgets], 1 where the budget's state predicts the target's token.
+            slots: [rows] int64.
+            context: that the pass attended to, see ``AcceptanceEvidence``.
+            lengths: [rows] int, tokens of context.
         """
-        self.evidence.add_pass(agree > 0.5)
+        window = self._contexts[context]
+        self.evidence.add_pass(agree > 0.5, slots, context, None if window is None else lengths > window)

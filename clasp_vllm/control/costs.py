@@ -41,9 +41,11 @@ class PassCosts:
         context_query: [sizes] what each further token of a request adds to this, as a share of the first's.
         requests, tokens, draft_tokens: of the batch that is asked about: its rows, and the mean tokens of
             context that its rows have and that drafts attend to.
+        draft_context: which of the contexts to choose from drafts attend to.
         plain_scale, verify_scale: corrections, learnt while serving, of engine steps without and with
             drafts to verify: one, or one for each of ``SIZES``.
-        draft_scale, pass_scale: of draft steps and optimisation passes.
+        draft_scale: of draft steps: one, or one for each context.
+        pass_scale: of optimisation passes.
     """
 
     rows: tuple[float, ...]
@@ -59,6 +61,7 @@ class PassCosts:
     requests: int = 0
     tokens: float = 0.0
     draft_tokens: float = 0.0
+    draft_context: int = 0
     plain_scale: Any = 1.0
     verify_scale: Any = 1.0
     draft_scale: Any = 1.0
@@ -68,16 +71,20 @@ class PassCosts:
         """With other corrections, by name."""
         return replace(self, **scales)
 
-    def over(self, lengths: np.ndarray, window: int | None = None) -> PassCosts:
+    def over(self, lengths: np.ndarray, window: int | None = None, context: int = 0) -> PassCosts:
         """Of a batch whose rows have these tokens of context, [rows] int, of which drafts see a window.
 
-        ``window``: tokens that a draft attends to at most; None: all.
+        Args:
+            window: tokens that a draft attends to at most; None: all.
+            context: the number of this among the contexts to choose from.
         """
         if not self.context or not len(lengths):
-            return self
+            return replace(self, draft_context=context) if context else self
         seen = lengths if window is None else np.minimum(lengths, window)
         tokens, draft_tokens = float(lengths.mean()), float(seen.mean())
-        return replace(self, requests=len(lengths), tokens=tokens, draft_tokens=draft_tokens)
+        return replace(
+            self, requests=len(lengths), tokens=tokens, draft_tokens=draft_tokens, draft_context=context
+        )
 
     def _reading(self, rows: Any, tokens: float) -> Array:
         """Seconds that a layer takes to read the context of ``rows`` rows of so many tokens each."""
@@ -116,7 +123,9 @@ class PassCosts:
         """Seconds of a draft step."""
         fixed = self._at(self.draft_fixed or self.fixed, rows)
         layer = self._at(self.draft_layer or self.layer, rows) + self._reading(rows, self.draft_tokens)
-        return _between(self.draft_scale, 1) * (fixed + np.asarray(layers) * layer)
+        scales = np.atleast_1d(self.draft_scale)
+        seconds: Array = fixed + np.asarray(layers) * layer
+        return seconds * float(scales[min(self.draft_context, len(scales) - 1)])
 
     def optimize(self, rows: int, num_layers: int, budget: int) -> float:
         """Seconds of an optimisation pass of ``rows`` sequences."""
@@ -273,38 +282,45 @@ class CostCorrections:
     """Learns how far off the costs measured at start-up are, from the rounds as they are served.
 
     Plain steps and those that verify drafts each have a correction for every one of ``SIZES``: the engine
-    may run them by other kernels and graphs than drafts, and each size by others. Sizes of which nothing has
-    been seen yet lie on lines between those that have, and a kind of step never seen is like the other.
+    may run them by other kernels and graphs than drafts, and each size by others. Draft steps have one for
+    each context that they may attend to. Sizes and contexts of which nothing has been seen yet lie on lines
+    between those that have, and a kind of engine step never seen is like the other.
 
     Attributes:
-        scales: by the names of the corrections of ``PassCosts``; [sizes] float64, or [1].
+        scales: by the names of the corrections of ``PassCosts``; [sizes], [contexts] or [1] float64.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, contexts: int = 1) -> None:
+        """``contexts``: how many there are to choose from."""
         self.scales: dict[str, Array] = {name: np.ones(len(SIZES)) for name in STEPS}
-        self.scales |= {"draft_scale": np.ones(1), "pass_scale": np.ones(1)}
+        self.scales |= {"draft_scale": np.ones(contexts), "pass_scale": np.ones(1)}
         self._seen = {name: np.zeros(len(scale)) for name, scale in self.scales.items()}
         self._pending: list[tuple[str, float, float, DeviceEvent, DeviceEvent]] = []
 
-    def add(self, kind: str, rows: float, predicted: float, start: DeviceEvent, end: DeviceEvent) -> None:
-        """``predicted``: seconds without correction of ``rows`` rows between the events."""
-        self._pending.append((kind, rows, predicted, start, end))
+    def add(self, kind: str, of: float, predicted: float, start: DeviceEvent, end: DeviceEvent) -> None:
+        """Between the events was something that has a correction.
+
+        Args:
+            of: rows of an engine step; the context of draft steps; else 0.
+            predicted: seconds without correction.
+        """
+        self._pending.append((kind, of, predicted, start, end))
 
     def settle(self) -> None:
         """Learn from what the device has finished."""
         while self._pending and self._pending[0][-1].reached():
-            kind, rows, predicted, start, end = self._pending.pop(0)
-            self._learn(kind, rows, end.seconds_since(start) / max(predicted, 1e-9))
+            kind, of, predicted, start, end = self._pending.pop(0)
+            self._learn(kind, of, end.seconds_since(start) / max(predicted, 1e-9))
 
-    def _learn(self, kind: str, rows: float, ratio: float) -> None:
+    def _learn(self, kind: str, of: float, ratio: float) -> None:
         scale, seen = self.scales[kind], self._seen[kind]
-        at, near = _neighbours(rows) if kind in STEPS else (np.zeros(1, dtype=np.int64), np.ones(1))
+        at, near = _neighbours(of) if kind in STEPS else (np.array([int(of)]), np.ones(1))
         off = min(max(ratio / float(near @ scale[at]), 1 / BELIEVABLE), BELIEVABLE)
         scale[at] *= off ** (near * np.maximum(RATE, 1 / (4 + seen[at])))
         seen[at] += near
+        known, places = seen >= 0.5, _SIZES if kind in STEPS else np.arange(len(scale))
+        scale[~known] = np.interp(places[~known], places[known], scale[known])
         if kind in STEPS:
-            known = seen >= 0.5
-            scale[~known] = np.interp(_SIZES[~known], _SIZES[known], scale[known])
             for other in STEPS:
                 if not self._seen[other].any():
                     self.scales[other][:] = scale

@@ -128,7 +128,7 @@ class Pricing:
                     continue
                 cut = lengths > window
             batch = Batch(
-                costs.over(of.lengths, window),
+                costs.over(of.lengths, window, context),
                 self._num_layers,
                 evidence.acceptance(slots, optimism, context, cut),
                 layers,

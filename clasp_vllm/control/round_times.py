@@ -84,6 +84,7 @@ class RoundTimes:
         events: tuple[DeviceEvent, DeviceEvent, DeviceEvent],
         predicted: float,
         pass_seconds: float,
+        context: int,
     ) -> None:
         """Drafting by skipping is done.
 
@@ -92,12 +93,13 @@ class RoundTimes:
             events: its start, the end of its optimisation pass, and its end.
             predicted: seconds of the draft steps, without correction.
             pass_seconds: likewise of the pass; 0 = there was none.
+            context: that drafts attended to, see ``AcceptanceEvidence``.
         """
         self._parts.append(_Part(rows, None, events[0], events[2]))
         if predicted:
-            self._corrections.add("draft_scale", 1, predicted, *events[1:])
+            self._corrections.add("draft_scale", context, predicted, *events[1:])
         if pass_seconds:
-            self._corrections.add("pass_scale", 1, pass_seconds, *events[:2])
+            self._corrections.add("pass_scale", 0, pass_seconds, *events[:2])
 
     def round_ended(self, request_ids: Sequence[str], ended: DeviceEvent) -> None:
         """A round of these requests has ended."""

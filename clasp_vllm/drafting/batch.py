@@ -20,6 +20,7 @@ class PagedAttention(Protocol):
     max_model_len: int  # tokens that the cache holds of one sequence at most
     max_rows: int  # of one pass
     block_size: int  # tokens in a block
+    sink: bool  # whether a sequence's first block is always there: with a sliding window it is freed
     scratch_block: int  # a block that the scheduler does not know of, if there are any
 
     def decode(

@@ -28,15 +28,18 @@ class CacheRows(NamedTuple):
     max_lengths: Tensor
 
 
-def tokens_read(window: int, block_size: int) -> int:
+def tokens_read(window: int, block_size: int, sink: bool = True) -> int:
     """How many tokens a row with a window attends to at most, the sink among them."""
-    return (1 + _window_blocks(window, block_size)) * block_size
+    return (int(sink) + _window_blocks(window, block_size)) * block_size
 
 
-def cut_context(rows: CacheRows, window: int | None, block_size: int, max_model_len: int) -> CacheRows:
+def cut_context(
+    rows: CacheRows, window: int | None, block_size: int, max_model_len: int, sink: bool = True
+) -> CacheRows:
     """Leave the blocks between the first one and a window out.
 
     Args:
+        sink: whether to keep the first one. With a sliding window it may be another sequence's by now.
         window: tokens, the row's own among them, that are there wherever in a block it stands; None: all.
         max_model_len: positions from there on stay as they are, for they write nothing.
 
@@ -45,14 +48,14 @@ def cut_context(rows: CacheRows, window: int | None, block_size: int, max_model_
     """
     if window is None:
         return rows
-    most, blocks = tokens_read(window, block_size), _window_blocks(window, block_size)
+    most, blocks = tokens_read(window, block_size, sink), int(sink) + _window_blocks(window, block_size)
     if int(rows.max_lengths.max()) <= most:
         return rows
     positions, table, max_lengths = rows
-    left_out = (positions // block_size - blocks).clamp(min=0)
+    left_out = (positions // block_size - blocks + 1).clamp(min=0)
     left_out = torch.where(positions < max_model_len, left_out, 0)
-    column = torch.arange(min(1 + blocks, table.shape[1]), device=table.device)
-    kept = column + left_out.unsqueeze(1) * (column > 0)
+    column = torch.arange(min(blocks, table.shape[1]), device=table.device)
+    kept = column + left_out.unsqueeze(1) * (column >= int(sink))
     table = table.gather(1, kept.clamp(max=table.shape[1] - 1))
     return CacheRows(positions - left_out * block_size, table, max_lengths.clamp(max=most))
 

@@ -112,7 +112,8 @@ class Passes:
     def cache_rows(self, batch: SequenceBatch, window: int | None) -> CacheRows:
         """Where a batch reads and writes, attending to all or to a window."""
         rows = CacheRows(batch.positions, batch.block_table, batch.max_lengths)
-        return cut_context(rows, window, self.attention.block_size, self.attention.max_model_len)
+        size, limit, sink = self.attention.block_size, self.attention.max_model_len, self.attention.sink
+        return cut_context(rows, window, size, limit, sink)
 
     def _run(self, decoder: Decoder, batch: SequenceBatch, plan: Plan, rows: CacheRows) -> Tensor:
         state = decoder.embed(batch.tokens)

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, init_attn_backend
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -38,7 +38,9 @@ class TargetAttention:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._layer_names = [n for g in kv_cache_config.kv_cache_groups for n in g.layer_names]
-        self.block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        self.block_size: int = spec.block_size
+        self.sink = not isinstance(spec, SlidingWindowSpec)
         self.max_model_len: int = vllm_config.model_config.max_model_len
         builder_config = copy.copy(vllm_config)
         builder_config.scheduler_config = copy.copy(vllm_config.scheduler_config)

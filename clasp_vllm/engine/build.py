@@ -132,7 +132,8 @@ def build_drafter(
     target = Model(decoder, model.compute_logits)  # type: ignore[arg-type]
     passes = Passes(target, attention, scratch, graphs, _draft_model(settings, decoder, model))
     ranks = get_tp_group().world_size
-    contexts = [None if w is None else tokens_read(w, attention.block_size) for w in settings.contexts]
+    size, sink = attention.block_size, attention.sink
+    contexts = [None if w is None else tokens_read(w, size, sink) for w in settings.contexts]
     share = _share_rank_zero if ranks > 1 else _own
 
     def make_controller(costs: PassCosts) -> Controller:

@@ -52,7 +52,8 @@ class Clasp(Policy):
         self._contexts = contexts
         self._share = share
         self._handover = Handover()
-        self._passed: Sequence[str] = ()  # the requests of the last pass
+        # Of the last pass: the requests, their slots, the context and the tokens of it.
+        self._passed: tuple[Sequence[str], np.ndarray, int, np.ndarray] | None = None
         # Of the last pass, and of the one before, which has come to the host for certain.
         self._similarities: tuple[HostCopy | None, HostCopy | None] = (None, None)
 
@@ -78,11 +79,13 @@ class Clasp(Policy):
         ready = self._handover.take()
         if ready is None:
             return
+        assert self._passed is not None
+        request_ids, slots, context, lengths = self._passed
         if "initial_mask" in ready:
             self._sequences.set_initial_mask(ready["initial_mask"])
-        self._sequences.set_masks(self._passed, ready["masks"])
+        self._sequences.set_masks(request_ids, ready["masks"])
         if self.controller is not None and "agree" in ready:
-            self.controller.learn(ready["agree"].numpy())
+            self.controller.learn(ready["agree"].numpy(), slots, context, lengths)
 
     def optimize(self, batch: SequenceBatch, slots: np.ndarray, choice: Choice) -> Tensor:
         """See ``Policy``."""
@@ -101,10 +104,10 @@ class Clasp(Policy):
         if self.evidence is not None:
             self.evidence.update(on_device, margins, prior, programme.means)
             result["initial_mask"] = self._masks(self.evidence.overall_choices())[0]
-        if self.controller is not None and not choice.context:  # what it knows of budgets is of that one
+        if self.controller is not None:
             agree = self._passes.agreement(programme, self._budgets, hidden)
             result["agree"] = self._share(agree.float())
-        self._passed = batch.request_ids
+        self._passed = batch.request_ids, slots, choice.context, batch.max_lengths.numpy()
         if self._handover.put(result):
             self.apply()
         return hidden

@@ -147,7 +147,7 @@ def test_without_its_requests_it_still_knows_what_passes_cost():
     adaptive = controller(("length", "speculation"), draft_cost=9.0)
     fresh = adaptive.evidence.acceptance(np.arange(2))
     off = chosen(adaptive, 2, 3)
-    adaptive.learn(np.zeros((20, len(BUDGETS))))
+    adaptive.learn(np.zeros((20, len(BUDGETS))), np.zeros(20, dtype=int), 0, np.full(20, 100))
     assert (adaptive.evidence.acceptance(np.arange(2)) < fresh).all()
     assert adaptive.last is not None
     adaptive.reset()
@@ -284,3 +284,28 @@ def test_what_is_accepted_makes_no_window_better_than_all():
     for _ in range(50):
         evidence.add_verified(one, 0, one * 0, one + 4, one > 0, 1)
     assert evidence.windows[0].offset[0] == 0.0
+
+
+def test_a_narrow_window_that_does_well_raises_the_wider_ones():
+    evidence, one = with_windows().evidence, np.array([0])
+    for _ in range(200):
+        evidence.add_verified(one, 0, one, np.array([3]), np.array([False]), 2)
+    narrow, wide = (evidence.windows[context].offset[0] for context in (1, 0))
+    assert narrow > -0.3
+    assert wide >= narrow
+
+
+def test_passes_over_a_window_teach_the_curve_of_budgets():
+    """By what they show beside what the window loses anyway; sequences shorter than it lose nothing."""
+    budgets = len(BUDGETS)
+    for length, follows in ((200, 0.3), (9000, 0.0)):
+        adaptive = with_windows()
+        evidence = adaptive.evidence
+        evidence.windows[0].offset[0] = -2.0
+        curve = evidence.acceptance(np.array([0]))[0, 0, 0]
+        expected = 1 / (1 + np.exp(-(np.log(curve / (1 - curve)) - 2.0)))
+        random = np.random.default_rng(0)
+        for _ in range(400):
+            agree = np.repeat(random.random((1, 1)) < expected, budgets, axis=1)
+            adaptive.learn(agree.astype(float), np.array([0]), 1, np.array([length]))
+        assert abs(curve - evidence.acceptance(np.array([0]))[0, 0, 0] - follows) < 0.12

@@ -55,10 +55,23 @@ def see(clock, corrections: CostCorrections, kind: str, rows: float, took: float
 
 def test_corrections_come_to_what_is_seen(clock):
     corrections = CostCorrections()
-    see(clock, corrections, "draft_scale", 1, 0.3, times=100)
+    see(clock, corrections, "draft_scale", 0, 0.3, times=100)
     assert corrections.scales["draft_scale"] == pytest.approx([1.5], rel=1e-3)
     assert (corrections.scales["pass_scale"] == 1.0).all()
     assert (corrections.scales["verify_scale"] == 1.0).all()
+
+
+def test_draft_steps_have_a_correction_for_each_context(clock):
+    """What reading a long context takes may be off otherwise than all else."""
+    corrections = CostCorrections(contexts=3)
+    see(clock, corrections, "draft_scale", 0, 0.3, times=100)
+    assert corrections.scales["draft_scale"] == pytest.approx([1.5] * 3, rel=1e-3)  # those not seen follow
+    see(clock, corrections, "draft_scale", 2, 0.1, times=100)
+    assert corrections.scales["draft_scale"] == pytest.approx([1.5, 1.0, 0.5], rel=1e-3)
+    costs = PassCosts((1.0,), (0.2,), (0.0,)).scaled(corrections.scales)
+    for context, seconds in enumerate((0.3, 0.2, 0.1)):
+        of_context = costs.over(np.array([5000]), 256, context)
+        assert float(of_context.draft_step(1, 1)) == pytest.approx(seconds, rel=1e-2)
 
 
 def test_sizes_and_kinds_of_steps_have_corrections_of_their_own(clock):
@@ -93,7 +106,7 @@ def test_sizes_not_seen_lie_between_those_seen(clock):
 
 def test_one_measurement_moves_a_correction_little(clock):
     corrections = CostCorrections()
-    see(clock, corrections, "draft_scale", 1, 100.0)
+    see(clock, corrections, "draft_scale", 0, 100.0)
     assert 1.0 < corrections.scales["draft_scale"].item() < 1.2
     see(clock, corrections, "verify_scale", 5, 100.0)
     assert 1.0 < corrections.scales["verify_scale"].max() < 1.2

@@ -50,7 +50,7 @@ def test_a_round_is_accounted_for(clock):
     """Half a second of drafting, then 1.5 for a verification that makes three tokens of one request."""
     corrections, budget = CostCorrections(), LossBudget()
     times = RoundTimes(LAYERS, corrections)
-    times.add_drafting(1, (At(9.5), At(9.5), At(10.0)), 0.5, 0.0)
+    times.add_drafting(1, (At(9.5), At(9.5), At(10.0)), 0.5, 0.0, 0)
     times.round_ended(["a"], At(10.0))
     clock.append(11.5)
     times.engine_step(["a"], np.array([5]), torch.tensor([2]), COSTS)

@@ -27,10 +27,11 @@ PROMPTS = [[(7 * i + row) % 32 for i in range(length)] for row, length in enumer
 WINDOWS = [1, 4, 5, 8, 9]
 
 
-def sees(position: int, window: int, block: int) -> set[int]:
+def sees(position: int, window: int, block: int, sink: bool = True) -> set[int]:
     """The tokens that one at a position is to attend to."""
     last = position // block
-    blocks = {0} | {b for b in range(last + 1) if b > last - (-(-(window - 1) // block) + 1)}
+    blocks = {0} if sink else set()
+    blocks |= {b for b in range(last + 1) if b > last - (-(-(window - 1) // block) + 1)}
     return {token for token in range(position + 1) if token // block in blocks}
 
 
@@ -39,23 +40,24 @@ def sees(position: int, window: int, block: int) -> set[int]:
     st.integers(1, 250),
     st.sampled_from([4, 16]),
     st.integers(0, 9),
+    st.booleans(),
 )
-def test_the_sink_and_the_last_blocks_are_left(positions, window, block, spare):
+def test_the_sink_and_the_last_blocks_are_left(positions, window, block, spare, sink):
     """In their order, with the row's own slot as before; and the window's tokens are there, whatever else."""
     width = max(positions) // block + 1 + spare
     table = torch.arange(len(positions) * width, dtype=torch.int32).view(-1, width) + 1
     at = torch.tensor(positions)
     whole = CacheRows(at, table, (at + 1).int())
-    cut = cut_context(whole, window, block, 10_000)
+    cut = cut_context(whole, window, block, 10_000, sink)
     assert cut.block_table.shape[1] <= width
     assert (cut.max_lengths > cut.positions).all()
     for row, position in enumerate(positions):
         kept = int(cut.positions[row])
         slots = [int(cut.block_table[row, t // block]) * block + t % block for t in range(kept + 1)]
-        expected = sorted(sees(position, window, block))
+        expected = sorted(sees(position, window, block, sink))
         assert slots == [int(table[row, t // block]) * block + t % block for t in expected]
         assert set(range(max(position + 1 - window, 0), position + 1)) <= set(expected)
-        assert len(expected) <= tokens_read(window, block)
+        assert len(expected) <= tokens_read(window, block, sink)
 
 
 def test_short_rows_and_no_window_are_left_as_they_are():

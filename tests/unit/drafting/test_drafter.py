@@ -251,7 +251,7 @@ def test_budgets_are_chosen_from_one_pass(target):
 
     heard: list[np.ndarray] = []
     drafter = drafter_of(target, budgets=(1, 2, 3), policy=several)
-    drafter.policy.controller = SimpleNamespace(last=None, learn=heard.append)
+    drafter.policy.controller = SimpleNamespace(last=None, learn=lambda agree, *_: heard.append(agree))
     with torch.inference_mode():
         drafter.draft(target.batch(), LENGTH, greedy(target))
     assert [agree.shape for agree in heard] == [(2, 3)]
