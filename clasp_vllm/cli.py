@@ -20,13 +20,14 @@ TOOLS = {
     "bench": ("bench.serving", "speculative methods against plain vLLM, served and alternating"),
     "profile": ("bench.profile", "where the time goes: verify, draft, optimise and the rest"),
     "costs": ("bench.costs", "what the parts of a round cost, and what acceptance pays for them"),
+    "tune": ("bench.tuning", "what the controller would choose here at each load; writes a configuration"),
     "search": ("calibration.fixed_mask", "the best fixed set of layers to skip, found by trying"),
     "calibrate": ("calibration.calibrate", "anchors and skip sets for method knn_ssd, found by trying"),
     "inspect": ("bench.inspection", "a picture of the layers that requests skip over time"),
     "model": ("tools.assistant", "fetch SmolLM2-135M-Instruct, a small real model, and print its folder"),
     "widen": ("bench.widen", "a checkpoint made as costly as a larger one, same function"),
 }
-TAKES_SERVER_ARGUMENTS = ("bench", "calibrate", "costs", "inspect", "profile")
+TAKES_SERVER_ARGUMENTS = ("bench", "calibrate", "costs", "inspect", "profile", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
