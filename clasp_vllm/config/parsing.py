@@ -22,6 +22,8 @@ from clasp_vllm.config.schema import (
     LayerSkipConfig,
 )
 
+LARGEST = 1 << 20  # bytes of a file
+
 # Values in messages are cut: a few lines of YAML can stand for gigabytes.
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 8, 8, 200, 200
@@ -41,7 +43,7 @@ def read_settings(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """The key-value pairs of a configuration given as a mapping, as JSON or as a file's path.
 
     Raises:
-        ConfigError: the file is missing or unreadable, or it does not hold key-value pairs.
+        ConfigError: the file is missing, unreadable or too large, or it does not hold key-value pairs.
     """
     if isinstance(source, Mapping):
         return dict(source)
@@ -57,6 +59,11 @@ def read_settings(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             )
         origin = f"file {text!r}"
         try:
+            size = path.stat().st_size
+            if size > LARGEST:
+                raise ConfigError(
+                    f"speculative configuration {origin}: has {size} bytes; allowed are {LARGEST} at most"
+                )
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"speculative configuration {origin}: {error}") from error

@@ -370,6 +370,15 @@ def test_a_file_that_stands_for_gigabytes(tmp_path):
     assert len(str(error.value)) < 100_000
 
 
+def test_a_file_of_a_gigabyte(tmp_path):
+    """It has no bytes on the disk, and none of them is read."""
+    path = tmp_path / "config.yaml"
+    with open(path, "wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(ConfigError, match="has 1073741824 bytes; allowed are 1048576 at most"):
+        read_settings(path)
+
+
 def test_the_documents_describe_every_key():
     from clasp_vllm.cli import key_table
 
