@@ -23,7 +23,10 @@ TOOLS = {
     "tune": ("bench.tuning", "what the controller would choose here at each load; writes a configuration"),
     "search": ("calibration.fixed_mask", "the best fixed set of layers to skip, found by trying"),
     "calibrate": ("calibration.calibrate", "anchors and skip sets for method knn_ssd, found by trying"),
-    "inspect": ("bench.inspection", "a picture of the layers that requests skip over time"),
+    "inspect": (
+        "bench.inspection",
+        "a picture of the layers that requests skip, or what a server drafts now",
+    ),
     "model": ("tools.assistant", "fetch SmolLM2-135M-Instruct, a small real model, and print its folder"),
     "widen": ("bench.widen", "a checkpoint made as costly as a larger one, same function"),
 }

@@ -1,8 +1,12 @@
-"""Which layers each request skips over time: a picture of layers by rounds, and the same as text."""
+"""Which layers each request skips over time: a picture of layers by rounds, and the same as text.
+
+Of a running server what its metrics say: see ``bench.live``.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -98,7 +102,10 @@ class MaskRecorder(RoundObserver):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("model", help="name or path")
+    parser.add_argument("model", help="name or path; or http://HOST:PORT, a running server to look at")
+    parser.add_argument(
+        "--seconds", type=number(1), default=10, help="to look at a server for (default %(default)s)"
+    )
     parser.add_argument(
         "--speculative-config", default='{"method": "clasp"}', help="as for vllm serve (default %(default)s)"
     )
@@ -113,6 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
+    if args.model.startswith(("http://", "https://")):
+        return _inspect_server(args)
     engine.stay_in_process()
     from importlib.util import find_spec
 
@@ -152,4 +161,19 @@ def main(args: argparse.Namespace) -> int:
         console.print(legend(pictures[name]), markup=False, highlight=False)
     draw(pictures, args.output)
     console.print(f"\nwritten: {args.output}", markup=False)
+    return 0
+
+
+def _inspect_server(args: argparse.Namespace) -> int:
+    from clasp_vllm.bench.live import watch
+
+    try:
+        if args.prompt or args.server_arguments:
+            raise ValueError(
+                "a running server is only looked at: --prompt and arguments after -- are not used"
+            )
+        watch(args.model, args.seconds, print)
+    except ValueError as error:
+        print(f"clasp-vllm: error: {error}", file=sys.stderr)
+        return 2
     return 0

@@ -85,6 +85,7 @@ class DraftStatistics:
         self._reported_at = time.monotonic()
         self._passes: list[tuple[DeviceEvent, DeviceEvent]] = []
         self._kept: Counter[float] = Counter()
+        self._skips_taken = torch.zeros(num_layers)
 
     def _copy(self) -> DraftCounts:
         return replace(self.total, skips=self.total.skips.clone())
@@ -108,6 +109,17 @@ class DraftStatistics:
         """Drafts by the number of layers that they ran, since the last call."""
         kept, self._kept = self._kept, Counter()
         return dict(kept)
+
+    def take_skips(self) -> list[float]:
+        """[num_layers] drafts that skipped each layer (a half for half of it), since the last call.
+
+        Empty where nothing was drafted; to be called before ``take_kept``.
+        """
+        if len(self._kept) == 0:
+            return []
+        taken, self._skips_taken = self._skips_taken, self.total.skips.clone()
+        skips: list[float] = (self._skips_taken - taken).tolist()
+        return skips
 
     def take(self) -> dict[str, float]:
         """What has been counted since the last call, by name; what has not is left out."""

@@ -18,9 +18,11 @@ from vllm.v1.outputs import DraftTokenIds, ECConnectorOutput, ModelRunnerOutput
 
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.statistics import COUNTERS, GAUGES
+from clasp_vllm.engine.speculative_config import layer_skip_config
 
 KEY = "layer_skip"
 TASKS = "layer_skip_tasks"  # prompts, by the task that they were taken for
+SKIPPED = "layer_skip_skipped"  # how many drafts skipped each layer
 KEPT = "layer_skip_kept"  # drafts, by the layers that they ran
 CHOSEN = "layer_skip_chosen"  # what is chosen and used now, by gauge
 DRAFTS = "layer_skip_drafts"  # their requests and tokens
@@ -97,6 +99,7 @@ def _counted(drafter: Drafter) -> dict[str, Any]:
     data: dict[str, Any] = {
         KEY: counts,
         TASKS: drafter.policy.take_tasks(),
+        SKIPPED: drafter.statistics.take_skips(),  # before the next forgets that there were drafts
         KEPT: drafter.statistics.take_kept(),
         CHOSEN: gauges | (controller.gauges() if controller else {}) if counts else {},
     }
@@ -124,6 +127,23 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
         meaning = "Layers that drafts by skipping ran, one per sequence and round."
         kept = Histogram("vllm:layer_skip_kept_layers", meaning, names, buckets=buckets)
         self._kept = create_metric_per_engine(kept, labels)
+        meaning = "Drafts by skipping that left the layer out; a half for half of it."
+        skipped = Counter("vllm:layer_skip_skipped", meaning, [*names, "layer"])
+        self._skipped = {
+            engine: [skipped.labels(*values, layer) for layer in range(num_layers)]
+            for engine, values in labels.items()
+        }
+        meaning = "What the speculative configuration says; always 1."
+        info = Gauge(
+            "vllm:layer_skip_config_info",
+            meaning,
+            [*names, "method", "draft_weights"],
+            multiprocess_mode="mostrecent",
+        )
+        config = layer_skip_config(vllm_config)
+        assert config is not None
+        for values in labels.values():
+            info.labels(*values, config.method, config.draft_weights).set(1)
         # Not there until they are known: 0 would say something else.
         self._gauges = {
             name: Gauge(f"vllm:layer_skip_{name}", meaning, names, multiprocess_mode="mostrecent")
@@ -146,6 +166,8 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
             self._counters[name][engine_idx].inc(count)
         for task, count in slot.get(TASKS, {}).items():
             self._prompts.labels(*self._labels[engine_idx], task).inc(count)
+        for skipped, count in zip(self._skipped[engine_idx], slot.get(SKIPPED, ()), strict=False):
+            skipped.inc(count)
         for layers, count in slot.get(KEPT, {}).items():
             for _ in range(count):
                 self._kept[engine_idx].observe(layers)

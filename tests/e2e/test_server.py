@@ -9,6 +9,7 @@ import pytest
 from engines import DEMO_MODEL, PROMPTS, engine_process, generate, running
 from traffic import drive, shapes
 
+from clasp_vllm.bench import live
 from clasp_vllm.tools.servers import Server, serve
 
 MODEL = str(DEMO_MODEL)
@@ -204,3 +205,10 @@ def test_random_traffic_with_clients_that_leave(server):
     kept = dict(re.findall(r"vllm:layer_skip_kept_layers_(bucket|count|sum){[^}]*} (\S+)", text))
     assert float(kept["sum"]) == 12 * float(kept["count"])  # half of 24
     assert float(kept["count"]) >= metrics["spec_decode_num_drafts"]
+    snapshot, settings = live.read(server.url)
+    skipped = sum(value for name, value in snapshot["0"].items() if name.startswith("layer_skip_skipped["))
+    assert skipped == float(kept["sum"])
+    nothing = {"0": dict.fromkeys(snapshot["0"], 0.0)}
+    report = live.report(nothing, snapshot, settings, 1.0)
+    assert "engine 0: method clasp, draft weights target, 0 requests running" in report
+    assert "layers skipped, share of" in report

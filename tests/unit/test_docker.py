@@ -197,7 +197,12 @@ def test_who_finds_whom():
 BOARD = json.loads(DASHBOARD.read_text())
 TARGETS = [(panel, target) for panel in BOARD["panels"] for target in panel.get("targets", [])]
 SELECTOR = '{model_name=~"$model_name", engine=~"$engine"}'
-LABELLED = {"le": "_bucket", "position": "_per_pos_total", "task": "_prompts_total"}
+LABELLED = {
+    "le": "_bucket",
+    "position": "_per_pos_total",
+    "task": "_prompts_total",
+    "layer": "_skipped_total",
+}
 SUFFIXES = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
 
 # vLLM's sources are read and not imported, which would take half a minute.

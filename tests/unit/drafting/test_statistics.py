@@ -19,9 +19,11 @@ def test_counts_are_taken_once(monkeypatch):
     masks[1, 3, 0] = True
     statistics.count_round(masks, steps=3, optimized=2)
     statistics.count_pass(started, ended)
+    assert statistics.take_skips() == [0.0, 2.0, 1.0, 0.5]
     assert statistics.take_kept() == {3.0: 1, 1.5: 1}
     assert statistics.take() == {"rounds": 1, "steps": 3, "optimized": 2, "passes": 1, "pass_seconds": 2.5}
     assert statistics.take_kept() == {}
+    assert statistics.take_skips() == []
     assert statistics.take() == {}
 
 
