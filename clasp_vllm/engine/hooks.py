@@ -148,9 +148,10 @@ def _request_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if getattr(speculative_config, "layer_skip", None) is None:
             return original(self, speculative_config)
-        from clasp_vllm.engine.requests import check_extra_args
+        from clasp_vllm.engine.requests import check_extra_args, check_logprobs
 
         # min_p and logit_bias, which vLLM refuses here, are applied to drafts too.
+        check_logprobs(self, speculative_config.target_model_config.logprobs_mode)
         return check_extra_args(self.extra_args)
 
     return _validate_spec_decode

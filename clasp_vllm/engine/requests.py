@@ -26,6 +26,16 @@ def check_extra_args(extra_args: Mapping[str, Any] | None) -> None:
             raise VLLMValidationError(f"{key:.40}={value!r:.80} {problem}", parameter="vllm_xargs")
 
 
+def check_logprobs(params: SamplingParams, logprobs_mode: str) -> None:
+    """Raises VLLMValidationError where a request asks for logprobs that are not to be had beside drafts."""
+    if params.logprob_token_ids and logprobs_mode.startswith("processed"):
+        raise VLLMValidationError(
+            f"logprob_token_ids with layer skipping needs --logprobs-mode raw_logprobs or raw_logits, and "
+            f"the server has {logprobs_mode}",
+            parameter="logprob_token_ids",
+        )
+
+
 def declines_drafts(params: SamplingParams | None) -> bool:
     """Whether a request is to be left out of drafting."""
     return params is not None and params.extra_args is not None and not params.extra_args.get(KEY, True)

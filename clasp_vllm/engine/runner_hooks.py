@@ -14,11 +14,13 @@ def install_runner_hooks(v2: bool) -> None:
         import vllm.v1.worker.gpu.model_runner as runner
         import vllm.v1.worker.gpu.spec_decode as spec_decode
         from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+        from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
         wrap(spec_decode, "init_speculator", _speculator_v2)
         wrap(runner, "init_speculator", _speculator_v2)  # it imported the function by name
         wrap(runner.GPUModelRunner, "add_requests", _add_requests)
         wrap(runner.GPUModelRunner, "sample_tokens", _sample_tokens)
+        wrap(RejectionSampler, "__call__", _token_logprobs)
         wrap(ModelCudaGraphManager, "_init_candidates", _target_graphs)
     else:
         import vllm.v1.sample.rejection_sampler as rejection_sampler
@@ -91,6 +93,17 @@ def _add_requests(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_requests
 
 
+def _token_logprobs(original: Callable[..., Any]) -> Callable[..., Any]:
+    from clasp_vllm.engine.token_logprobs import add_token_logprobs
+
+    def __call__(self: Any, logits: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, logits, input_batch, *args, **kwargs)
+        add_token_logprobs(self, output, logits, input_batch)
+        return output
+
+    return __call__
+
+
 def _target_graphs(original: Callable[..., Any]) -> Callable[..., Any]:
     def _init_candidates(self: Any) -> None:
         original(self)
@@ -128,9 +141,13 @@ def _expand_batch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    from clasp_vllm.engine.token_logprobs import verify
+
     def forward(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
         if metadata.max_spec_len == 0:  # then the logits are one row for each request, as without speculation
             return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+        if sampling_metadata.logprob_token_ids:
+            return verify(original, self, metadata, draft_probs, logits, sampling_metadata)
         return original(self, metadata, draft_probs, logits, sampling_metadata)
 
     return forward

@@ -36,6 +36,21 @@ def test_other_keys_of_ours_are_refused(key):
     assert f"{key}=False" in str(error.value)
 
 
+@pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"])
+def test_processed_logprobs_of_tokens_that_are_named_are_refused(mode):
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    from clasp_vllm.engine.requests import check_logprobs
+
+    check_logprobs(SamplingParams(logprobs=3), mode)
+    if mode.startswith("raw"):
+        check_logprobs(SamplingParams(logprob_token_ids=[1]), mode)
+        return
+    with pytest.raises(VLLMValidationError, match=f"logprob_token_ids .* has {mode}"):
+        check_logprobs(SamplingParams(logprob_token_ids=[1]), mode)
+
+
 def test_a_message_does_not_repeat_all_that_it_was_sent():
     from vllm.exceptions import VLLMValidationError
 
