@@ -207,8 +207,10 @@ def drafter_of(runner: Any) -> Any:
 def _placeholders(original: Callable[..., Any]) -> Callable[..., Any]:
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
         if uses_us(self.vllm_config):
+            from clasp_vllm.engine.metrics import count_by_request
             from clasp_vllm.engine.requests import declines_drafts
 
+            count_by_request(self)
             for request in self.running:
                 if request.spec_token_ids and declines_drafts(request.sampling_params):
                     request.spec_token_ids = []
@@ -219,12 +221,15 @@ def _placeholders(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        if uses_us(self.vllm_config):
-            from clasp_vllm.engine.metrics import schedule_requested_length, take_drafts
+        if not uses_us(self.vllm_config):
+            return original(self, scheduler_output, model_runner_output)
+        from clasp_vllm.engine.metrics import schedule_requested_length, send_acceptance, take_drafts
 
-            schedule_requested_length(self, model_runner_output)
-            take_drafts(self, model_runner_output)
-        return original(self, scheduler_output, model_runner_output)
+        schedule_requested_length(self, model_runner_output)
+        take_drafts(self, model_runner_output)
+        outputs = original(self, scheduler_output, model_runner_output)
+        send_acceptance(self, outputs)
+        return outputs
 
     return update_from_output
 

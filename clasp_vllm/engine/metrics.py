@@ -12,7 +12,9 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.outputs import DraftTokenIds, ECConnectorOutput, ModelRunnerOutput
 
@@ -26,6 +28,7 @@ SKIPPED = "layer_skip_skipped"  # how many drafts skipped each layer
 KEPT = "layer_skip_kept"  # drafts, by the layers that they ran
 CHOSEN = "layer_skip_chosen"  # what is chosen and used now, by gauge
 DRAFTS = "layer_skip_drafts"  # their requests and tokens
+ACCEPTANCE = "layer_skip_acceptance"  # of requests that have finished
 REQUESTED_LENGTH = "layer_skip_requested_length"  # draft tokens to schedule
 
 
@@ -54,6 +57,31 @@ def take_drafts(scheduler: Any, output: ModelRunnerOutput) -> None:
     drafts = _take(output, DRAFTS)
     if drafts is not None:
         scheduler.layer_skip_drafts = DraftTokenIds(*drafts)
+
+
+def count_by_request(scheduler: Any) -> None:
+    """Have vLLM count each request's drafts, as with --per-request-spec-decode-metrics."""
+    for request in scheduler.running:
+        if request.spec_decode_metrics is None:
+            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(scheduler.num_spec_tokens)
+
+
+def send_acceptance(scheduler: Any, outputs: dict[int, EngineCoreOutputs]) -> None:
+    """Put acceptance rates on the scheduler's statistics, of requests that have just finished.
+
+    The counts themselves go on to the front-end where the user has asked for them only.
+    """
+    rates = []
+    for output in (output for of_client in outputs.values() for output in of_client.outputs):
+        counts = output.spec_decode_metrics
+        if counts is not None:
+            if counts.num_draft_tokens:
+                rates.append(counts.to_dict()["draft_acceptance_rate"])
+            if scheduler.spec_decode_metrics_level == "none":
+                output.spec_decode_metrics = None
+    stats = next((of_client.scheduler_stats for of_client in outputs.values()), None)
+    if rates and stats is not None:
+        stats.ec_connector_stats = (stats.ec_connector_stats or {}) | {ACCEPTANCE: rates}
 
 
 def _take(output: ModelRunnerOutput, key: str) -> Any:
@@ -109,7 +137,7 @@ def _counted(drafter: Drafter) -> dict[str, Any]:
 
 
 class LayerSkipStatLogger(AggregateStatLoggerBase):
-    """Prometheus counters, gauges and a histogram named vllm:layer_skip_*, one child per engine."""
+    """Prometheus counters, gauges and histograms named vllm:layer_skip_*, one child per engine."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         model_name = vllm_config.model_config.served_model_name
@@ -144,6 +172,10 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
         assert config is not None
         for values in labels.values():
             info.labels(*values, config.method, config.draft_weights).set(1)
+        meaning = "Draft tokens accepted of those verified, by request that has finished and had drafts."
+        tenths = [tenth / 10 for tenth in range(1, 11)]
+        acceptance = Histogram("vllm:layer_skip_request_acceptance_rate", meaning, names, buckets=tenths)
+        self._acceptance = create_metric_per_engine(acceptance, labels)
         # Not there until they are known: 0 would say something else.
         self._gauges = {
             name: Gauge(f"vllm:layer_skip_{name}", meaning, names, multiprocess_mode="mostrecent")
@@ -159,7 +191,7 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
     ) -> None:
         """Take our counts out of the scheduler's statistics, before other loggers see them."""
         slot = scheduler_stats.ec_connector_stats if scheduler_stats is not None else None
-        if not slot or slot.keys().isdisjoint((KEY, TASKS)):
+        if not slot or slot.keys().isdisjoint((KEY, TASKS, ACCEPTANCE)):
             return
         scheduler_stats.ec_connector_stats = None
         for name, count in slot.get(KEY, {}).items():
@@ -171,6 +203,8 @@ class LayerSkipStatLogger(AggregateStatLoggerBase):
         for layers, count in slot.get(KEPT, {}).items():
             for _ in range(count):
                 self._kept[engine_idx].observe(layers)
+        for rate in slot.get(ACCEPTANCE, ()):
+            self._acceptance[engine_idx].observe(rate)
         for name, value in slot.get(CHOSEN, {}).items():
             self._gauges[name].labels(*self._labels[engine_idx]).set(value)
 

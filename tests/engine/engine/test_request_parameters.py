@@ -129,6 +129,32 @@ def test_logprobs_of_tokens_that_are_named(runner, asynchronous):
         assert mine == [pytest.approx(place, abs=1e-3) for place in expected]
 
 
+def acceptance(speculative_config: object, level: str) -> tuple[list[float | None], float, float]:
+    """The rates of acceptance in the answers, and of the metric's how many and their sum."""
+    from vllm import SamplingParams
+
+    with running(speculative_config=speculative_config, per_request_spec_decode_metrics=level) as llm:
+        asked = [{}, {}, DECLINED, {"max_tokens": 1}]
+        params = [SamplingParams(**({"temperature": 0.0, "max_tokens": 24} | of)) for of in asked]
+        counts = [
+            output.outputs[0].spec_decode_metrics
+            for output in llm.generate(PROMPTS[: len(asked)], params, use_tqdm=False)
+        ]
+        name = "vllm:layer_skip_request_acceptance_rate"
+        (metric,) = (metric for metric in llm.get_metrics() if metric.name == name)
+    return [of and of.to_dict()["draft_acceptance_rate"] for of in counts], metric.count, metric.sum
+
+
+def test_acceptance_by_request_is_a_metric():
+    with engine_process("v1") as call:
+        rates, count, total = call(acceptance, CLASP, "summary")
+        hidden, count_hidden, total_hidden = call(acceptance, CLASP, "none")
+    assert rates[2:] == [0, 0]
+    assert min(rates[:2]) > 0
+    assert (count, total) == (2, pytest.approx(sum(rates)))
+    assert (hidden, count_hidden, total_hidden) == ([None] * 4, 2, pytest.approx(total))
+
+
 def refusals(speculative_config: object) -> list[str]:
     """The errors of wrong requests, after each of which the engine goes on serving."""
     from vllm import SamplingParams
