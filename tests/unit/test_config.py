@@ -23,6 +23,7 @@ from clasp_vllm.config import (
 BAD = [
     ({"method": "clasp", "skip_raito": 0.5}, ["skip_raito=0.5", "did you mean skip_ratio?", "allowed keys"]),
     ({"method": "clasp", "model": "x"}, ["unknown key model='x'"]),
+    ({"method": "clasp", "max_model_len": 64}, ["unknown key max_model_len=64"]),  # vLLM issue 52258
     ({"method": "clasp", "skip_ratio": 1.0}, ["skip_ratio=1.0", "less than 1"]),
     ({"method": "clasp", "skip_ratio": -0.1}, ["skip_ratio=-0.1", "greater than or equal to 0"]),
     ({"method": "clasp", "skip_ratio": "half"}, ["skip_ratio='half'", "number"]),
