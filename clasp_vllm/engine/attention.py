@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
@@ -87,6 +88,7 @@ class TargetAttention:
         )
         with (
             eager_kernels(),
+            _no_kv_connector(),
             set_forward_context(
                 metadata,
                 self._vllm_config,
@@ -126,3 +128,15 @@ class TargetAttention:
         else:
             from_ = source.repeat_interleave(target.shape[1])
             cache.index_copy_(0, target.flatten(), cache.index_select(0, from_))
+
+
+@contextmanager
+def _no_kv_connector() -> Iterator[None]:
+    """Hide the KV connector from the attention layers, which would hand it what drafts write as if it were to
+    be stored, and each layer several times in a step. vLLM does the same for its dummy runs."""
+    connector = kv_transfer_state._KV_CONNECTOR_AGENT  # noqa: SLF001
+    kv_transfer_state._KV_CONNECTOR_AGENT = None  # noqa: SLF001
+    try:
+        yield
+    finally:
+        kv_transfer_state._KV_CONNECTOR_AGENT = connector  # noqa: SLF001
