@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 def test_command(tmp_path):
     command = [sys.executable, "-m", "clasp_vllm.cli", "tune", str(DEMO_MODEL), "--requests=1,3"]
     options = ["--draft-weights=target,fp8", "--max-tokens=48", f"--output={tmp_path / 'clasp.yaml'}"]
-    engine = ["--dtype=float32", "--enforce-eager", "--max-model-len=512", "--kv-cache-memory-bytes=67108864"]
+    engine = ["--dtype=float32", "--enforce-eager", "--max-model-len=512", "--kv-cache-memory-bytes=268435456"]
     run = subprocess.run(
         [*command, *options, f"--plot={tmp_path / 'tune.png'}", "--", *engine],
         capture_output=True,
