@@ -37,5 +37,10 @@ def check_logprobs(params: SamplingParams, logprobs_mode: str) -> None:
 
 
 def declines_drafts(params: SamplingParams | None) -> bool:
-    """Whether a request is to be left out of drafting."""
-    return params is not None and params.extra_args is not None and not params.extra_args.get(KEY, True)
+    """Whether a request is to be left out of drafting: it asks for that, or has a thinking budget.
+
+    vLLM counts the tokens of reasoning otherwise where drafts are verified than where there are none.
+    """
+    if params is None:
+        return False
+    return params.thinking_token_budget is not None or not (params.extra_args or {}).get(KEY, True)

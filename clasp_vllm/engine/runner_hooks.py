@@ -25,12 +25,14 @@ def install_runner_hooks(v2: bool) -> None:
     else:
         import vllm.v1.sample.rejection_sampler as rejection_sampler
         import vllm.v1.worker.gpu_model_runner as runner
+        from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
         from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
         wrap(DraftModelProposer, "__new__", _proposer_v1)
         wrap(rejection_sampler, "expand_batch_to_tokens", _expand_batch)
         wrap(rejection_sampler.RejectionSampler, "forward", _sample)
         wrap(rejection_sampler.RejectionSampler, "apply_logits_processors", _verified_logits)
+        wrap(ThinkingBudgetStateHolder, "apply_to_logits", _thinking_budget)
         wrap(runner, "build_logitsprocs", _logits_processors)  # it imported the function by name
         wrap(runner.GPUModelRunner, "propose_draft_token_ids", _propose)
         wrap(runner.GPUModelRunner, "sample_tokens", _sample_tokens)
@@ -151,6 +153,15 @@ def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, metadata, draft_probs, logits, sampling_metadata)
 
     return forward
+
+
+def _thinking_budget(original: Callable[..., Any]) -> Callable[..., Any]:
+    def apply_to_logits(self: Any, logits: Any, predict_bonus_token: bool, spec_token_ids: Any) -> Any:
+        if self.in_spec_mode and not predict_bonus_token and not any(spec_token_ids or ()):
+            spec_token_ids = [[0]] * len(logits)  # a row for each request, of which vLLM counts none
+        return original(self, logits, predict_bonus_token, spec_token_ids)
+
+    return apply_to_logits
 
 
 def _logits_processors(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -75,4 +75,7 @@ def test_a_message_does_not_repeat_all_that_it_was_sent():
 def test_who_declines(extra_args, declines):
     from clasp_vllm.engine.requests import declines_drafts
 
-    assert declines_drafts(SimpleNamespace(extra_args=extra_args)) == declines
+    params = SimpleNamespace(extra_args=extra_args, thinking_token_budget=None)
+    assert declines_drafts(params) == declines
+    params.thinking_token_budget = 0
+    assert declines_drafts(params)
