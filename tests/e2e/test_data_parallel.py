@@ -12,12 +12,14 @@ from clasp_vllm.tools.servers import serve
 
 pytestmark = pytest.mark.slow
 
+MODEL = str(DEMO_MODEL)
+LONGEST = 512
 ARGUMENTS = [
     "--dtype",
     "float32",
     "--enforce-eager",
     "--max-model-len",
-    "512",
+    str(LONGEST),
     "--max-num-seqs",
     "8",
     "--kv-cache-memory-bytes",
@@ -29,30 +31,77 @@ ARGUMENTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        with serve(MODEL, *ARGUMENTS, log=tmp_path_factory.mktemp("server") / "log", port=8251) as server:
+            yield server
+
+
+def ask(server, prompts: list) -> list[str]:
+    """Answers to all prompts at once."""
+    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=300)
+
+    def complete(prompt) -> str:
+        response = client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=32, temperature=0, extra_body={"ignore_eos": True}
+        )
+        return response.choices[0].text
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(complete, prompts))
+
+
+def by_engine(server, name: str) -> dict[str, float]:
+    """A counter's values, summed over its other labels."""
+    with urllib.request.urlopen(server.url.replace("/v1", "/metrics"), timeout=30) as response:
+        text = response.read().decode()
+    counts: dict[str, float] = {}
+    for engine, value in re.findall(rf'^vllm:{name}_total{{engine="(\d)"[^}}]*}} (\S+)', text, re.MULTILINE):
+        counts[engine] = counts.get(engine, 0) + float(value)
+    return counts
+
+
 def plain_texts() -> list[str]:
     with running() as llm:
         return generate(llm, PROMPTS, max_tokens=32).texts
 
 
-def test_both_engines_draft_and_answer_as_plain_vllm(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    model = str(DEMO_MODEL)
-    with serve(model, *ARGUMENTS, log=tmp_path / "log", port=8251) as server:
-        client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=300)
-
-        def ask(prompt: str) -> str:
-            response = client.completions.create(
-                model=model, prompt=prompt, max_tokens=32, temperature=0, extra_body={"ignore_eos": True}
-            )
-            return response.choices[0].text
-
-        with ThreadPoolExecutor(len(PROMPTS)) as pool:
-            texts = list(pool.map(ask, PROMPTS))
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as response:
-            metrics = response.read().decode()
-    monkeypatch.undo()
+def test_both_engines_draft_and_answer_as_plain_vllm(server):
+    texts = ask(server, PROMPTS)
     with engine_process("v1") as call:
         assert texts == call(plain_texts)
-    rounds = dict(re.findall(r'vllm:layer_skip_rounds_total{engine="(\d)",[^}]*} (\S+)', metrics))
+    rounds = by_engine(server, "layer_skip_rounds")
     assert rounds.keys() == {"0", "1"}
-    assert all(float(count) > 0 for count in rounds.values())
+    assert all(count > 0 for count in rounds.values())
+
+
+def test_an_answer_up_to_the_end_of_the_context_stops_no_engine(server):
+    """vLLM issue 44185: with the other engine idle, both hung after it."""
+    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=300)
+    first = ask(server, PROMPTS[:4])
+    for _ in range(2):
+        response = client.completions.create(
+            model=MODEL,
+            prompt=[300] * 12,
+            max_tokens=LONGEST - 12,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        assert response.choices[0].finish_reason == "length"
+        assert response.usage.total_tokens == LONGEST
+    assert ask(server, PROMPTS[:4]) == first
+
+
+def test_accepted_tokens_count_once_at_each_position(server):
+    """speculators issue 1095: acceptance by position was divided by the number of engines."""
+    ask(server, PROMPTS)
+    accepted = by_engine(server, "spec_decode_num_accepted_tokens")
+    assert accepted == by_engine(server, "spec_decode_num_accepted_tokens_per_pos")
+    assert accepted.keys() == {"0", "1"}
+    counters = server.counters()
+    drafts = counters["num_drafts"]
+    by_position = [value / drafts for name, value in counters.items() if "per_pos" in name]
+    assert 1 + counters["num_accepted_tokens"] / drafts == pytest.approx(1 + sum(by_position))
+    assert sum(accepted.values()) > 0
