@@ -172,7 +172,7 @@ def _inspect_server(args: argparse.Namespace) -> int:
             raise ValueError(
                 "a running server is only looked at: --prompt and arguments after -- are not used"
             )
-        watch(args.model, args.seconds, print)
+        print(watch(args.model, args.seconds))
     except ValueError as error:
         print(f"clasp-vllm: error: {error}", file=sys.stderr)
         return 2

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from clasp_vllm.bench.serving import accepted
+from clasp_vllm.tools.servers import series_name
 
 BAR = 20  # characters of a layer that every draft skips
 
-# By engine: the value of each series. Those by layer and position are name[number], others name.
+# By engine: the value of each series, by its ``series_name``.
 Snapshot = dict[str, dict[str, float]]
 Settings = dict[str, dict[str, str]]  # by engine, the labels of vllm:layer_skip_config_info
 
@@ -23,8 +24,6 @@ def read(url: str) -> tuple[Snapshot, Settings]:
     Raises:
         ValueError: there are none at ``url``, or none of the plugin's; the message says so.
     """
-    from prometheus_client.parser import text_string_to_metric_families
-
     at = url.rstrip("/").removesuffix("/metrics").removesuffix("/v1") + "/metrics"
     try:
         with urllib.request.urlopen(at, timeout=30) as response:
@@ -35,12 +34,11 @@ def read(url: str) -> tuple[Snapshot, Settings]:
     snapshot: Snapshot = defaultdict(lambda: defaultdict(float))
     settings: Settings = {}
     for sample in (sample for family in families for sample in family.samples):
-        name = sample.name.removeprefix("vllm:").removesuffix("_total")
+        name = series_name(sample)
         engine = sample.labels.get("engine", "0")
         if name == "layer_skip_config_info":
             settings[engine] = sample.labels
-        number = sample.labels.get("layer", sample.labels.get("position"))
-        snapshot[engine][name if number is None else f"{name}[{number}]"] += sample.value
+        snapshot[engine][name] += sample.value
     if not settings:
         raise ValueError(f"{at}: that server drafts by none of the plugin's methods")
     return snapshot, settings
@@ -98,8 +96,8 @@ def _layers(counts: dict[str, float]) -> list[str]:
     return lines
 
 
-def watch(url: str, seconds: int, say: Callable[[str], None]) -> None:
-    """Read twice, ``seconds`` apart, and say what happened.
+def watch(url: str, seconds: int) -> str:
+    """Read twice, ``seconds`` apart: see ``report``.
 
     Raises:
         ValueError: see ``read``.
@@ -108,4 +106,4 @@ def watch(url: str, seconds: int, say: Callable[[str], None]) -> None:
     started = time.monotonic()
     time.sleep(seconds)
     after, settings = read(url)
-    say(report(before, after, settings, time.monotonic() - started))
+    return report(before, after, settings, time.monotonic() - started)

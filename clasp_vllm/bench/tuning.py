@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import yaml
 
+from clasp_vllm.bench.serving import accepted
 from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
 from clasp_vllm.control.planner import WORTH_IT, Choice
 from clasp_vllm.drafting.batch import SequenceBatch
@@ -92,10 +93,10 @@ def try_load(llm: Any, requests: int, prompts: list[str], tokens: int, temperatu
         answer = generate(llm, prompts, tokens, temperature)
     finally:
         drafter.observer = None
-    choices, counts = recorder.choices, answer["counters"]
+    choices = recorder.choices
     if not choices:
         raise ValueError(f"no round had {requests} requests: --max-num-seqs may be lower")
-    last, drafts = choices[-1], counts.get("spec_decode_num_drafts", 0.0)
+    last = choices[-1]
     plain, draft = recorder.costs
     return {
         "requests": requests,
@@ -105,7 +106,7 @@ def try_load(llm: Any, requests: int, prompts: list[str], tokens: int, temperatu
         "window": drafter.options.contexts[last.context],
         "ratio": statistics.median(choice.ratio for choice in choices[len(choices) // 2 :]),
         "drafted": recorder.drafted / len(choices),
-        "accepted": 1 + counts["spec_decode_num_accepted_tokens"] / drafts if drafts else 0.0,
+        "accepted": accepted(answer["counters"])[0] or 0.0,
         "plain": plain,
         "draft": draft,
     }

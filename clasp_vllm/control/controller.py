@@ -180,7 +180,7 @@ class Controller:
         if optimized:
             costs = self._drafting(self.costs, self.last)
             seconds = costs.optimize(optimized, self._num_layers, self._budgets[-1])
-        context = 0 if self.last is None else self.last.context
+        context = _context(self.last)
         self._times.add_drafting(rows, events, predicted, seconds, context)
 
     def choose(
@@ -250,11 +250,11 @@ class Controller:
 
     def _drafting(self, costs: PassCosts, choice: Choice | None) -> PassCosts:
         """Of the last round's sequences, drafted for as chosen."""
-        context = 0 if choice is None else choice.context
+        context = _context(choice)
         return costs.over(self._lengths, self._contexts[context], context)
 
     def _window(self, choice: Choice | None) -> int | None:
-        return self._contexts[0 if choice is None else choice.context]
+        return self._contexts[_context(choice)]
 
     def _goes_plain(self, rows: int, speculating: bool) -> bool:
         """Whether to do without drafts once, though they pay, to learn what that costs."""
@@ -337,3 +337,7 @@ class Controller:
         """
         window = self._contexts[context]
         self.evidence.add_pass(agree > 0.5, slots, context, None if window is None else lengths > window)
+
+
+def _context(choice: Choice | None) -> int:
+    return 0 if choice is None else choice.context

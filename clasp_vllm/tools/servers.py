@@ -17,10 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 
 class ServerError(RuntimeError):
     """The server did not come up. The message ends with the end of its log."""
+
+
+def series_name(sample: Sample) -> str:
+    """Of a sample of /metrics: without vLLM's prefix; those by position or layer are name[number]."""
+    name = sample.name.removeprefix("vllm:").removesuffix("_total")
+    number = sample.labels.get("position", sample.labels.get("layer"))
+    return name if number is None else f"{name}[{number}]"
 
 
 @dataclass
@@ -39,7 +47,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def metrics(self) -> dict[str, float]:
-        """vLLM's counters and gauges on /metrics, summed; those by position as name[position]."""
+        """vLLM's counters and gauges on /metrics, by their ``series_name``, summed."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as response:
             text = response.read().decode()
         totals: dict[str, float] = {}
@@ -48,10 +56,8 @@ class Server:
                 for sample in family.samples:
                     if sample.name.endswith("_created"):
                         continue
-                    name = sample.name.removeprefix("vllm:").removesuffix("_total")
-                    position = sample.labels.get("position")
-                    key = name if position is None else f"{name}[{position}]"
-                    totals[key] = totals.get(key, 0) + sample.value
+                    name = series_name(sample)
+                    totals[name] = totals.get(name, 0) + sample.value
         return totals
 
     def counters(self) -> dict[str, float]:
