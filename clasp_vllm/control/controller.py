@@ -19,7 +19,8 @@ from clasp_vllm.control.costs import SIZES, CostCorrections, LayerShares, PassCo
 from clasp_vllm.control.early_exit import Confidence, SurvivalExit
 from clasp_vllm.control.gate import Gate, State
 from clasp_vllm.control.ngram_lengths import NgramLengthPredictor
-from clasp_vllm.control.planner import WORTH_IT, Choice, rounds_between_passes
+from clasp_vllm.control.pass_schedule import PassSchedule
+from clasp_vllm.control.planner import WORTH_IT, Choice
 from clasp_vllm.control.pricing import Pricing, Sequences
 from clasp_vllm.control.rank_sync import RankSync
 from clasp_vllm.control.round_times import RoundTimes
@@ -46,6 +47,7 @@ class Controller:
         requested_draft_length: tokens that the next round should have room for. Where the scheduler makes
             room ahead of time (``padded``) it has to be told.
         last: the last choice, whatever was done; None: there was none.
+        passes: when sequences' layers are chosen again.
     """
 
     def __init__(  # noqa: PLR0913 - what holds from the start on
@@ -116,6 +118,7 @@ class Controller:
         self.ngram_lengths = NgramLengthPredictor(self._capacity, late=self.padded)
         self.gate = Gate(not self._may_stop, shared=self._ranks > 1)
         self.last: Choice | None = None
+        self.passes = PassSchedule(self._interval, self._num_layers, self._budgets[-1], self._capacity)
         self._optimistic = False  # whether optimism alone makes the last choice worth trying
         self.pricing.reset()
         self._times = RoundTimes(self._num_layers, self.corrections)
@@ -191,6 +194,7 @@ class Controller:
         match_lengths: np.ndarray | None = None,
         lengths: np.ndarray | None = None,
         version: int | None = None,
+        due: Callable[[int], tuple[int, bool]] = lambda interval: (0, False),
     ) -> Choice:
         """What to do in this round; of no length where plain decoding is better.
 
@@ -201,6 +205,8 @@ class Controller:
             match_lengths: [rows] int64, of prompt-lookup matches, if they have been looked up.
             lengths: [rows] int, tokens of context, if they are known.
             version: another one whenever a mask has changed.
+            due: tells, given the rounds between two passes for a sequence, how many sequences are due for
+                one, and whether any of them has had none.
         """
         rows = len(slots)
         match_lengths = np.zeros(rows, dtype=np.int64) if match_lengths is None else match_lengths
@@ -209,7 +215,13 @@ class Controller:
         costs = self._corrected()
         choice = self._decide(costs, Sequences(slots, masks, match_lengths, self._lengths, version))
         plain = float(costs.plain(rows, self._num_layers))
-        self.gate.decide(choice, self._optimistic, plain, rows)
+        charged = choice
+        if choice.length and self._may_stop:
+            passes = due(self.passes.interval)
+            charged = self.passes.with_passes(
+                choice, *passes, costs, lambda some: self.gate.affords(some, plain, rows)
+            )
+        self.gate.decide(charged, self._optimistic, plain, rows)
         self.requested_draft_length = max(choice.length, choice.ngram) if self.gate.asks else 0
         self._explain(choice, slots)
         goes_plain = self._goes_plain(rows, bool(allowed) and self.gate.speculating)
@@ -314,17 +326,8 @@ class Controller:
 
     def rounds_between_passes(self, choice: Choice, rows: int) -> int:
         """How often a sequence's layers are chosen again."""
-        if self._interval is not None:
-            return self._interval
         kept = self._num_layers - self._budgets[choice.budget]
-        return rounds_between_passes(
-            self._drafting(self._corrected(), choice),
-            self._num_layers,
-            self._budgets[-1],
-            choice,
-            rows,
-            kept,
-        )
+        return self.passes.space_out(self._drafting(self._corrected(), choice), choice, rows, kept)
 
     def learn(self, agree: np.ndarray, slots: np.ndarray, context: int, lengths: np.ndarray) -> None:
         """Take in what an optimisation pass shows, as shared by rank 0.

@@ -12,7 +12,6 @@ is a forward pass of some rows through some layers, so one table of what passes 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,8 +22,6 @@ import numpy as np
 from clasp_vllm.control.costs import Array, PassCosts
 
 WORTH_IT = 1.05  # the ratio from which on to speculate: less is not worth the risk of being wrong
-PASS_SHARE = 0.02  # of the time, what optimisation passes may cost beyond the draft steps they replace
-INTERVALS = (8, 1024)  # rounds between two passes for a sequence
 HIGHEST_FLOOR = 0.9
 
 
@@ -236,12 +233,3 @@ def _before(continuation_prob: Array) -> Array:
 def _from_zero(sums: Any) -> Array:
     """A leading zero on the last axis."""
     return np.concatenate((np.zeros((*sums.shape[:-1], 1)), sums), axis=-1)
-
-
-def rounds_between_passes(
-    costs: PassCosts, num_layers: int, budget: int, choice: Choice, rows: int, layers: float
-) -> int:
-    """How often a sequence's layers may be chosen again for passes to take ``PASS_SHARE`` of the time."""
-    extra = costs.optimize(1, num_layers, budget) - float(costs.draft_step(1, layers))
-    share = rows * max(extra, 0.0) / (PASS_SHARE * choice.seconds)
-    return int(min(max(math.ceil(share), INTERVALS[0]), INTERVALS[1]))

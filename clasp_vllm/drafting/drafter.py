@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -151,7 +152,8 @@ class Drafter:
             if batch.ngrams is not None:
                 match_lengths = self.controller.ngram_lengths.predict(slots, started, batch.ngrams.lengths)
             context, version = batch.max_lengths.numpy(), self.sequences.version
-            choice = self.controller.choose(slots, masks, num_tokens, match_lengths, context, version)
+            due = partial(self.policy.passes_due, slots)
+            choice = self.controller.choose(slots, masks, num_tokens, match_lengths, context, version, due)
         drafted = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)
         lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         drawn, looked_up = np.full((rows, num_tokens), -1), np.zeros(rows, dtype=bool)
@@ -223,7 +225,7 @@ class Drafter:
         """
         rows, device = len(batch), batch.tokens.device
         started = DeviceEvent(device)
-        due = self.policy.due(slots, self._interval(choice, running))
+        due = self.policy.due(slots, *self._passes(choice, running))
         exact = None
         if due.size:
             exact = self.policy.optimize(batch.select(due), slots[due], choice)
@@ -282,11 +284,11 @@ class Drafter:
                 self.controller.evidence.start(slots[row], bool(sampling[row]))
         return slots, started
 
-    def _interval(self, choice: Choice, running: int) -> int:
-        """Rounds between two choices of a sequence's layers."""
-        if self.controller is not None:
-            return self.controller.rounds_between_passes(choice, running)
-        return self.options.optimization_interval
+    def _passes(self, choice: Choice, running: int) -> tuple[int, int]:
+        """Rounds between two choices of a sequence's layers, and for how many they may be made now."""
+        if self.controller is None:
+            return self.options.optimization_interval, running
+        return self.controller.rounds_between_passes(choice, running), self.controller.passes.most
 
     def _first_hidden(
         self, batch: SequenceBatch, slots: np.ndarray, due: np.ndarray, exact: Tensor | None, choice: Choice

@@ -34,12 +34,16 @@ class Policy:
         """Values of gauges for the last choice, by the name of the metric."""
         return {}
 
-    def due(self, slots: np.ndarray, interval: int) -> np.ndarray:
-        """Rows (indices into ``slots``) whose masks are to be chosen in this round.
+    def due(self, slots: np.ndarray, interval: int, limit: int) -> np.ndarray:
+        """Rows (indices into ``slots``) whose masks are to be chosen in this round, at most ``limit``.
 
         ``interval``: rounds between two choices.
         """
         return np.empty(0, dtype=np.int64)
+
+    def passes_due(self, slots: np.ndarray, interval: int) -> tuple[int, bool]:
+        """How many rows would be due, and whether the masks of any of them were never chosen."""
+        return 0, False
 
     def optimize(self, batch: SequenceBatch, slots: np.ndarray, choice: Choice) -> Tensor:
         """Choose the masks of a batch, by a pass that runs the target on its last tokens.

@@ -68,11 +68,16 @@ class Clasp(Policy):
         known = last if self._budgets.device.type == "cpu" else before
         return {} if known is None else {"similarity": float(known.get())}
 
-    def due(self, slots: np.ndarray, interval: int) -> np.ndarray:
+    def due(self, slots: np.ndarray, interval: int, limit: int) -> np.ndarray:
         """See ``Policy``."""
         if self.evidence is not None and self.evidence.passes >= ENOUGH_PASSES:
             self._sequences.spread = interval
-        return self._sequences.due(slots, interval, self._max_requests)
+        return self._sequences.due(slots, interval, min(limit, self._max_requests))
+
+    def passes_due(self, slots: np.ndarray, interval: int) -> tuple[int, bool]:
+        """See ``Policy``."""
+        due = self.due(slots, interval, len(slots))
+        return due.size, not self._sequences.has_own[slots[due]].all()
 
     def apply(self) -> None:
         """See ``Policy``."""

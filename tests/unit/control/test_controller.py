@@ -309,3 +309,13 @@ def test_passes_over_a_window_teach_the_curve_of_budgets():
             agree = np.repeat(random.random((1, 1)) < expected, budgets, axis=1)
             adaptive.learn(agree.astype(float), np.array([0]), 1, np.array([length]))
         assert abs(curve - evidence.acceptance(np.array([0]))[0, 0, 0] - follows) < 0.12
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_round_whose_pass_the_budget_does_not_bear_is_not_begun(needed):
+    adaptive = controller(("length", "speculation"))
+    masks = torch.zeros(16, len(BUDGETS), LAYERS, 2, dtype=torch.bool)
+    adaptive.gate.budget.balance = 4.0  # a plain step of four rows, and a pass takes several
+    choice = adaptive.choose(np.arange(4), masks, 4, due=lambda interval: (4, needed))
+    assert (choice.length == 0) == needed
+    assert adaptive.passes.most == needed

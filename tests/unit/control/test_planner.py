@@ -9,14 +9,12 @@ from clasp_vllm.control.costs import PassCosts
 from clasp_vllm.control.gate import PROBE_SHARE, Probes
 from clasp_vllm.control.planner import (
     HIGHEST_FLOOR,
-    INTERVALS,
     WORTH_IT,
     Batch,
     Choice,
     Ngrams,
     choose,
     draft_lengths,
-    rounds_between_passes,
 )
 
 NUM_LAYERS = 24
@@ -223,15 +221,6 @@ def test_probes_lose_no_more_than_their_share():
     done = sum(probes.due(choice, plain) for _ in range(steps))
     assert done > 0
     assert done * (choice.seconds - plain) <= PROBE_SHARE * steps * plain
-
-
-def test_passes_take_their_share_of_the_time():
-    one, eight = decide(0.8, 1), decide(0.8, 8)
-    every = rounds_between_passes(COSTS, NUM_LAYERS, 16, one, 1, 8.0)
-    assert INTERVALS[0] <= every <= INTERVALS[1]
-    assert rounds_between_passes(COSTS, NUM_LAYERS, 16, eight, 8, 8.0) > every
-    dear = COSTS.scaled({"verify_scale": 1.0, "draft_scale": 1.0, "pass_scale": 3.0})
-    assert rounds_between_passes(dear, NUM_LAYERS, 16, one, 1, 8.0) > every
 
 
 @given(probability, st.integers(1, 3), st.integers(1, 6))
