@@ -22,7 +22,7 @@ from clasp_vllm.control.planner import WORTH_IT, Choice
 
 PROBE_SHARE = 0.002  # of the time, what probes may lose while speculation is off
 PATIENCE = 6  # steps that a probe waits for room
-OFF_CHECK = 32  # steps without speculation until the next decision,
+OFF_CHECK = 128  # steps without speculation until the next decision,
 OFF_CHANGE = 0.25  # unless the number of rows has changed by this share, or as many are new
 
 
