@@ -54,9 +54,9 @@ class LayerSkipProposer(DraftModelProposer):
         elif config.cascades:
             # Not before it is needed: once numba is loaded, vLLM starts no further engine on a CPU in the
             # same process.
-            from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+            from clasp_vllm.engine.lookup import PromptLookup
 
-            self._lookup = NgramProposer(vllm_config)
+            self._lookup = PromptLookup(vllm_config)
 
     def load_model(self, target_model: nn.Module) -> None:
         self.decoder = build_decoder(target_model)
@@ -245,17 +245,13 @@ class LayerSkipProposer(DraftModelProposer):
 
     def _matches_of(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> NgramMatches:
         batch = self.runner.input_batch
-        lengths = positions.numpy().astype(np.int32) + 1  # vLLM has compiled the lookup for this type
-        tokens = batch.token_ids_cpu
-        sampled: list[list[int]] = [[] for _ in lengths]
-        for row in rows:
-            if lengths[row] <= self.max_model_len:
-                # Drafts are in the array already, and those accepted are followed by the sampled token, which
-                # the runner will put in the same place when drafting is done.
-                tokens[row, lengths[row] - 1] = sampled_id = int(next_tokens[row])
-                sampled[row] = [sampled_id]
-        draft_token_ids = self._lookup.propose(self._lookup.k, sampled, lengths, tokens)
-        return NgramMatches.of(draft_token_ids, self._lookup.k)
+        lengths = positions.numpy() + 1
+        rows = rows[lengths[rows] <= self.max_model_len]
+        # Drafts are in the array already, and those accepted are followed by the sampled token, which the
+        # runner will put in the same place when drafting is done.
+        batch.token_ids_cpu[rows, lengths[rows] - 1] = next_tokens.numpy()[rows]
+        matches = self._lookup.matches(rows, lengths, batch.token_ids_cpu)
+        return NgramMatches.of(matches, self._lookup.longest)
 
 
 class _DraftSampling:
