@@ -181,13 +181,15 @@ class Outcome:
     accepted_per_position: tuple[int, ...] = ()
 
 
-def generate(llm: Any, prompts: Sequence[Any], **sampling: Any) -> Outcome:
+def generate(
+    llm: Any, prompts: Sequence[Any], lora_request: list[Any] | None = None, **sampling: Any
+) -> Outcome:
     """Generate for all prompts at once."""
     from vllm import SamplingParams
 
     params = SamplingParams(**({"temperature": 0.0, "max_tokens": 64, "ignore_eos": True} | sampling))
     before = _counters(llm)
-    outputs = llm.generate(list(prompts), params, use_tqdm=False)
+    outputs = llm.generate(list(prompts), params, use_tqdm=False, lora_request=lora_request)
     after = _counters(llm)
     per_position = tuple(a - b for a, b in zip(after.pop("per_pos"), before.pop("per_pos"), strict=True))
     return Outcome(

@@ -21,6 +21,7 @@ from clasp_vllm.drafting.batch import NgramMatches, SequenceBatch, prompt_tokens
 from clasp_vllm.drafting.draft import DraftOutput
 from clasp_vllm.drafting.drafter import Drafter
 from clasp_vllm.drafting.passes import top_probability
+from clasp_vllm.engine.adapters import base_model
 from clasp_vllm.engine.build import (
     build_decoder,
     build_drafter,
@@ -59,9 +60,9 @@ class LayerSkipProposer(DraftModelProposer):
             self._lookup = PromptLookup(vllm_config)
 
     def load_model(self, target_model: nn.Module) -> None:
-        self.decoder = build_decoder(target_model)
+        self.model = base_model(target_model)
+        self.decoder = build_decoder(self.model)
         first_broadcast(self.device)
-        self.model = target_model
         self._draft_attn_layer_names: set[str] = set()
 
     def initialize_attn_backend(

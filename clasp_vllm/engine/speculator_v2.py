@@ -23,6 +23,7 @@ from clasp_vllm.device import rows_index, to_device
 from clasp_vllm.drafting.batch import NgramMatches, SequenceBatch, prompt_tokens
 from clasp_vllm.drafting.draft import Sample
 from clasp_vllm.drafting.drafter import Drafter
+from clasp_vllm.engine.adapters import base_model
 from clasp_vllm.engine.build import (
     any_rank,
     build_decoder,
@@ -69,9 +70,10 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         self._step = torch.zeros((), dtype=torch.int64, device=device)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
-        self.decoder = build_decoder(target_model)
+        model = base_model(target_model)
+        self.decoder = build_decoder(model)
         first_broadcast(self.device)
-        return target_model
+        return model
 
     def set_attn(
         self,

@@ -25,8 +25,11 @@ def cover_draft_lengths(manager: ModelCudaGraphManager) -> None:
     """Have a new manager capture and find a full graph for every batch that may be scheduled.
 
     Steps without drafts keep all of vLLM's sizes. Those with drafts share among all lengths as many graphs
-    as vLLM captures for one length: a batch is padded by some 50 to 100 tokens at most.
+    as vLLM captures for one length: a batch is padded by some 50 to 100 tokens at most. With LoRA vLLM's
+    graphs are left as they are: each is there for several numbers of adapters.
     """
+    if manager.vllm_config.lora_config is not None:
+        return
     lengths = scheduled_lengths(manager.vllm_config)
     mode, longest = manager.cudagraph_mode, manager.compilation_config.max_cudagraph_capture_size
     graphs = manager._capture_descs.get(CUDAGraphMode.FULL, [])

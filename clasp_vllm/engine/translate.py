@@ -146,7 +146,6 @@ def refuse_unsupported(
             "encoder-cache transfer",
             "leave out --ec-transfer-config",
         ),
-        (engine_args.enable_lora, "LoRA", "serve the merged model, or leave out --enable-lora"),
         (
             kv_cache_dtype not in KV_CACHE_DTYPES,
             f"a KV cache of {kv_cache_dtype}",

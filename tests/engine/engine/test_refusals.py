@@ -65,7 +65,6 @@ CASES = {
     ),
     "offloading": (None, {"cpu_offload_gb": 1}, ["weight offloading", "--cpu-offload-gb"]),
     "prefetch offloading": (None, {"offload_group_size": 4}, ["weight offloading", "--offload-group-size"]),
-    "LoRA": (None, {"enable_lora": True}, ["LoRA", "merged model"]),
     "quantised KV cache": (
         None,
         {"kv_cache_dtype": "int8_per_token_head"},
