@@ -22,11 +22,32 @@ from clasp_vllm.config.schema import (
     LayerSkipConfig,
 )
 
-LARGEST = 1 << 20  # bytes of a file
+LARGEST = 1 << 16  # bytes of a file: reading so much YAML takes seconds, and more of it minutes
 
-# Values in messages are cut: a few lines of YAML can stand for gigabytes.
-_SHORT = reprlib.Repr()
+_SHORT = reprlib.Repr()  # values in messages are cut
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 8, 8, 200, 200
+
+
+def short_repr(value: object) -> str:
+    """A value of whatever size and nesting, for a message."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of too many digits"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: by these a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node."""
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem=f"the alias *{alias.anchor} is not allowed: write the value out",
+                problem_mark=alias.start_mark,
+            )
+        return super().compose_node(parent, index)
 
 
 def is_ours(settings: object) -> bool:
@@ -51,23 +72,24 @@ def read_settings(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if text.lstrip().startswith(("{", "[")):
         settings, origin = _parse(text, json.loads, "the JSON given"), "the JSON given"
     else:
-        path = Path(text).expanduser()
-        if not path.is_file():
-            raise ConfigError(
-                f"speculative configuration {text!r}: no such file; "
-                "allowed is a JSON object or the path of a YAML or JSON file"
-            )
-        origin = f"file {text!r}"
+        origin = f"file {short_repr(text)}"
         try:
+            path = Path(text).expanduser()
+            if not path.is_file():
+                raise ConfigError(
+                    f"speculative configuration {short_repr(text)}: no such file; "
+                    "allowed is a JSON object or the path of a YAML or JSON file"
+                )
             size = path.stat().st_size
             if size > LARGEST:
                 raise ConfigError(
                     f"speculative configuration {origin}: has {size} bytes; allowed are {LARGEST} at most"
                 )
             content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"speculative configuration {origin}: {error}") from error
-        settings = _parse(content, yaml.safe_load, origin)
+        except (OSError, UnicodeError, RuntimeError) as error:  # the last: a home directory that is not known
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigError(f"speculative configuration {origin}: {reason}") from error
+        settings = _parse(content, lambda text: yaml.load(text, _Loader), origin)
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(
             f"speculative configuration {origin}: holds {_describe(settings)}; "
@@ -79,7 +101,7 @@ def read_settings(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 def _parse(text: str, load: Any, origin: str) -> object:
     try:
         return load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+    except Exception as error:  # PyYAML raises anything for a value that is not of its tag's kind
         raise ConfigError(
             f"speculative configuration {origin} cannot be read: {' '.join(str(error).split())}"
         ) from error
@@ -90,7 +112,7 @@ def _describe(value: object) -> str:
         return "a list"
     if isinstance(value, dict):
         return "keys that are not text"
-    return "nothing" if value is None else _SHORT.repr(value)
+    return "nothing" if value is None else short_repr(value)
 
 
 def parse_config(settings: Mapping[str, Any]) -> LayerSkipConfig:
@@ -111,13 +133,14 @@ def _explain(error: dict[str, Any], settings: Mapping[str, Any]) -> str:
     if not error["loc"]:
         return str(error["msg"]).removeprefix("Value error, ")
     key = str(error["loc"][0])
-    value = _SHORT.repr(settings.get(key))
+    value = short_repr(settings.get(key))
     choices = settings.get(key) if key == "adaptive" else None
     if isinstance(choices, list) and "sharing" in choices:
         return (
             f"adaptive={value}: sharing was removed, for it gained nothing; allowed are {', '.join(CHOICES)}"
         )
-    why = REMOVED_METHODS.get(str(settings.get(key))) if key == "method" else None
+    named = settings.get(key) if key == "method" else None
+    why = REMOVED_METHODS.get(named) if isinstance(named, str) else None
     if why is not None:
         return f"method={value} was removed, for {why}; allowed are {', '.join(METHODS)}"
     if key in REMOVED_KEYS:

@@ -8,6 +8,8 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
+from clasp_vllm.config.parsing import short_repr
+
 KEY = "layer_skip"
 PREFIXES = ("layer_skip", "clasp")  # further keys that begin so are mistakes, not another plugin's
 
@@ -23,7 +25,7 @@ def check_extra_args(extra_args: Mapping[str, Any] | None) -> None:
         else:
             problem = f"is not known; allowed is {KEY}" if key.startswith(PREFIXES) else None
         if problem is not None:
-            raise VLLMValidationError(f"{key:.40}={value!r:.80} {problem}", parameter="vllm_xargs")
+            raise VLLMValidationError(f"{key:.40}={short_repr(value):.80} {problem}", parameter="vllm_xargs")
 
 
 def check_logprobs(params: SamplingParams, logprobs_mode: str) -> None:

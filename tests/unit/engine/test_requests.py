@@ -14,7 +14,7 @@ def test_what_is_right_or_not_ours_is_let_through(extra_args):
     check_extra_args(extra_args)
 
 
-@pytest.mark.parametrize("value", ["false", "0", 2, -1, 0.0, None, [False]])
+@pytest.mark.parametrize("value", ["false", "0", 2, -1, 0.0, None, [False], float("nan"), {}, 2**70])
 def test_other_values_are_refused(value):
     from vllm.exceptions import VLLMValidationError
 
@@ -56,7 +56,11 @@ def test_a_message_does_not_repeat_all_that_it_was_sent():
 
     from clasp_vllm.engine.requests import check_extra_args
 
-    for extra_args in ({"layer_skip": "x" * 10**6}, {"clasp" + "x" * 10**6: 1}):
+    nested: list = []
+    for _ in range(10**5):
+        nested = [nested]
+    values = ["x" * 10**6, list(range(10**6)), nested, {"a": nested}, 1 << 10**6, -(1 << 10**6)]
+    for extra_args in (*({"layer_skip": value} for value in values), {"clasp" + "x" * 10**6: 1}):
         with pytest.raises(VLLMValidationError) as error:
             check_extra_args(extra_args)
         assert len(str(error.value)) < 300
