@@ -20,6 +20,7 @@ from clasp_vllm.config import ConfigError
 from clasp_vllm.policies.anchors import Anchors
 
 FORMAT = 2
+LARGEST = 1 << 20  # bytes of a manifest
 SAME_NORMS = 0.005  # mean difference, relative, up to which norms are the same in another precision
 
 
@@ -76,7 +77,10 @@ class Calibration:
         """
         self.folder = Path(folder).expanduser()
         try:
-            self.manifest = Manifest.model_validate_json((self.folder / "manifest.json").read_text("utf-8"))
+            path = self.folder / "manifest.json"
+            if path.stat().st_size > LARGEST:
+                raise OSError(f"{path.name} has {path.stat().st_size} bytes; allowed are {LARGEST} at most")
+            self.manifest = Manifest.model_validate_json(path.read_text("utf-8"))
             tensors = load_file(self.folder / "anchors.safetensors")
             self.anchors = Anchors(tensors["vectors"], tensors["tasks"], tensors["least"])
             self.norms = tensors["norms"]
@@ -105,12 +109,19 @@ class Calibration:
                 return f"{task.name} skips layers that the model does not have"
         if vectors.ndim != 2 or len(vectors) == 0 or vectors.shape[1] != self.manifest.hidden_size:
             return f"its anchors are of shape {tuple(vectors.shape)}"
-        if tasks.shape != vectors.shape[:1] or not 0 <= int(tasks.min()) <= int(tasks.max()) < (
-            len(self.manifest.tasks) - 1
+        if (
+            tasks.dtype != torch.int64
+            or tasks.shape != vectors.shape[:1]
+            or not 0 <= int(tasks.min()) <= int(tasks.max()) < (len(self.manifest.tasks) - 1)
         ):
             return "its anchors are of tasks that it does not have"
         if self.anchors.least.shape != tasks.shape:
             return "it does not say how near its anchors are"
+        if self.norms.shape != (2 * layers + 1, self.manifest.hidden_size):
+            return f"its norms are of shape {tuple(self.norms.shape)}"
+        for name, tensor in (("anchors", vectors), ("anchors", self.anchors.least), ("norms", self.norms)):
+            if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                return f"not all of its {name} are numbers"
         return None
 
     def check_shape(self, num_layers: int, hidden_size: int) -> None:

