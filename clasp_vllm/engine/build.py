@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -209,9 +210,19 @@ def any_rank(flag: bool) -> bool:
 
 
 def _go_on_without_drafts(error: Exception, failures_before: int) -> None:
-    """Log the drafter's first failure. Raises it where drafting cannot simply be left out."""
-    # Other ranks would wait for this one for ever; and after an error of the device nothing works.
-    if get_tp_group().world_size > 1 or isinstance(error, torch.AcceleratorError):
+    """Log the drafter's first failure. Where drafting cannot simply be left out the engine ends."""
+    group = get_tp_group()
+    if group.rank_in_group > 0:
+        # Other ranks wait for this one. That its process is gone vLLM sees at once; what it would answer vLLM
+        # does not read, for it asks rank 0 alone.
+        logger.critical(
+            "Layer skipping failed on rank %d of %d. The others wait for it, so the engine ends.",
+            group.rank_in_group,
+            group.world_size,
+            exc_info=error,
+        )
+        os._exit(1)
+    if group.world_size > 1 or isinstance(error, torch.AcceleratorError):  # after that nothing works
         raise error
     if failures_before == 0:
         logger.error(

@@ -1,5 +1,9 @@
 """Two tensor-parallel ranks, each a process of its own: same output, same masks, no hang if they disagree."""
 
+import logging
+import time
+from pathlib import Path
+
 import pytest
 from engines import PROMPTS, REPEATING, drafter_of, generate, masks_of, running, two_ranks
 
@@ -131,3 +135,51 @@ def test_other_drafts(draft, monkeypatch):
     assert clasp.token_ids == plain.token_ids
     assert masks[0] == masks[1]
     assert clasp.num_accepted_tokens > 0
+
+
+class SabotageError(RuntimeError):
+    """Raised in the middle of drafting."""
+
+
+def fail_on(worker, rank: int, log: Path) -> None:
+    """From now on drafts fail on one rank, and what our part of it logs is kept."""
+    if worker.rank == rank:
+
+        def run_sublayer(*args):
+            raise SabotageError("in the middle of a draft")
+
+        logging.getLogger("vllm.clasp_vllm.engine.build").addHandler(logging.FileHandler(log))
+        drafter_of(worker).decoder.run_sublayer = run_sublayer
+
+
+def until_a_rank_fails(rank: int, log: Path) -> tuple[str, list[int | None]]:
+    """The error that ends the engine, and the ranks' exit codes."""
+    settings = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 256 << 20, "block_size": 32}
+    with running(speculative_config=CLASP, **settings) as llm:
+        generate(llm, PROMPTS[:2], max_tokens=8)
+        llm.collective_rpc(fail_on, args=(rank, log))
+        started = time.monotonic()
+        with pytest.raises(Exception) as error:  # noqa: PT011 - whatever it is: the test reads it
+            generate(llm, PROMPTS[:2], max_tokens=8)
+        print(f"\nrank {rank} failed, and {time.monotonic() - started:.1f} s later: {error.value}")
+        executor = llm.llm_engine.engine_core.engine_core.model_executor
+        executor.shutdown()
+        return f"{error.type.__name__}: {error.value}", [worker.proc.exitcode for worker in executor.workers]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
+def test_a_drafter_that_fails_on_one_rank_ends_the_engine(runner, rank, monkeypatch, tmp_path):
+    """At once: the other rank waits in a collective, and so would vLLM for it, up to a limit of its own."""
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "100")
+    log = tmp_path / "log"
+    with two_ranks(runner, monkeypatch) as call:
+        error, exit_codes = call(until_a_rank_fails, rank, log)
+    assert not error.startswith("TimeoutError"), error
+    if rank == 0:
+        assert "in the middle of a draft" in error
+        return
+    assert exit_codes[1] == 1
+    (message, *traceback) = log.read_text().splitlines()
+    assert message == "Layer skipping failed on rank 1 of 2. The others wait for it, so the engine ends."
+    assert "SabotageError: in the middle of a draft" in traceback[-1]
