@@ -178,6 +178,8 @@ def _worker(original: Callable[..., Any]) -> Callable[..., Any]:
             if vllm_config.speculative_config.layer_skip.quantises:
                 install_draft_weights()
             wrap(type(self), "compile_or_warm_up_model", _warm_up)
+            wrap(type(self), "reload_weights", _new_weights)
+            wrap(type(self), "finish_weight_update", _new_weights)
         original(self, vllm_config, *args, **kwargs)
 
     return __init__
@@ -197,6 +199,15 @@ def _warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
         return times
 
     return compile_or_warm_up_model
+
+
+def _new_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+    def change_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if uses_us(self.vllm_config):
+            drafter_of(self.model_runner).forget()
+
+    return change_weights
 
 
 def drafter_of(runner: Any) -> Any:

@@ -59,6 +59,7 @@ class Clasp(Policy):
 
     def reset(self) -> None:
         """See ``Policy``."""
+        self._handover.take()  # what an earlier pass has found is for masks that are gone
         if self.evidence is not None:
             self.evidence.reset()
 
