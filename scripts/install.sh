@@ -46,7 +46,7 @@ echo "Installing vLLM $VLLM_VERSION into $VENV with $("$python" --version). This
 [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
 pip=("$VENV/bin/pip" install --quiet --disable-pip-version-check --no-compile) # compiled when first imported
 if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
-    "${pip[@]}" -e ".[cuda${extras:+,$extras}]"
+    "${pip[@]}" "vllm==$VLLM_VERSION" -e ".[cuda${extras:+,$extras}]"
 else
     # pip may be set up to find PyTorch's CPU builds; if not, they are in PyTorch's own index.
     "${pip[@]}" "torch==$TORCH_VERSION+cpu" 2>/dev/null ||

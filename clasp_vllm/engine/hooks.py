@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from clasp_vllm.config import METHODS, ConfigError, is_ours, parse_config, read_settings
 
-SUPPORTED = "0.32"  # and every patch of it
+SUPPORTED = ("0.32", "0.33")  # and every patch of them
 _INSTALLED = "_clasp_vllm_original"
 
 
@@ -45,10 +45,10 @@ def check_version() -> None:
     """Raises ConfigError when the installed vLLM is not one of the supported versions."""
     import vllm
 
-    if not vllm.__version__.startswith(f"{SUPPORTED}."):
+    if not vllm.__version__.startswith(tuple(f"{version}." for version in SUPPORTED)):
         raise ConfigError(
-            f"clasp_vllm supports vLLM {SUPPORTED}.*, but vLLM {vllm.__version__} is installed. "
-            f"Install vllm=={SUPPORTED}.*, or use a speculative method of vLLM's own."
+            f"clasp_vllm supports vLLM {' and '.join(SUPPORTED)}, but vLLM {vllm.__version__} is installed. "
+            "Install one of those, or use a speculative method of vLLM's own."
         )
 
 

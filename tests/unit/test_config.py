@@ -51,6 +51,10 @@ BAD = [
         {"method": "clasp", "draft_sample_method": "beam"},
         ["draft_sample_method='beam'", "'greedy' or 'probabilistic'"],
     ),
+    (  # of vLLM 0.33, and not lossless
+        {"method": "clasp", "rejection_sample_method": "fly"},
+        ["rejection_sample_method='fly'", "'standard', 'synthetic' or 'block'"],
+    ),
     ({"method": "clasp", "skip_ratio": 0.5, "num_skipped_layers": 3}, ["skip_ratio and num_skipped_layers"]),
     ({"method": "clasp", "skip_layers": [1]}, ["skip_layers=[1]", "method: layer_skip"]),
     ({"method": "layer_skip", "skip_layers": [1, 1]}, ["skip_layers=[1, 1]", "twice"]),

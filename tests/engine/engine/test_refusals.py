@@ -159,7 +159,7 @@ def test_refused_before_loading(call, case, tmp_path):
 
 def test_other_versions_of_vllm(call):
     error = call(message, "", None, {}, version="0.99.1")
-    assert f"supports vLLM {SUPPORTED}.*, but vLLM 0.99.1 is installed" in error
+    assert f"supports vLLM {' and '.join(SUPPORTED)}, but vLLM 0.99.1 is installed" in error
 
 
 def start(settings: dict) -> str:
