@@ -54,10 +54,10 @@ class OpenAIServer:
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Start the engine; the application that Serve is to run."""
+        from vllm.entrypoints.cli.serve import make_arg_parser, validate_parsed_serve_args
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
         from vllm.entrypoints.launchers.app import build_app
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
         from vllm.plugins import load_general_plugins
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 

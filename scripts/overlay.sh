@@ -14,6 +14,7 @@ wheels=$(mktemp -d)
 trap 'rm -r "$wheels"' EXIT
 "$base/bin/pip" download --quiet --no-deps --only-binary=:all: --dest "$wheels" "vllm==$version"
 "$base/bin/python" -m venv --without-pip "$overlay"
+"$base/bin/pip" --python "$overlay/bin/python" install --quiet --no-deps orjson # which 0.33 asks for, 0.32 not
 "$overlay/bin/python" - "$base" "$version" "$wheels"/vllm-*.whl <<'PY'
 import pathlib, sys, sysconfig, zipfile
 base, version, wheel = sys.argv[1:]

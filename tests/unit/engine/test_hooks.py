@@ -1,4 +1,4 @@
-"""What the plugin imports, wraps and overrides is in vLLM as it is installed, and the ledger names its hooks."""
+"""What the plugin imports, wraps and overrides is in vLLM as it is installed; the ledger has every hook."""
 
 import ast
 import importlib
