@@ -224,7 +224,7 @@ class Controller:
         self.gate.decide(charged, self._optimistic, plain, rows)
         self.requested_draft_length = max(choice.length, choice.ngram) if self.gate.asks else 0
         self._explain(choice, slots)
-        goes_plain = self._goes_plain(rows, bool(allowed) and self.gate.speculating)
+        goes_plain = self._goes_plain(rows, bool(allowed))
         self._times.verified()
         if goes_plain:
             self.requested_draft_length, self.gate.asks = 0, False
@@ -268,14 +268,17 @@ class Controller:
     def _window(self, choice: Choice | None) -> int | None:
         return self._contexts[_context(choice)]
 
-    def _goes_plain(self, rows: int, speculating: bool) -> bool:
-        """Whether to do without drafts once, though they pay, to learn what that costs."""
+    def _goes_plain(self, rows: int, drafts: bool) -> bool:
+        """Whether to do without drafts once, though they pay, to learn what that costs.
+
+        ``drafts``: whether there is room for any. vLLM makes none in the last steps of requests.
+        """
         size = int(np.abs(np.array(SIZES) - rows).argmin())
-        self._until_plain[size] -= 1
+        self._until_plain[size] -= drafts
         due = bool(self._until_plain[size] <= 0)
-        if due or not speculating:
+        if due or not self.gate.speculating:
             self._until_plain[size] = PLAIN_EVERY
-        return due and speculating and self._may_stop
+        return due and self.gate.speculating and self._may_stop
 
     def _explain(self, choice: Choice, slots: np.ndarray) -> None:
         plan = choice.budget, choice.length, choice.context, choice.ngram

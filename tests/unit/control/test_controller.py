@@ -13,6 +13,7 @@ from clasp_vllm.control.planner import Choice
 from clasp_vllm.device import DeviceEvent
 
 LAYERS, BUDGETS = 8, (2, 4)
+MASKS = torch.zeros(16, len(BUDGETS), LAYERS, 2, dtype=torch.bool)
 
 
 def controller(
@@ -43,10 +44,9 @@ def controller(
 
 def chosen(adaptive: Controller, rows: int, rounds: int, room: bool = False) -> list[int]:
     """The draft lengths of so many rounds; with ``room`` as many tokens are allowed as were wanted before."""
-    masks = torch.zeros(16, len(BUDGETS), LAYERS, 2, dtype=torch.bool)
     lengths, allowed = [], 4
     for _ in range(rounds):
-        choice = adaptive.choose(np.arange(rows), masks, allowed)
+        choice = adaptive.choose(np.arange(rows), MASKS, allowed)
         allowed = adaptive.requested_draft_length if room else 4
         lengths.append(choice.length)
     return lengths
@@ -77,6 +77,15 @@ def test_not_where_speculation_is_always_on():
 def test_where_room_is_made_ahead_the_next_round_has_none():
     lengths = chosen(controller(("length", "speculation"), padded=True), 1, PLAIN_FIRST + 4, room=True)
     assert [round_ for round_, length in enumerate(lengths, start=1) if not length] == [PLAIN_FIRST + 1]
+
+
+def test_rounds_that_are_asked_for_no_drafts_do_not_put_it_off():
+    """As vLLM 0.33 does in the last steps of requests: short ones would never have a plain step."""
+    adaptive = controller(("length", "speculation"))
+    for _ in range(PLAIN_FIRST - 1):
+        assert chosen(adaptive, 1, 1) == [4]
+        assert adaptive.choose(np.arange(1), MASKS, 0).length == 0
+    assert chosen(adaptive, 1, 1) == [0]
 
 
 def test_after_it_comes_a_new_decision():
@@ -222,8 +231,7 @@ def window_chosen(adaptive: Controller, *lengths: int) -> int | None:
 
 
 def choice_of(adaptive: Controller, *lengths: int) -> Choice:
-    masks = torch.zeros(16, len(BUDGETS), LAYERS, 2, dtype=torch.bool)
-    return adaptive.choose(np.arange(len(lengths)), masks, 4, lengths=np.array(lengths))
+    return adaptive.choose(np.arange(len(lengths)), MASKS, 4, lengths=np.array(lengths))
 
 
 def test_a_window_is_chosen_where_the_context_is_long():
