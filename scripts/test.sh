@@ -6,4 +6,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/install.sh test
+unset PYTHONDONTWRITEBYTECODE # engines and servers are processes of their own: compile what they import once
 exec "${VENV:-.venv}/bin/python" -m pytest -m "not slow" -n 2 --dist loadfile --durations=25 "$@"
