@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -161,10 +162,13 @@ class LayerSkipProposer(DraftModelProposer):
             )
             sampling = _DraftSampling(self, rows, num_reqs, sampling_metadata)
             output = self.drafter.draft(batch, int(room.max()), sampling.sample)
+            if output is not None and not sampling.greedy:
+                # They may be what memory does not suffice for.
+                self._last_draft_probs = self.drafter.guarded(partial(sampling.distribution, output))
+                output = None if self._last_draft_probs is None else output
             log_statistics(self.drafter)
         if output is not None:
             drafts[to_device(rows, self.device), : output.tokens.shape[1]] = output.tokens
-            self._last_draft_probs = sampling.distribution(output)
         if self.runner.use_async_scheduling:
             return drafts  # the verification is under way: without drafts any tokens will do
         return _worth_verifying(output, rows, room, stop_tokens)
@@ -283,14 +287,17 @@ class _DraftSampling:
                 tokens = torch.where(likeliest, probs.argmax(-1), tokens)
         return tokens, confidence
 
-    def distribution(self, output: DraftOutput) -> Tensor | None:
-        """[num_reqs, num_tokens, vocab] float32: what each draft was drawn from; None if all are greedy.
+    @property
+    def greedy(self) -> bool:
+        """Whether no token was drawn."""
+        return not self._probs
+
+    def distribution(self, output: DraftOutput) -> Tensor:
+        """[num_reqs, num_tokens, vocab] float32: what each draft was drawn from.
 
         Tokens that count as certain have all probability: they were looked up, fill up a draft stopped early,
         or are of requests drafted for greedily.
         """
-        if not self._probs:
-            return None
         output.drawn[self._greedily] = -1
         probs, device = torch.cat(self._probs), output.tokens.device
         draft_probs = probs[to_device(output.drawn.clip(0), device)]

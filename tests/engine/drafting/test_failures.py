@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from engines import PROMPTS, Outcome, drafter, engine_process, generate, running
+from engines import PROMPTS, Outcome, drafter, engine_process, generate, model_runner, running
 
 CLASP = {
     "method": "clasp",
@@ -116,3 +116,65 @@ def first_drafts_fail() -> None:
 def test_a_failure_in_the_warm_up_ends_the_start(runner):
     with engine_process(runner) as call, pytest.raises(TypeError):
         call(first_drafts_fail)
+
+
+def allocate_too_much() -> None:
+    """As real as it can be on a CPU: more than the address space has."""
+    import torch
+
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
+def fail_at(llm, place: str, every: int) -> None:
+    """Let memory be short in every so many-th call of a place of drafting."""
+    from clasp_vllm.engine import proposer_v1
+
+    owner, name = {
+        "draft pass": (drafter(llm).decoder, "run_sublayer"),
+        "head": (drafter(llm).passes, "logits"),
+        "choice of tokens": (model_runner(llm).drafter, "draw"),
+        "probabilities": (proposer_v1._DraftSampling, "distribution"),
+        "lookup": (model_runner(llm).drafter, "_matches_of"),
+    }[place]
+    original, calls = getattr(owner, name), 0
+
+    def short_of_memory(*args):
+        nonlocal calls
+        calls += 1
+        if calls % every == 0:
+            allocate_too_much()
+        return original(*args)
+
+    setattr(owner, name, short_of_memory)
+
+
+def short_of_memory(place: str | None) -> tuple[list[list[int]], list[list[int]], float, int]:
+    """Greedy and sampled answers, how many rounds failed, and how many drafts were accepted."""
+    every = {"draft pass": 331, "head": 7, "choice of tokens": 7}.get(place, 3)
+    config = CLASP | {"draft_sample_method": "probabilistic"}
+    if place == "lookup":
+        config |= {"adaptive": ["length"], "ngram_cascade": True}
+    with running(speculative_config=config if place else None) as llm:
+        if place:
+            fail_at(llm, place, every)
+        greedy = generate(llm, PROMPTS[:4], max_tokens=24)
+        sampled = generate(llm, PROMPTS[:4], max_tokens=24, temperature=1.0)
+        failures = drafter(llm).statistics.total.failures if place else 0
+        return greedy.token_ids, sampled.token_ids, failures, greedy.num_accepted_tokens
+
+
+@pytest.fixture(scope="module")
+def plain_answers() -> list[list[int]]:
+    with engine_process("v1") as call:
+        return call(short_of_memory, None)[0]
+
+
+@pytest.mark.parametrize("place", ["draft pass", "head", "choice of tokens", "probabilities", "lookup"])
+def test_too_little_memory_costs_drafts(place, plain_answers):
+    """Each answer is whole, and greedy ones are plain vLLM's."""
+    with engine_process("v1") as call:
+        greedy, sampled, failures, accepted = call(short_of_memory, place)
+    assert greedy == plain_answers
+    assert [len(tokens) for tokens in sampled] == [24] * 4
+    assert failures > 2
+    assert accepted > 0
