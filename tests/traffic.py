@@ -21,6 +21,13 @@ class Traffic:
     counts: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
 
+    def add(self, other: Traffic) -> None:
+        """Further requests of the same shapes."""
+        self.counts += other.counts
+        self.errors += other.errors
+        for index, texts in other.texts.items():
+            self.texts.setdefault(index, set()).update(texts)
+
 
 def shapes(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Arguments of ``completions.create`` for ``count`` random requests; two thirds are greedy."""
