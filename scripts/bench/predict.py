@@ -16,7 +16,8 @@ import math
 from dataclasses import dataclass
 
 from clasp_vllm.config.schema import MAX_OPTIMIZED_REQUESTS
-from clasp_vllm.control.planner import INTERVALS, PASS_SHARE, WORTH_IT
+from clasp_vllm.control.pass_schedule import INTERVALS, PASS_SHARE
+from clasp_vllm.control.planner import WORTH_IT
 from clasp_vllm.skipping.dynamic_program import columns_at
 from clasp_vllm.tools.cost_model import Costs, expected_tokens
 
