@@ -122,9 +122,10 @@ def test_ranks_share_something_when_the_model_is_loaded(monkeypatch, ranks):
     for module in (v1, v2):
         monkeypatch.setattr(module, "build_decoder", lambda model: None)
     device = torch.device("cpu")
-    v1.LayerSkipProposer.load_model(SimpleNamespace(device=device), None)
+    model = torch.nn.Linear(1, 1)
+    v1.LayerSkipProposer.load_model(SimpleNamespace(device=device), model)
     assert len(shared) == ranks - 1
-    v2.LayerSkipSpeculator.load_draft_model(SimpleNamespace(device=device), None, set())
+    v2.LayerSkipSpeculator.load_draft_model(SimpleNamespace(device=device), model, set())
     assert len(shared) == 2 * (ranks - 1)
 
 

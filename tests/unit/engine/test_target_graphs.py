@@ -45,6 +45,7 @@ def graphs(monkeypatch):
             scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=8192),
             parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
             cache_config=SimpleNamespace(use_kda_recoverssm=False),
+            lora_config=None,
             compilation_config=SimpleNamespace(
                 cudagraph_mode=mode,
                 max_cudagraph_capture_size=None,
