@@ -26,6 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "math_reasoning": ("math_reasoning",),
     "rag": ("rag",),
 }
+GROUP_OF = {category: group for group, categories in GROUPS.items() for category in categories}
 TASK = "spec_bench"  # all groups in turn; TASK/GROUP is one, TASK/CATEGORY too
 DOCUMENTS = ("summarization", "rag")  # categories of long texts
 TEMPLATE = 48  # tokens, more than a chat template adds

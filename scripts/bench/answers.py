@@ -190,7 +190,6 @@ def workload(engines: dict[str, Engine], args: argparse.Namespace) -> list[dict[
         for engine in engines.values():  # the documents are in the prefix cache from then on
             engine.ask(generate, prompts=[first], tokens=1)
     rendered = [chat.tokens(text) for text in spec_bench.prompts(questions, most, chat)]
-    group_of = {category: group for group, categories in spec_bench.GROUPS.items() for category in categories}
     groups: list[dict[str, Any]] = []
     places = itertools.product(range(args.repeats), args.temperature, args.concurrency)
     for repeat, temperature, at_once in places:
@@ -198,7 +197,7 @@ def workload(engines: dict[str, Engine], args: argparse.Namespace) -> list[dict[
             # But for documents, no prompt is in the prefix cache from an earlier repeat or load.
             salt = {} if args.context else {"cache_salt": f"{repeat} {temperature} {at_once}"}
             prompts = [{"prompt_token_ids": prompt, **salt} for prompt in rendered[i : i + at_once]]
-            kind = group_of[questions[i % len(questions)].category] if at_once == 1 else "mixed"
+            kind = spec_bench.GROUP_OF[questions[i % len(questions)].category] if at_once == 1 else "mixed"
             place = {"repeat": repeat, "temperature": temperature, "at_once": at_once}
             groups.append({"group": kind, **place, "prompts": prompts})
     return groups

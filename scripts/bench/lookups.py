@@ -50,9 +50,8 @@ def answers(model: str, questions: list[Any], tokens: int, settings: dict[str, A
 
     chat = spec_bench.OfflineChat(spec_bench.chat_tokenizer(model), lambda prompt: generate([prompt])[0])
     prompts = [chat.tokens(text) for text in spec_bench.prompts(questions, len(questions), chat)]
-    group_of = {category: group for group, categories in spec_bench.GROUPS.items() for category in categories}
     return [
-        {"group": group_of[question.category], "prompt": prompt, "answer": answer}
+        {"group": spec_bench.GROUP_OF[question.category], "prompt": prompt, "answer": answer}
         for question, prompt, answer in zip(questions, prompts, generate(prompts), strict=True)
     ]
 
