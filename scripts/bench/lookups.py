@@ -1,13 +1,14 @@
 """What prompt lookup saves, counted and not timed: steps over greedy answers, priced by what steps cost.
 
-    .venv/bin/clasp-vllm costs MODEL --json costs.json -- ARGUMENTS
+    .venv/bin/clasp-vllm costs MODEL --batch 1,2 --json costs.json -- ARGUMENTS
     .venv/bin/python scripts/bench/lookups.py MODEL --spec-bench question.jsonl --costs costs.json \\
-        --output lookups.json -- ARGUMENTS
+        --concurrency 1,2 --output lookups.json -- ARGUMENTS
 
-Plain vLLM answers each question once. Then the answers are written again token by token, as decoding would:
-with vLLM's lookup (all of a match is verified, up to 5 tokens), and with as many tokens of it as the
-controller takes, by what it has learnt of the sequence. A step costs what it takes with one request.
-The table has plain decoding's time over that of each, by Spec-Bench's groups, and their geometric mean.
+Plain vLLM answers each question once. Then the answers are written again token by token, as decoding would,
+one by one or several of a group at once: with vLLM's lookup (all of a match is verified, up to 5 tokens), and
+with as many tokens of it as the controller takes, by what it has learnt of each sequence. A step costs what
+it takes with so many requests. The table has plain decoding's time over that of each, by Spec-Bench's groups,
+and their geometric mean.
 """
 
 from __future__ import annotations
@@ -29,10 +30,9 @@ from clasp_vllm.control.costs import PassCosts
 from clasp_vllm.control.planner import WORTH_IT, Ngrams
 from clasp_vllm.tools import spec_bench
 from clasp_vllm.tools.engine import stay_in_process
-from clasp_vllm.tools.options import engine_settings, number, split_arguments
+from clasp_vllm.tools.options import engine_settings, number, numbers, split_arguments
 from clasp_vllm.tools.provenance import about
 
-ROW = np.zeros(1, dtype=np.int64)  # there is one sequence
 VLLM, OURS = 5, 8  # tokens of a match at most
 Match = Callable[[np.ndarray, int], list[int]]  # of tokens, of which there are so many
 
@@ -59,46 +59,54 @@ def answers(model: str, questions: list[Any], tokens: int, settings: dict[str, A
 class Always:
     """vLLM's ``method: ngram``."""
 
-    def take(self, costs: PassCosts, there: int) -> int:
-        """Of the tokens of a match, how many to verify."""
-        return min(there, VLLM)
+    def take(self, costs: PassCosts, rows: np.ndarray, there: np.ndarray) -> np.ndarray:
+        """[rows] how many tokens to verify of matches of so many each."""
+        return np.minimum(there, VLLM)
 
-    def learn(self, taken: int, accepted: int) -> None:
+    def learn(self, rows: np.ndarray, accepted: np.ndarray, rejected: np.ndarray) -> None:
         """What became of them."""
 
 
 class Controlled:
-    """The controller's choice for one sequence."""
+    """The controller's choice."""
 
-    def __init__(self, evidence: AcceptanceEvidence) -> None:
-        evidence.start(0)
+    def __init__(self, evidence: AcceptanceEvidence, rows: int) -> None:
+        for row in range(rows):
+            evidence.start(row)
         self._evidence = evidence
 
-    def take(self, costs: PassCosts, there: int) -> int:
-        """Of the tokens of a match, how many to verify."""
-        ngrams = Ngrams(self._evidence.ngram_acceptance(ROW), np.array([there]))
-        best = ngrams.best(costs, 0, 0, OURS, padded=False)
-        return min(best.ngram, there) if best.ratio >= WORTH_IT else 0
+    def take(self, costs: PassCosts, rows: np.ndarray, there: np.ndarray) -> np.ndarray:
+        """[rows] how many tokens to verify of matches of so many each."""
+        matched = np.flatnonzero(there)
+        if not matched.size:
+            return there
+        ngrams = Ngrams(self._evidence.ngram_acceptance(rows[matched]), there[matched])
+        best = ngrams.best(costs, 0, len(rows) - len(matched), OURS, padded=False)
+        return np.minimum(there, best.ngram if best.ratio >= WORTH_IT else 0)
 
-    def learn(self, taken: int, accepted: int) -> None:
+    def learn(self, rows: np.ndarray, accepted: np.ndarray, rejected: np.ndarray) -> None:
         """What became of them."""
-        if taken:
-            self._evidence.add_ngrams(ROW, np.array([accepted]), np.array([accepted < taken]))
+        self._evidence.add_ngrams(rows, accepted, rejected)
 
 
-def seconds(answer: dict[str, Any], match: Match, policy: Always | Controlled, costs: PassCosts) -> float:
-    """What writing an answer again takes, after its first token."""
-    prompt, tokens = len(answer["prompt"]), np.array(answer["prompt"] + answer["answer"], dtype=np.int32)
-    at, total = prompt + 1, 0.0
-    while at < len(tokens):
-        found = match(tokens, at)
-        taken = policy.take(costs, len(found)) if found else 0
-        right = np.array(found[:taken], dtype=np.int32)[: len(tokens) - at]
-        wrong = np.flatnonzero(right != tokens[at : at + len(right)])
-        accepted = int(wrong[0]) if wrong.size else len(right)
-        policy.learn(taken, accepted)
-        total += float(costs.verify(1 + taken, 0))
-        at += 1 + accepted
+def seconds(
+    answers: list[dict[str, Any]], match: Match, policy: Always | Controlled, costs: dict[int, PassCosts]
+) -> float:
+    """What writing answers again at once takes, after their first tokens."""
+    texts = [np.array(answer["prompt"] + answer["answer"], dtype=np.int32) for answer in answers]
+    at, total = np.array([len(answer["prompt"]) + 1 for answer in answers]), 0.0
+    while (rows := np.flatnonzero(at < [len(text) for text in texts])).size:
+        of = costs[min(batch for batch in costs if batch >= len(rows))]
+        found = [match(texts[row], int(at[row])) for row in rows]
+        taken = policy.take(of, rows, np.array([len(some) for some in found]))
+        rights = [
+            texts[row][at[row] : at[row] + n] == some[: min(n, len(texts[row]) - at[row])]
+            for row, some, n in zip(rows, found, taken, strict=True)
+        ]
+        accepted = np.array([int(np.cumprod(right).sum()) for right in rights])
+        policy.learn(rows, accepted, accepted < [len(right) for right in rights])
+        total += float(of.verify(len(rows) + taken.sum(), 0))
+        at[rows] += 1 + accepted
     return total
 
 
@@ -131,30 +139,51 @@ def _config(longest: int, longest_context: int) -> SimpleNamespace:
     )
 
 
-def step_costs(path: Path) -> PassCosts:
-    """What ``clasp-vllm costs`` measured of steps that verify 0, 1, 2, ... draft tokens, with one request."""
-    steps = next(costs["step"] for costs in json.loads(path.read_text())["costs"] if costs["batch"] == 1)
-    tokens = tuple(1.0 + float(length) for length in steps)
-    return PassCosts((1.0,), (0.0,), (0.0,), tokens, tuple(steps.values()))
+def step_costs(measured: list[dict[str, Any]]) -> dict[int, PassCosts]:
+    """What ``clasp-vllm costs`` measured of steps that verify 0, 1, 2, ... draft tokens, by requests."""
+    costs = {}
+    for entry in measured:
+        batch, steps = entry["batch"], entry["step"]
+        tokens = tuple(batch * (1.0 + float(length)) for length in steps)
+        costs[batch] = PassCosts((1.0,), (0.0,), (0.0,), tokens, tuple(steps.values()))
+    return costs
 
 
-def table(written: list[dict[str, Any]], costs: PassCosts) -> str:
+def batches(written: list[dict[str, Any]], at_once: int) -> list[list[dict[str, Any]]]:
+    """So many answers of a group each, the groups in turn."""
+    waiting: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    full = []
+    for answer in written:
+        waiting[answer["group"]].append(answer)
+        if len(waiting[answer["group"]]) == at_once:
+            full.append(waiting.pop(answer["group"]))
+    return full
+
+
+def table(written: list[dict[str, Any]], costs: dict[int, PassCosts], at_once: int) -> str:
     """Plain decoding's time over that of each way, in Markdown."""
     matches = lookups(1 + max(len(answer["prompt"]) + len(answer["answer"]) for answer in written))
-    evidence = {name: AcceptanceEvidence(1, (0,), 1, OURS) for name in matches}
-    ways = {
-        "vLLM's n-gram": (matches["earliest"], Always),
-        "controller, earliest match": (matches["earliest"], lambda: Controlled(evidence["earliest"])),
-        "controller, recent match first": (matches["recent"], lambda: Controlled(evidence["recent"])),
-    }
     groups = list(dict.fromkeys(answer["group"] for answer in written))
+
+    def by_group(match: Match, policy: Callable[[], Always | Controlled]) -> list[float]:
+        times: dict[str, float] = dict.fromkeys(groups, 0.0)
+        for batch in batches(written, at_once):
+            times[batch[0]["group"]] += seconds(batch, match, policy(), costs)
+        return list(times.values())
+
+    def controlled() -> Callable[[], Controlled]:
+        evidence = AcceptanceEvidence(at_once, (0,), 1, OURS)
+        return lambda: Controlled(evidence, at_once)
+
+    ways = {
+        "vLLM's n-gram": by_group(matches["earliest"], Always),
+        "controller, earliest match": by_group(matches["earliest"], controlled()),
+        "controller, recent match first": by_group(matches["recent"], controlled()),
+    }
+    plain = by_group(lambda tokens, length: [], Always)
     lines = [f"| {' | '.join(['lookup', *groups, 'mean'])} |", "|" + "---|" * (len(groups) + 2)]
-    for name, (match, policy) in ways.items():
-        plain, spent = defaultdict(float), defaultdict(float)
-        for answer in written:
-            plain[answer["group"]] += float(costs.plain(1, 0)) * (len(answer["answer"]) - 1)
-            spent[answer["group"]] += seconds(answer, match, policy(), costs)
-        ratios = [plain[group] / spent[group] for group in groups]
+    for name, times in ways.items():
+        ratios = [before / after for before, after in zip(plain, times, strict=True)]
         cells = [f"{ratio:.3f}" for ratio in (*ratios, statistics.geometric_mean(ratios))]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
@@ -167,19 +196,29 @@ def main() -> None:
     parser.add_argument("--costs", type=Path, required=True, help="what clasp-vllm costs wrote")
     parser.add_argument("--prompts", type=number(1), default=72)
     parser.add_argument("--max-tokens", type=number(1), default=128)
+    parser.add_argument(
+        "--concurrency", type=numbers(1), default=[1], help="answers written at once, e.g. 1,2"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the table")
     parser.epilog = "Arguments after -- are those of vllm serve."
     own_arguments, server_arguments = split_arguments(sys.argv[1:])
     args = parser.parse_args(own_arguments)
+    measured = json.loads(args.costs.read_text())["costs"]
+    costs = step_costs(measured)
+    if max(costs) < max(args.concurrency):
+        parser.error(f"{args.costs} has costs of {max(costs)} requests at most, not {max(args.concurrency)}")
     questions = spec_bench.select(spec_bench.read_questions(args.spec_bench), spec_bench.TASK, 0)
     stay_in_process()
     settings = engine_settings(args.model, server_arguments)
     written = answers(args.model, questions[: args.prompts], args.max_tokens, settings)
-    text = table(written, step_costs(args.costs))
-    print(text)
+    tables = {at_once: table(written, costs, at_once) for at_once in args.concurrency}
+    for at_once, text in tables.items():
+        print(f"{at_once} at once:\n\n{text}\n")
     if args.output:
-        result = {"about": about(args.model), "costs": json.loads(args.costs.read_text())["costs"]}
-        args.output.write_text(json.dumps(result | {"table": text.splitlines()}, indent=1) + "\n")
+        lines = {at_once: text.splitlines() for at_once, text in tables.items()}
+        args.output.write_text(
+            json.dumps({"about": about(args.model), "costs": measured, "tables": lines}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
