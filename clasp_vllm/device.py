@@ -99,7 +99,14 @@ def synchronize(device: torch.device) -> None:
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """An array of the host on the device, without waiting for it."""
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    return from_host(torch.from_numpy(array), device)
+
+
+def from_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same of a tensor of the host."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy of more than some 64 KB from other memory waits for the stream
+    return tensor.to(device, non_blocking=True)
 
 
 def rows_index(rows: np.ndarray, of: int, device: torch.device) -> slice | Tensor:

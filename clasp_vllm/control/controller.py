@@ -164,6 +164,10 @@ class Controller:
         self._times.round_ended(request_ids, ended)
         self._request_ids = list(request_ids)
 
+    def round_failed(self) -> None:
+        """A round has failed: what fails once may fail each time, so the next is tried after a while."""
+        self.gate.budget.use_up()
+
     def time_drafting(
         self,
         rows: int,

@@ -36,6 +36,8 @@ class PassCosts:
         step_rows, step: [sizes] tokens, ascending, and seconds of the engine's own step of so many, where
             that is not a pass like a draft's; empty: it is.
         draft_layer, draft_fixed: [sizes] of a draft's pass, where it runs other weights; empty: the same.
+        pass_layer, pass_fixed: [sizes] of a pass that is called module by module, as optimisation passes are,
+            where drafts are not; empty: they are too.
         context_rows, context: [sizes] rows, ascending, and seconds that a layer takes for each token of
             context of each of so many rows; empty: not known, and taken to be nothing.
         context_query: [sizes] what each further token of a request adds to this, as a share of the first's.
@@ -55,6 +57,8 @@ class PassCosts:
     step: tuple[float, ...] = ()
     draft_layer: tuple[float, ...] = ()
     draft_fixed: tuple[float, ...] = ()
+    pass_layer: tuple[float, ...] = ()
+    pass_fixed: tuple[float, ...] = ()
     context_rows: tuple[float, ...] = ()
     context: tuple[float, ...] = ()
     context_query: tuple[float, ...] = ()
@@ -130,8 +134,8 @@ class PassCosts:
     def optimize(self, rows: int, num_layers: int, budget: int) -> float:
         """Seconds of an optimisation pass of ``rows`` sequences."""
         columns = rows * np.array([columns_at(layer, budget) for layer in range(num_layers)])
-        fixed = float(self._at(self.draft_fixed or self.fixed, columns[-1]))
-        layers = float(self._at(self.draft_layer or self.layer, columns).sum())
+        fixed = float(self._at(self.pass_fixed or self.draft_fixed or self.fixed, columns[-1]))
+        layers = float(self._at(self.pass_layer or self.draft_layer or self.layer, columns).sum())
         layers += float(self._reading(columns, self.draft_tokens).sum())
         target = 0.0  # it runs besides where no column is the target itself
         if self.draft_layer or self.draft_tokens < self.tokens:

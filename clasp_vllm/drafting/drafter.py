@@ -88,6 +88,8 @@ class Drafter:
             if instead is not None:
                 return instead
         drafted = self.guarded(lambda: self._draft(batch, num_tokens, sample))
+        if drafted is None and self.controller is not None:
+            self.controller.round_failed()
         if observer is not None:
             observer.round_ended(batch, drafted)
         return None if drafted is None else drafted.output
@@ -336,7 +338,8 @@ class Drafter:
     def _measure(self, device: torch.device, steps: Mapping[int, Callable[[], None]]) -> PassCosts:
         """What passes and the engine's own steps cost, as rank 0 finds it."""
         costs = self.passes.measure(device)
-        names = [n for n in ("layer", "fixed", "draft_layer", "draft_fixed") if getattr(costs, n)]
+        kinds = ("", "draft_", "pass_")
+        names = [kind + of for kind in kinds for of in ("layer", "fixed") if getattr(costs, kind + of)]
         shared = self._share(torch.tensor([getattr(costs, n) for n in names], device=device)).tolist()
         values: dict[str, Any] = dict(zip(names, map(tuple, shared), strict=True))
         if costs.context:

@@ -226,14 +226,17 @@ class Passes:
         """What passes cost, while nothing is served. Writes to the scratch block."""
         costs = self._measure(self._target, device)
         costs = measure_context_costs(costs, self._read_context(device), self._target.decoder.num_layers)
-        if not self.own_weights:
-            return costs
-        draft = self._measure(self._draft, device)
-        return replace(costs, draft_layer=draft.layer, draft_fixed=draft.fixed)
+        if self.own_weights:
+            draft = self._measure(self._draft, device)
+            costs = replace(costs, draft_layer=draft.layer, draft_fixed=draft.fixed)
+        if self.num_graphs:
+            eager = self._measure(self._draft, device, eagerly=True)
+            costs = replace(costs, pass_layer=eager.layer, pass_fixed=eager.fixed)
+        return costs
 
-    def _measure(self, model: Model, device: torch.device) -> PassCosts:
+    def _measure(self, model: Model, device: torch.device, eagerly: bool = False) -> PassCosts:
         def forward(rows: int, layers: int) -> None:
-            self._forward(model, rows, layers, self.attention.scratch_block, device)
+            self._forward(model, rows, layers, self.attention.scratch_block, device, eagerly)
 
         longest = min(self.attention.max_rows, LARGEST_MEASURED.get(device.type, 64))
         return measure_pass_costs(forward, model.decoder.num_layers, longest, lambda: synchronize(device))
@@ -268,20 +271,29 @@ class Passes:
         self._forward(self._draft, 1, self._draft.decoder.num_layers, 0, device)
         synchronize(device)
 
-    def _forward(self, model: Model, rows: int, layers: int, block: int, device: torch.device) -> None:
+    def _forward(
+        self,
+        model: Model,
+        rows: int,
+        layers: int,
+        block: int,
+        device: torch.device,
+        eagerly: bool = False,
+    ) -> None:
         """A pass of rows that all stand at the end of a block, and what they predict."""
         position = min(self.attention.block_size, self.attention.max_model_len) - 1
         tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         table = torch.full((rows, 1), block, dtype=torch.int32, device=device)
         lengths = torch.full((rows,), position + 1, dtype=torch.int32)
-        self._whole_pass(model, SequenceBatch([], tokens, tokens + position, table, lengths), layers)
+        batch = SequenceBatch([], tokens, tokens + position, table, lengths)
+        self._whole_pass(model, batch, layers, eagerly)
 
-    def _whole_pass(self, model: Model, batch: SequenceBatch, layers: int) -> None:
-        """So many layers, and what they predict."""
+    def _whole_pass(self, model: Model, batch: SequenceBatch, layers: int, eagerly: bool = False) -> None:
+        """So many layers, and what they predict. ``eagerly``: without graphs, where there are some."""
         num_layers = model.decoder.num_layers
         skipped = evenly_spaced_layers(num_layers, num_layers - layers)
         plan = Plan([(i, part, False) for i in range(num_layers) if i not in skipped for part in range(2)])
-        if model is self._draft and len(batch.tokens) == len(batch.block_table):
+        if model is self._draft and len(batch.tokens) == len(batch.block_table) and not eagerly:
             self.head(self.draft_step(batch, plan))[0].argmax(-1)
         else:
             model.logits(self._run(model.decoder, batch, plan, self.cache_rows(batch, None))).argmax(-1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clasp_vllm.control.planner import Choice
+from clasp_vllm.device import from_host
 from clasp_vllm.drafting.sequences import SequenceTable
 
 MAX_PLANS = 256  # kept; there is one for every set of sequences drafted for
@@ -40,7 +41,7 @@ class Plan:
             if not all_skip[layer][part]
         ]
         mixed = any(step[2] for step in steps)
-        return cls(steps, masks.to(device, non_blocking=True) if mixed else None, window)
+        return cls(steps, from_host(masks, device) if mixed else None, window)
 
 
 class Plans:

@@ -14,6 +14,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
+from vllm.v1.worker.block_table import get_block_table_width
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, init_attn_backend
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -25,6 +26,9 @@ class TargetAttention:
 
     It has metadata builders of its own over the target's attention layers: those of the runner
     are sized for max_num_seqs rows, and an optimisation pass may have more.
+
+    Attributes:
+        table_width: blocks of a row of the engine's block table.
     """
 
     def __init__(
@@ -43,6 +47,11 @@ class TargetAttention:
         self.block_size: int = spec.block_size
         self.sink = not isinstance(spec, SlidingWindowSpec)
         self.max_model_len: int = vllm_config.model_config.max_model_len
+        self.table_width = get_block_table_width(
+            spec.max_num_blocks_per_req(vllm_config, self.max_model_len),
+            self.block_size,
+            token_alignment=spec.block_table_token_alignment,
+        )
         builder_config = copy.copy(vllm_config)
         builder_config.scheduler_config = copy.copy(vllm_config.scheduler_config)
         builder_config.scheduler_config.max_num_seqs = max_rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -172,9 +172,11 @@ class DraftGraphs(CudaGraphManager):
         lengths = torch.full((rows,), limit, dtype=torch.int32)
         batch = SequenceBatch([], buffers.tokens, buffers.positions, buffers.block_table, lengths)
         sublayers = [(layer, part) for layer in range(decoder.num_layers) for part in (0, 1)]
-        # Kernels are compiled and libraries set up by a step that is not captured.
+        # Kernels are compiled and libraries set up by a step that is not captured. It writes nothing: with
+        # tensor parallelism an all-reduce gives anything at all while others are being captured.
         plan = Plan([(layer, part, True) for layer, part in sublayers], buffers.skips)
-        passes.head_eagerly(passes.draft_step_eagerly(batch, plan))
+        past_the_end = replace(batch, positions=torch.full_like(buffers.positions, limit))
+        passes.head_eagerly(passes.draft_step_eagerly(past_the_end, plan))
         rotary: Tensor | None = None
 
         def begin() -> None:
@@ -224,12 +226,11 @@ class DraftGraphs(CudaGraphManager):
 
         config = self.vllm_config.model_config
         delta, residual, hidden = (zeros(rows, config.get_hidden_size(), dtype=config.dtype) for _ in "123")
-        width = -(-self._attention.max_model_len // self._attention.block_size) + 1
         return _Buffers(
             zeros(rows, dtype=torch.int64),
             zeros(rows, dtype=torch.int64),
             zeros(rows, dtype=torch.int64),
-            zeros(rows, width, dtype=torch.int32),
+            zeros(rows, self._attention.table_width, dtype=torch.int32),
             zeros(rows, self._decoder.num_layers, 2, dtype=torch.bool),
             delta,
             residual,
@@ -279,7 +280,8 @@ class DraftGraphs(CudaGraphManager):
         num_layers, vocabulary = self._decoder.num_layers, self.vllm_config.model_config.get_vocab_size()
         masks = torch.rand((rows, num_layers, 2), generator=generator) < 0.3
         tokens = torch.randint(vocabulary, (rows,), generator=generator)
-        blocks = torch.arange(1, rows + 1, dtype=torch.int32).unsqueeze(1)
+        blocks = torch.zeros(rows, self._attention.table_width, dtype=torch.int32)
+        blocks[:, 0] = torch.arange(1, rows + 1)
         positions = torch.randint(self._attention.block_size, (rows,), generator=generator)
         lengths = torch.full((rows,), self._attention.max_model_len, dtype=torch.int32)
         tokens, positions, blocks = (x.to(self.device) for x in (tokens, positions, blocks))

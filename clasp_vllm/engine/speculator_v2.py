@@ -115,7 +115,11 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             )
         else:
             others = ", ".join(sorted(backends - CAPTURED_BACKENDS))
-            logger.info_once("Layer skipping drafts without CUDA graphs with attention backend %s", others)
+            logger.warning_once(
+                "Layer skipping drafts without CUDA graphs, and so hardly pays, with attention backend %s; "
+                "with --attention-backend FLASH_ATTN or TRITON_ATTN it has them",
+                others,
+            )
 
     def capture(self) -> None:
         """Capture draft steps; where that does not give what eager calls give, go on with those."""

@@ -148,7 +148,8 @@ def forced_drafts(
     replayed: list[tuple[int, bool]] = []
     config = FIXED | {"draft_context": context}
     prompts = [prompt * 3 for prompt in PROMPTS]  # of more than the two blocks that a short context has
-    with running(speculative_config=config, max_num_seqs=8, block_size=32) as llm:
+    # vLLM aligns the width of a block table to 128 tokens.
+    with running(speculative_config=config, max_num_seqs=8, block_size=32, max_model_len=300) as llm:
         ours = drafter(llm)
         drafts: list[list[tuple]] = [[] for _ in masks]
         original = ours.draft

@@ -1,5 +1,6 @@
 """What speculation may lose."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,6 +40,15 @@ def test_a_step_counts_for_each_sequence_of_a_batch_up_to_a_few():
         budget.charge_drafting(rows, seconds=steps, plain_seconds=1.0)
         assert budget.balance == 0.0
     assert counted(3) == 3
+
+
+def test_what_is_used_up_comes_back_with_time():
+    budget = LossBudget()
+    budget.use_up()
+    assert budget.balance == 0.0
+    for _ in range(round(1.5 / SHARE)):
+        budget.step(rows=1)
+    assert budget.balance == pytest.approx(1.5)
 
 
 def test_one_round_is_possible_in_every_batch():

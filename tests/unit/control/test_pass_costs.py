@@ -1,5 +1,7 @@
 """Costs of passes: measured with a clock that the test sets."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -163,3 +165,12 @@ def test_a_pass_with_a_window_runs_the_target_besides():
     columns = np.array([1, 2, 3, 3])
     seen = 1000 * columns * np.interp(columns, (1, 8), (1e-3, 0.5e-3))
     assert cut.optimize(1, 4, 2) == pytest.approx(0.5 + 4 + seen.sum() + 0.5 + 4 * (1 + 3000 * 1e-3))
+
+
+def test_passes_that_are_called_module_by_module():
+    """Where drafts are replayed; the target of its own weights, too."""
+    replayed = PassCosts((1.0,), (1.0,), (0.5,))
+    called = replace(replayed, pass_layer=(5.0,), pass_fixed=(2.0,))
+    assert called.draft_step(1, 4) == replayed.draft_step(1, 4)
+    assert replayed.optimize(1, 4, 2) == 0.5 + 4
+    assert called.optimize(1, 4, 2) == 2.0 + 4 * 5

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from clasp_vllm.control.controller import Controller
-from clasp_vllm.control.costs import LayerShares
+from clasp_vllm.control.costs import LayerShares, PassCosts
 from clasp_vllm.control.planner import Choice
 from clasp_vllm.device import rows_index
 from clasp_vllm.drafting.decoder import Decoder, UnsupportedArchitectureError
@@ -308,11 +308,10 @@ def test_a_failure_before_the_start_has_ended_ends_it(target):
     assert not failures
 
 
-def make_controller(costs) -> Controller:
+def make_controller(costs, open_choices=()) -> Controller:
     shares = LayerShares(0.5, 0.5)
-    return Controller(
-        costs, 8, (3,), (None,), LAYERS, shares, LENGTH, 2, (), padded=False, drop_stopped=True, ranks=1
-    )
+    which = (costs, 8, (3,), (None,), LAYERS, shares, LENGTH, 2, open_choices)
+    return Controller(*which, padded=False, drop_stopped=True, ranks=1)
 
 
 @torch.inference_mode()
@@ -336,6 +335,30 @@ def test_the_controller_is_made_when_costs_are_known(target):
     lengths = output.lengths.numpy() + 1
     drafter.observe(batch.request_ids, lengths, torch.tensor([LENGTH - 1] * 3))
     assert (evidence.drafts.variance[:3] < unsure).all()
+
+
+@torch.inference_mode()
+def test_after_a_failure_nothing_is_drafted_for_a_while(target):
+    """What failed may fail each time, and each time the engine may have made room for drafts in vain."""
+    free = {"draft_layer": (0.0,), "draft_fixed": (0.0,)}
+    drafter = drafter_of(
+        target,
+        policy=clasp,
+        on_failure=lambda error, before: None,
+        make_controller=lambda measured: make_controller(
+            PassCosts((1.0,), (1.0,), (0.0,), **free), ("speculation",)
+        ),
+    )
+    drafter.start(CPU)
+    batch = target.batch()
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    for _ in range(100):
+        drafter.observe(batch.request_ids, np.ones(3, dtype=np.int64), None)
+        drafter.draft(batch, LENGTH, broken)
+    assert drafter.statistics.total.failures == 1
 
 
 @torch.inference_mode()
@@ -393,3 +416,28 @@ def test_graphs_in_use_are_counted(target):
     assert passes.num_graphs == 0
     passes._graphs = lambda: SimpleNamespace(num_graphs=7)
     assert passes.num_graphs == 7
+
+
+@torch.inference_mode()
+def test_passes_are_priced_by_what_is_called_module_by_module(target):
+    """As they are, where draft steps are replayed."""
+
+    class Replayed:
+        num_graphs, steps = 7, 0
+
+        def takes(self, rows):
+            return True
+
+        def draft_step(self, batch, plan):
+            self.steps += 1
+            return passes.draft_step_eagerly(batch, plan)
+
+        def head(self, hidden):
+            return passes.head_eagerly(hidden)
+
+    passes, graphs = passes_of(target), Replayed()
+    assert passes.measure(CPU).pass_layer == ()
+    passes._graphs = lambda: graphs
+    costs = passes.measure(CPU)
+    assert graphs.steps > 0
+    assert len(costs.pass_layer) == len(costs.pass_fixed) == len(costs.rows)
