@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from clasp_vllm.config import ConfigError
 from clasp_vllm.device import to_device
@@ -31,6 +33,8 @@ from clasp_vllm.engine.build import (
 )
 from clasp_vllm.engine.requests import declines_drafts
 from clasp_vllm.engine.speculative_config import layer_skip_config
+
+_NO_TOKENS = SimpleNamespace(get_token_id=lambda index: -1)  # of a request
 
 
 class LayerSkipProposer(DraftModelProposer):
@@ -91,6 +95,20 @@ class LayerSkipProposer(DraftModelProposer):
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to warm up. Block tables are stale here, so nothing may be written."""
+
+    def prepare_next_token_ids_padded(
+        self,
+        sampled_token_ids: Tensor,
+        requests: dict[str, CachedRequestState],
+        gpu_input_batch: InputBatch,
+        discard_request_mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """But for rows that have not sampled, of which we read nothing: vLLM would ask for tokens of their
+        prompts, which prompts given as embeddings do not have."""
+        no_tokens = dict.fromkeys(requests, _NO_TOKENS)
+        return super().prepare_next_token_ids_padded(
+            sampled_token_ids, no_tokens, gpu_input_batch, discard_request_mask
+        )
 
     def idles(self, num_tokens: int, sampled: Tensor | list[list[int]], lengths: Tensor) -> bool:
         """Whether nothing is to be drafted or learnt after a step, so that nothing need be prepared for it.
