@@ -15,7 +15,9 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
 )
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 
 class CopyingSpec(CPUOffloadingSpec):
@@ -23,15 +25,33 @@ class CopyingSpec(CPUOffloadingSpec):
     streams of a GPU. What is stored, loaded and evicted, and when, is vLLM's."""
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        return CopyingWorker(kv_caches, self.num_chunks)
+        tensors = kv_caches.tensors
+        return CopyingWorker(
+            kv_caches, [t.tensor.new_zeros(self.num_chunks, t.tensor.shape[1]) for t in tensors]
+        )
+
+
+class CopyingTiersSpec(TieringOffloadingSpec):
+    """Likewise, of host memory in front of files."""
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        shared = SharedOffloadRegion(
+            engine_id=self._engine_id,
+            num_chunks=self.num_chunks,
+            rank=0,
+            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+            cpu_page_size=self.cpu_page_size_per_worker,
+        )
+        sizes = [entry.page_size_bytes for entry in kv_caches.tensors]
+        return CopyingWorker(kv_caches, [shared.create_next_worker_view(size) for size in sizes])
 
 
 class CopyingWorker(OffloadingWorker):
     """Copies when it is asked to. ``stored`` is what lies on the host, one tensor for each of the cache's."""
 
-    def __init__(self, kv_caches: CanonicalKVCaches, num_chunks: int) -> None:
+    def __init__(self, kv_caches: CanonicalKVCaches, stored: list[torch.Tensor]) -> None:
         self.cache = [entry.tensor for entry in kv_caches.tensors]
-        self.stored = [tensor.new_zeros(num_chunks, tensor.shape[1]) for tensor in self.cache]
+        self.stored = stored
         self.finished: list[TransferResult] = []
         self.num_loads = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,13 @@ def hold_back_scratch_blocks(vllm_config: VllmConfig, scheduler_config: KVCacheC
             f"needs {needed}. Lower max_optimized_requests, num_skipped_layers or --max-model-len, or "
             "give the cache more memory."
         )
-    scheduler_config.num_blocks -= scratch
+    # Connectors of the scheduler work out the size of a block from these, which must be the workers'.
+    left = scheduler_config.num_blocks - scratch
+    scheduler_config.kv_cache_tensors = [
+        replace(tensor, size=tensor.size // scheduler_config.num_blocks * left)
+        for tensor in scheduler_config.kv_cache_tensors
+    ]
+    scheduler_config.num_blocks = left
     vllm_config.cache_config.num_gpu_blocks = scheduler_config.num_blocks
     update_kv_cache_capacity(vllm_config, scheduler_config)
 

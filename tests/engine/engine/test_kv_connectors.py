@@ -73,6 +73,76 @@ def test_offloading(call):
         assert ours[key] == pytest.approx(numbers, abs=1e-3)
 
 
+def tiers(folder: str) -> dict:
+    """Host memory for a part of what is stored, and files for all of it."""
+    extra = OFFLOADING["kv_connector_extra_config"] | {
+        "spec_name": "CopyingTiersSpec",
+        "cpu_bytes_to_use": 24 << 20,
+        "secondary_tiers": [{"type": "fs", "root_dir": folder}],
+    }
+    return OFFLOADING | {"kv_connector_extra_config": extra}
+
+
+def conversation(speculative_config: object, connector: dict | None) -> tuple[list[list[int]], int, int]:
+    """Twelve turns of a chat, and between them other prompts that take its blocks: the answers, prompt tokens
+    whose keys and values came from the connector, and accepted drafts."""
+    words = {} if connector is None else {"kv_transfer_config": connector}
+    limits = {"num_gpu_blocks_override": 60, "max_num_seqs": 4, "block_size": 32, "max_model_len": 1024}
+    with running(speculative_config=speculative_config, **limits, **words) as llm:
+        encode = llm.get_tokenizer().encode
+        text = " ".join(PROMPTS * 2)
+        history, answers, accepted = encode(PROMPTS[0]), [], 0
+        for turn in range(12):
+            outcome = generate(llm, [{"prompt_token_ids": history}], max_tokens=40)
+            answers.append(outcome.token_ids[0])
+            accepted += outcome.num_accepted_tokens
+            history = history + answers[-1] + encode(PROMPTS[turn])
+            others = [encode(f"{turn} {i} {text}")[:480] for i in range(3)]
+            generate(llm, [{"prompt_token_ids": other} for other in others], max_tokens=8)
+        hits = sum(m.value for m in llm.get_metrics() if m.name == "vllm:external_prefix_cache_hits")
+        return answers, hits, accepted
+
+
+def test_a_chat_whose_blocks_go_and_come(call, tmp_path):
+    """vLLM issues 52735 and 55503: with speculation blocks were stored but never served, or the engine ended
+    with an assertion."""
+    expected, _, _ = call(conversation, None, None)
+    config = CLASP | {"max_optimized_requests": 1}
+    for make in (lambda folder: OFFLOADING, tiers):
+        _, plain_hits, _ = call(conversation, None, make(str(tmp_path / "plain")))
+        answers, hits, accepted = call(conversation, config, make(str(tmp_path / "drafts")))
+        assert answers == expected
+        assert hits >= plain_hits > 0  # scratch blocks leave the cache fewer, so that more has to come back
+        assert accepted > 0
+    assert any(tmp_path.rglob("*.bin"))
+
+
+def in_part(speculative_config: object, folder: str | None, role: str, tokens: int) -> tuple[list, int, int]:
+    """The answers of an engine that hands keys and values on in files, or takes them; of how many tokens it
+    took them, and accepted drafts."""
+    words = {}
+    if folder is not None:
+        extra = {"shared_storage_path": folder}
+        connector = {"kv_connector": "ExampleConnector", "kv_role": role, "kv_connector_extra_config": extra}
+        words = {"kv_transfer_config": connector}
+    with running(speculative_config=speculative_config, block_size=32, **words) as llm:
+        prompts = [" ".join(PROMPTS[i : i + 3]) for i in range(8)]
+        outcome = generate(llm, prompts, max_tokens=tokens)
+        hits = sum(m.value for m in llm.get_metrics() if m.name == "vllm:external_prefix_cache_hits")
+        return outcome.token_ids, hits, outcome.num_accepted_tokens
+
+
+def test_one_engine_prefills_and_another_decodes(call, tmp_path):
+    expected, _, _ = call(in_part, None, None, "", 48)
+    first, hits, _ = call(in_part, CLASP, str(tmp_path), "kv_producer", 1)
+    assert first == [ids[:1] for ids in expected]
+    assert hits == 0
+    got, hits, accepted = call(in_part, CLASP, str(tmp_path), "kv_consumer", 48)
+    assert got == expected
+    assert hits >= 32 * 8
+    assert accepted > 0
+
+
 def handed_over(speculative_config: object, folder: str) -> tuple[list, int, dict[str, int]]:
     """The answers, how many drafts were accepted, and how often each layer offered its cache to be stored."""
     import kv_connectors
