@@ -187,8 +187,7 @@ class Controller:
         if optimized:
             costs = self._drafting(self.costs, self.last)
             seconds = costs.optimize(optimized, self._num_layers, self._budgets[-1])
-        context = _context(self.last)
-        self._times.add_drafting(rows, events, predicted, seconds, context)
+        self._times.add_drafting(rows, events, predicted, seconds, _context(self.last))
 
     def choose(
         self,
@@ -285,8 +284,7 @@ class Controller:
         return due and self.gate.speculating and self._may_stop
 
     def _explain(self, choice: Choice, slots: np.ndarray) -> None:
-        plan = choice.budget, choice.length, choice.context, choice.ngram
-        made = len(slots), *plan, self.gate.state
+        made = len(slots), choice.budget, choice.length, choice.context, choice.ngram, self.gate.state
         if made == self._logged:
             return
         self._logged = made
@@ -319,9 +317,8 @@ class Controller:
         """What is chosen now, by the name of its metric."""
         if self.last is None:
             return {}
-        on = self.requested_draft_length > 0
         return {
-            "draft_length": float(self.last.length if on else 0),
+            "draft_length": float(self.last.length if self.requested_draft_length else 0),
             "skipped_layers": self._budgets[self.last.budget],
             "draft_context": float(self._window(self.last) or 0),
             "expected_ratio": self.last.ratio,

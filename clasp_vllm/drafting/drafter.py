@@ -83,10 +83,9 @@ class Drafter:
         reads, so a step without drafts is as good as any other.
         """
         observer = self.observer
-        if observer is not None:
-            instead = observer.round_started(batch, num_tokens, sample)
-            if instead is not None:
-                return instead
+        instead = None if observer is None else observer.round_started(batch, num_tokens, sample)
+        if instead is not None:
+            return instead
         drafted = self.guarded(lambda: self._draft(batch, num_tokens, sample))
         if drafted is None and self.controller is not None:
             self.controller.round_failed()
@@ -228,9 +227,7 @@ class Drafter:
         rows, device = len(batch), batch.tokens.device
         started = DeviceEvent(device)
         due = self.policy.due(slots, *self._passes(choice, running))
-        exact = None
-        if due.size:
-            exact = self.policy.optimize(batch.select(due), slots[due], choice)
+        exact = self.policy.optimize(batch.select(due), slots[due], choice) if due.size else None
         optimized = DeviceEvent(device)
         if self._plans is None:
             self._plans = Plans(self.sequences, self.options.contexts, device)
@@ -347,7 +344,6 @@ class Drafter:
             values["context"], values["context_query"] = map(tuple, self._share(reading).tolist())
         costs = replace(costs, **values)
         if steps:
-            seconds = torch.tensor(measure_steps(steps, device), device=device)
-            step = tuple(self._share(seconds).tolist())
+            step = tuple(self._share(torch.tensor(measure_steps(steps, device), device=device)).tolist())
             costs = replace(costs, step_rows=tuple(map(float, steps)), step=step)
         return costs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,6 @@ from clasp_vllm.device import to_device
 from clasp_vllm.drafting.batch import NgramMatches, SequenceBatch, prompt_tokens
 from clasp_vllm.drafting.draft import DraftOutput
 from clasp_vllm.drafting.drafter import Drafter
-from clasp_vllm.drafting.passes import top_probability
 from clasp_vllm.engine.adapters import base_model
 from clasp_vllm.engine.build import (
     build_decoder,
@@ -31,6 +29,7 @@ from clasp_vllm.engine.build import (
     first_broadcast,
     log_statistics,
 )
+from clasp_vllm.engine.draft_sampling_v1 import DraftSampling
 from clasp_vllm.engine.requests import declines_drafts
 from clasp_vllm.engine.speculative_config import layer_skip_config
 
@@ -178,7 +177,7 @@ class LayerSkipProposer(DraftModelProposer):
             batch = self._batch(
                 rows, next_token_ids, positions, common_attn_metadata, matches, stop_tokens, running
             )
-            sampling = _DraftSampling(self, rows, num_reqs, sampling_metadata)
+            sampling = DraftSampling(self, rows, num_reqs, sampling_metadata)
             output = self.drafter.draft(batch, int(room.max()), sampling.sample)
             if output is not None and not sampling.greedy:
                 # They may be what memory does not suffice for.
@@ -277,71 +276,6 @@ class LayerSkipProposer(DraftModelProposer):
         return NgramMatches.of(matches, self._lookup.longest)
 
 
-class _DraftSampling:
-    """Samples draft tokens for ``rows`` of a step, and keeps what the rejection sampler must know of it."""
-
-    def __init__(
-        self, proposer: LayerSkipProposer, rows: np.ndarray, num_reqs: int, metadata: SamplingMetadata
-    ) -> None:
-        self._proposer, self._rows, self._num_reqs, self._metadata = proposer, rows, num_reqs, metadata
-        self._probs: list[Tensor] = []  # [rows sampled, vocab] each
-        self._greedily = np.zeros(rows.size, dtype=bool)
-        if proposer.draws and not metadata.all_greedy:
-            self._greedily = self._drafted_greedily()
-
-    def sample(
-        self, hidden: Tensor, positions: Tensor, step: int, rows: np.ndarray, exact: np.ndarray | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """See ``drafting.draft.Sample``."""
-        proposer = self._proposer
-        logits = proposer.drafter.passes.logits(hidden, exact)
-        metadata = _select_rows(self._metadata, self._rows[rows], self._num_reqs, proposer.device)
-        confidence = top_probability(logits) if proposer.drafter.asks_confidence else None
-        tokens, probs = proposer.draw(logits, metadata)
-        if probs is not None:
-            self._probs.append(probs)
-            if self._greedily.any():
-                likeliest = to_device(self._greedily[rows], proposer.device)
-                tokens = torch.where(likeliest, probs.argmax(-1), tokens)
-        return tokens, confidence
-
-    @property
-    def greedy(self) -> bool:
-        """Whether no token was drawn."""
-        return not self._probs
-
-    def distribution(self, output: DraftOutput) -> Tensor:
-        """[num_reqs, num_tokens, vocab] float32: what each draft was drawn from.
-
-        Tokens that count as certain have all probability: they were looked up, fill up a draft stopped early,
-        or are of requests drafted for greedily.
-        """
-        output.drawn[self._greedily] = -1
-        probs, device = torch.cat(self._probs), output.tokens.device
-        draft_probs = probs[to_device(output.drawn.clip(0), device)]
-        certain = to_device(output.drawn < 0, device).unsqueeze(-1)
-        draft_probs.masked_fill_(certain, 0.0).scatter_add_(2, output.tokens.unsqueeze(-1), certain.float())
-        if len(self._rows) == self._num_reqs:
-            return draft_probs
-        of_all = draft_probs.new_zeros(self._num_reqs, *draft_probs.shape[1:])
-        of_all[to_device(self._rows, device)] = draft_probs
-        return of_all
-
-    def _drafted_greedily(self) -> np.ndarray:
-        """[rows] bool, which sampling requests are not to have drafts drawn, but the likeliest tokens.
-
-        Those with a grammar: the scheduler cuts drafts where it forbids a token, and so by what was drawn,
-        which is exact only for tokens that count as certain. And those with a seed: vLLM draws drafts without
-        regard to it.
-        """
-        runner = self._proposer.runner
-        requests, names = runner.requests, runner.input_batch.req_ids
-        all_params = [requests[names[row]].sampling_params for row in self._rows]
-        grammars = [params is not None and params.structured_outputs is not None for params in all_params]
-        seeded = np.isin(self._rows, list(self._metadata.generators))
-        return np.array(grammars, dtype=bool) | seeded
-
-
 def _worth_verifying(
     output: DraftOutput | None, rows: np.ndarray, room: np.ndarray, stop_tokens: list[set[int]]
 ) -> list[list[int]]:
@@ -353,12 +287,3 @@ def _worth_verifying(
             ends = (i for i, token in enumerate(ids[:length], 1) if token in stop_tokens[row])
             short[row] = ids[: next(ends, length)]
     return short
-
-
-def _select_rows(
-    metadata: SamplingMetadata, rows: np.ndarray, num_reqs: int, device: torch.device
-) -> SamplingMetadata:
-    """The sampling metadata of some rows, as far as drafting reads it (the temperature)."""
-    if metadata.temperature is None or np.array_equal(rows, np.arange(num_reqs)):
-        return metadata
-    return replace(metadata, temperature=metadata.temperature[to_device(rows, device)])

@@ -280,9 +280,9 @@ def structured(samples: int, speculative_config: object) -> tuple[Counter, int, 
     uncertain = [0, 0]
     with running(speculative_config=speculative_config, seed=7) as llm:
         if speculative_config:
-            from clasp_vllm.engine.proposer_v1 import _DraftSampling
+            from clasp_vllm.engine.draft_sampling_v1 import DraftSampling
 
-            original = _DraftSampling.distribution
+            original = DraftSampling.distribution
 
             def distribution(self, output):
                 probabilities = original(self, output)
@@ -292,7 +292,7 @@ def structured(samples: int, speculative_config: object) -> tuple[Counter, int, 
                         uncertain[0 if has_grammar else 1] += int(drawn)
                 return probabilities
 
-            _DraftSampling.distribution = distribution
+            DraftSampling.distribution = distribution
         grammar = StructuredOutputsParams(regex="[0-4]{4}")
         params = [
             SamplingParams(temperature=1.0, max_tokens=8, structured_outputs=one) for one in (grammar, None)

@@ -127,13 +127,13 @@ def allocate_too_much() -> None:
 
 def fail_at(llm, place: str, every: int) -> None:
     """Let memory be short in every so many-th call of a place of drafting."""
-    from clasp_vllm.engine import proposer_v1
+    from clasp_vllm.engine import draft_sampling_v1
 
     owner, name = {
         "draft pass": (drafter(llm).decoder, "run_sublayer"),
         "head": (drafter(llm).passes, "logits"),
         "choice of tokens": (model_runner(llm).drafter, "draw"),
-        "probabilities": (proposer_v1._DraftSampling, "distribution"),
+        "probabilities": (draft_sampling_v1.DraftSampling, "distribution"),
         "lookup": (model_runner(llm).drafter, "_matches_of"),
     }[place]
     original, calls = getattr(owner, name), 0
