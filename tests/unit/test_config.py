@@ -215,7 +215,7 @@ def test_a_file_of_another_user(tmp_path):
     path.write_text("method: clasp\n")
     path.chmod(0o600 if os.getuid() == 0 else 0)
     program = (
-        "import os, sys\n"
+        "import locale, os, sys\n"  # what argparse imports late may not be nobody's to read
         "from clasp_vllm.cli import main\n"
         "os.setuid(65534 if os.getuid() == 0 else os.getuid())\n"
         "sys.exit(main(['check', sys.argv[1]]))"

@@ -176,6 +176,43 @@ def test_too_small_a_cache(call):
         assert part in error
 
 
+def watermarked() -> str:
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = CLASP | {"draft_sample_method": "probabilistic"}
+    try:
+        EngineArgs(
+            model=str(DEMO_MODEL), watermark_config={"key": 1}, speculative_config=config
+        ).create_engine_config()
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_watermarks(call):
+    """By vLLM."""
+    assert "Watermarking supports only autoregressive model-based" in call(watermarked)
+
+
+def to_be_traced(method: dict) -> str:
+    """What vLLM says to a request that brings its own answer."""
+    from vllm import SamplingParams
+
+    with running(speculative_config=method) as llm:
+        params = SamplingParams(max_tokens=2, trace_decode_token_ids=[5, 6])
+        with pytest.raises(ValueError, match="trace") as error:
+            llm.generate(["a"], params, use_tqdm=False)
+        return str(error.value)
+
+
+def test_a_traced_request_as_with_vllms_methods():
+    messages = set()
+    for method in (CLASP, {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}):
+        with engine_process("v1") as call:  # lookups leave no room for a second engine in a process
+            messages.add(call(to_be_traced, method))
+    assert messages == {"trace_decode_token_ids is not supported with speculative decoding."}
+
+
 # What vLLM itself will not configure on a CPU, or no small model has: the check alone.
 ASKED_OF_A_STAND_IN = {
     "expert load balancing": ("parallel", "enable_eplb"),
