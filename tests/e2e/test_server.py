@@ -1,9 +1,11 @@
 """The HTTP server with the real openai client."""
 
+import asyncio
 import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 from engines import DEMO_MODEL, PROMPTS, engine_process, generate, running
@@ -155,12 +157,30 @@ def test_a_request_may_decline_drafts(client, server, plain):
     [
         ({"layer_skip": "no"}, "layer_skip='no' must be true or false"),
         ({"layer_skip": 2}, "layer_skip=2 must be true or false"),
+        ({"layer_skip": [0] * 10**6}, "layer_skip=[0, 0,"),
+        ({"layer_skip": "x" * 10**6}, "layer_skip='xxx"),
+        ({"layer_skip": {"on": False}}, "vllm_xargs"),
+        ({"layer_skip": None}, "vllm_xargs"),
+        ("layer_skip", "vllm_xargs"),
+        ([["layer_skip", False]], "vllm_xargs"),
         ({"layer_skips": False}, "layer_skips=0 is not known; allowed is layer_skip"),
     ],
 )
-def test_wrong_parameters_are_refused(client, xargs, message):
+def test_wrong_parameters_are_refused(client, plain, xargs, message):
     with pytest.raises(openai.BadRequestError, match=re.escape(message)):
         client.completions.create(model=MODEL, prompt="a", max_tokens=2, extra_body={"vllm_xargs": xargs})
+    assert complete(client, PROMPTS[0], False) == plain[0]
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", "9" * 5000, "[" * 10**5, '{"a":' * 10**5, "tru"])
+def test_bodies_that_aim_at_our_parameter(client, server, plain, value):
+    """Written out, for no client would."""
+    body = f'{{"model": "{MODEL}", "prompt": "a", "vllm_xargs": {{"layer_skip": {value}}}}}'
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{server.url}/completions", content=body, headers=headers, timeout=60)
+    assert response.status_code in (400, 422), response.text
+    assert len(response.text) < 10_000
+    assert complete(client, PROMPTS[0], False) == plain[0]
 
 
 def greedy_texts(requests: list[dict]) -> list[str]:
@@ -212,3 +232,33 @@ def test_random_traffic_with_clients_that_leave(server):
     report = live.report(nothing, snapshot, settings, 1.0)
     assert "engine 0: method clasp, draft weights target, 0 requests running" in report
     assert "layers skipped, share of" in report
+
+
+async def scrape(url: str, scrapes: int, seconds: float) -> list[str]:
+    """Ask for /metrics again and again, whether or not the last has been answered."""
+    async with httpx.AsyncClient(timeout=120) as client:
+        tasks = []
+        for _ in range(scrapes):
+            tasks.append(asyncio.create_task(client.get(url)))
+            await asyncio.sleep(seconds / scrapes)
+        responses = await asyncio.gather(*tasks)
+    assert {response.status_code for response in responses} == {200}
+    return [response.text for response in responses]
+
+
+@pytest.mark.slow
+def test_a_hundred_scrapes_a_second_while_requests_run(server):
+    """All are answered, and the requests as without scrapes."""
+    requests = [shape for shape in shapes(100) if shape["temperature"] == 0]
+    quiet = drive(server.url, MODEL, requests, concurrency=16, leaving=0)
+    url = server.url.replace("/v1", "/metrics")
+    with ThreadPoolExecutor(1) as pool:
+        texts = pool.submit(lambda: asyncio.run(scrape(url, 2000, 20)))
+        busy = drive(server.url, MODEL, requests, concurrency=16, leaving=0, seconds=20)
+        pages = texts.result()
+    assert quiet.errors == busy.errors == []
+    assert busy.texts == quiet.texts
+    assert len(pages) == 2000
+    rounds = [float(re.search(r"vllm:layer_skip_rounds_total{[^}]*} (\S+)", page)[1]) for page in pages]
+    assert rounds[-1] > rounds[0]
+    assert server.metrics()["layer_skip_failures"] == 0
