@@ -224,6 +224,7 @@ def test_random_traffic_with_clients_that_leave(server):
         text = response.read().decode()
     kept = dict(re.findall(r"vllm:layer_skip_kept_layers_(bucket|count|sum){[^}]*} (\S+)", text))
     assert float(kept["sum"]) == 12 * float(kept["count"])  # half of 24
+    # Not so after much traffic: where one token of a prompt is left to read, vLLM pads it with drafts of -1.
     assert float(kept["count"]) >= metrics["spec_decode_num_drafts"]
     snapshot, settings = live.read(server.url)
     skipped = sum(value for name, value in snapshot["0"].items() if name.startswith("layer_skip_skipped["))
