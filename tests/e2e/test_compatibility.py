@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 from engines import PROMPTS
-from pairs import Side, close, pair
+from pairs import Side, close, pair, serving
 
 from clasp_vllm.tools.assistant import assistant
 
@@ -15,18 +19,30 @@ pytestmark = pytest.mark.slow
 
 # Whether drafts pay is another question: these are always made.
 ALWAYS = {"method": "clasp", "adaptive": ["layers", "length", "exit"]}
+INT8 = {"method": "clasp", "adaptive": False, "num_skipped_layers": 3, "draft_weights": "int8"}
 QUESTION = {"role": "user", "content": "Write two sentences about a lost cat."}
 LIKELIEST = {"top_k": 1}  # for vLLM refuses several greedy answers
 BEGUN = [QUESTION, {"role": "assistant", "content": "The cat of our neighbour"}]
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def folder(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
-        folder = tmp_path_factory.mktemp("servers")
-        with pair(assistant("pypi"), "--max-num-seqs", "16", config=ALWAYS, folder=folder) as sides:
-            yield sides
+        yield tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="module")
+def both(folder) -> Iterator[tuple[Side, Side]]:
+    with pair(assistant("pypi"), "--max-num-seqs", "16", config=ALWAYS, folder=folder) as sides:
+        yield sides
+
+
+@pytest.fixture(scope="module")
+def quantised(folder) -> Iterator[Side]:
+    arguments = ("--max-num-seqs", "16", "--speculative-config", json.dumps(INT8))
+    with serving(assistant("pypi"), *arguments, log=folder / "int8.log") as side:
+        yield side
 
 
 def echo(side: Side) -> Any:
@@ -165,39 +181,57 @@ def reset_and_preempt(side: Side) -> None:
     assert side.post("/reset_prefix_cache?reset_running_requests=true") == {"success": True}
 
 
-def pause(side: Side) -> None:
-    side.post("/pause?mode=keep")
-    assert side.http.get("/is_paused").json() == {"is_paused": True}
-    side.post("/resume")
+def pausing(mode: str) -> Any:
+    def pause(side: Side) -> None:
+        side.post(f"/pause?mode={mode}")
+        assert side.http.get("/is_paused").json() == {"is_paused": True}
+        side.post("/resume")
+
+    return pause
 
 
 def reload(side: Side) -> None:
     side.post("/collective_rpc", {"method": "reload_weights"})
 
 
-def sleeping(level: int) -> Any:
+def asleep(side: Side) -> bool:
+    return side.http.get("/is_sleeping").json()["is_sleeping"]
+
+
+def sleeping(level: int, mode: str = "keep") -> Any:
     def sleep(side: Side) -> None:
-        side.post(f"/sleep?level={level}&mode=keep")
-        assert side.http.get("/is_sleeping").json() == {"is_sleeping": True}
+        side.post(f"/sleep?level={level}&mode={mode}")
+        assert asleep(side)
         assert side.post("/wake_up")["status"] == "awake"
 
     return sleep
 
 
+def sleep_deeply(side: Side) -> None:
+    """As after level 2 on a GPU: weights are gone and have to be loaded before there is a cache again."""
+    side.post("/sleep?level=2&mode=keep")
+    assert side.post("/wake_up?tags=weights")["status"] == "sleeping"
+    reload(side)
+    assert asleep(side)
+    assert side.post("/wake_up?tags=kv_cache")["status"] == "awake"
+
+
 ACTIONS = {
     "a reset that fails": reset,
     "a reset that preempts": reset_and_preempt,
-    "a pause": pause,
+    "a pause": pausing("keep"),
+    "a pause that waits": pausing("wait"),
     "the weights loaded again": reload,
     "sleep": sleeping(0),
     "sleep 1": sleeping(1),
 }
+ASKED = PROMPTS[:4]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(both) -> list:
     plain, _ = both
-    return plain.during(PROMPTS[:4], lambda side: None)
+    return plain.during(ASKED, lambda side: None)
 
 
 @pytest.mark.parametrize("what", ACTIONS)
@@ -205,5 +239,87 @@ def test_what_happens_to_running_requests_leaves_their_answers(both, undisturbed
     """On a CPU vLLM keeps all memory while it sleeps; the rest happens as on a GPU."""
     _, ours = both
     drafted = ours.server.counters()["num_drafts"]
-    assert ours.during(PROMPTS[:4], ACTIONS[what]) == undisturbed
+    assert ours.during(ASKED, ACTIONS[what]) == undisturbed
     assert ours.server.counters()["num_drafts"] > drafted
+
+
+@pytest.mark.parametrize("action", [pausing("abort"), sleeping(2, "abort")], ids=["pause", "sleep"])
+def test_requests_that_are_aborted(both, undisturbed, action):
+    _, ours = both
+    for (text, ids, reason), (whole, all_ids, _) in zip(ours.during(ASKED, action), undisturbed, strict=True):
+        assert reason == "abort"
+        assert 0 < len(ids) < len(all_ids)
+        assert all_ids[: len(ids)] == ids
+        assert whole.startswith(text)
+    assert ours.during(ASKED, lambda side: None) == undisturbed
+
+
+def acceptance(side: Side, action: Any = lambda side: None) -> tuple[list, float]:
+    """Answers while ``action`` happens, and the share of draft tokens accepted."""
+    before = side.server.counters()
+    answers = side.during(ASKED, action)
+    after = side.server.counters()
+    names = ("num_draft_tokens", "num_accepted_tokens")
+    drafted, accepted = (after[name] - before.get(name, 0) for name in names)
+    return answers, accepted / drafted
+
+
+@pytest.fixture(params=["target", "int8"])
+def ours(request) -> Side:
+    """By the weights of its drafts."""
+    if request.param == "int8":
+        return request.getfixturevalue("quantised")
+    return request.getfixturevalue("both")[1]
+
+
+def test_level_2_leaves_answers_and_acceptance(ours, undisturbed):
+    """vLLM issue 52479: every draft was rejected afterwards."""
+    answers, before = acceptance(ours)
+    assert answers == undisturbed
+    answers, _ = acceptance(ours, sleep_deeply)
+    assert answers == undisturbed
+    answers, after = acceptance(ours)
+    assert answers == undisturbed
+    assert after > before / 2 > 0.1
+    assert ours.server.metrics()["layer_skip_failures"] == 0
+
+
+@pytest.fixture(scope="module")
+def other(folder) -> str:
+    """The same model with each MLP's output changed a little: it says something else."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    target = folder / "other"
+    shutil.copytree(assistant("pypi"), target)
+    torch.manual_seed(0)
+    weights = load_file(target / "model.safetensors")
+    for name, weight in weights.items():
+        if "down_proj" in name:
+            weight *= 1 + 0.2 * torch.randn(weight.shape[0], 1)
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    return str(target)
+
+
+def load(side: Side, path: str) -> None:
+    side.post("/pause?mode=keep")
+    side.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
+    assert side.post("/reset_prefix_cache?reset_running_requests=true") == {"success": True}
+    side.post("/resume")
+
+
+def test_other_weights_while_requests_run(ours, both, other, undisturbed):
+    """From the change on answers are what plain vLLM says by the new weights, given what was said so far."""
+    plain, _ = both
+    changed, accepted = acceptance(ours, lambda side: load(side, other))
+    load(plain, other)
+    for prompt, (_, ids, _), (_, old, _) in zip(ASKED, changed, undisturbed, strict=True):
+        same = next(i for i, pair in enumerate(zip(ids, old, strict=True)) if pair[0] != pair[1])
+        tokens = plain.post("/tokenize", {"model": plain.server.model, "prompt": prompt})["tokens"]
+        extra = {"ignore_eos": True, "return_token_ids": True}
+        rest = plain.complete(tokens + ids[:same], extra, max_tokens=len(ids) - same).choices[0]
+        assert rest.token_ids == ids[same:]
+    assert accepted > 0.1
+    for side in (plain, ours):
+        load(side, str(assistant("pypi")))
+    assert ours.during(ASKED, lambda side: None) == undisturbed
