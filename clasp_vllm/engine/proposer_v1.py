@@ -219,6 +219,9 @@ class LayerSkipProposer(DraftModelProposer):
             if stop_tokens[row].isdisjoint(pair[-made[i] :]):  # of the answer
                 params = self.runner.requests[request_ids[row]].sampling_params
                 room[i] = (params.max_tokens or self.max_model_len) - made[i] - 1  # the target adds one
+                if made[i] < params.min_tokens:
+                    # vLLM counts no drafts where it keeps the token after them from ending the answer.
+                    room[i] = min(room[i], params.min_tokens - 1 - made[i])
         return room
 
     def _batch(

@@ -94,3 +94,22 @@ def test_answers_of_several_lengths(call):
     got = call(side_by_side, lengths, NOTHING_SKIPPED)
     assert got == call(side_by_side, lengths, None)
     assert [len(tokens) for tokens in got] == lengths
+
+
+def stopped_after_least_tokens() -> list[tuple[list[int], list[int]]]:
+    """Answers that a stop token ends, by index, and the whole one up to there."""
+    pairs = []
+    with running(speculative_config=NOTHING_SKIPPED) as llm:
+        (tokens,) = generate(llm, PROMPTS[:1], max_tokens=40).token_ids
+        for end in (i for i in range(4, 20) if tokens[i] not in tokens[:i]):
+            least = {"min_tokens": end - 1, "stop_token_ids": [tokens[end]]}
+            (short,) = generate(llm, PROMPTS[:1], max_tokens=40, **least).token_ids
+            pairs.append((short, tokens[: end + 1]))
+    return pairs
+
+
+def test_a_token_ends_the_answer_once_there_are_min_tokens(call):
+    """Also where a round before it begins with fewer, and it is what the target adds to accepted drafts."""
+    pairs = call(stopped_after_least_tokens)
+    assert len(pairs) > 3
+    assert all(short == whole for short, whole in pairs), pairs
