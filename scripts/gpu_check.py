@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Is clasp_vllm lossless on this GPU, does it draft there, and what do the parts of a round cost?
 
-    python scripts/gpu_check.py [--out DIR] [--seconds 420] [--only equality,speed,segments,kernels,profile]
+    python scripts/gpu_check.py [--out DIR] [--seconds 420] [--only equality,segments,profile,speed,kernels]
 
 equality  the demo model in float32 (Triton attention) and bfloat16: greedy tokens beside plain vLLM's (in
           float32 they must be identical), failures of the drafter (must be 0), drafts (must be more than 0).
@@ -9,11 +9,12 @@ speed     random weights in the shape of Llama-3-8B, bfloat16, vLLM's default co
           decoded tokens per second of plain vLLM and of fixed drafts, in turn. Random weights accept
           nothing, so acceptance is vLLM's synthetic one; the costs are real.
 segments  of that model: draft steps by eager calls and by CUDA graphs, the head, the engine's own steps.
-kernels   one row's products in that shape: bfloat16, fp8 and int4 (Marlin), by rows.
 profile   one request's rounds under torch.profiler: kernels, launches and waits.
+kernels   products in that shape, by rows: bfloat16 and the quantised ones that drafts run.
 
-All engines live at once, each in a process of its own, and are measured one at a time. Every result is
-written as soon as it is there, so that a run cut short keeps what it found.
+Engines are each in a process of its own and are measured one at a time: first those of the demo model, then
+those of the shape, first segments. Every result is written as soon as it is there, so that a run cut short
+keeps what it found.
 """
 
 from __future__ import annotations
@@ -27,9 +28,18 @@ from pathlib import Path
 from typing import Any
 
 # A script finds its own folder, from wherever it is started, and so do the processes of its engines.
-from gpu.engines import BATCHES, prompts, start_equality, start_shape
+from gpu.engines import (
+    BATCHES,
+    DEFAULT_ENGINES,
+    QUESTION,
+    START,
+    patience,
+    prompts,
+    start_equality,
+    start_shape,
+)
 from gpu.equality import check_equality
-from gpu.kernels import kernels
+from gpu.kernels import SHAPES, kernels
 from gpu.profile import profile
 from gpu.report import Report
 from gpu.segments import segments
@@ -37,7 +47,7 @@ from gpu.speed import check_speed
 
 from clasp_vllm.tools.processes import Engine
 
-PARTS = ("equality", "speed", "segments", "kernels", "profile")
+PARTS = ("equality", "segments", "profile", "speed", "kernels")
 
 
 def main() -> int:
@@ -59,18 +69,28 @@ def main() -> int:
     report = Report(args.out, about)
     report.say(f"{about['card']}, torch {torch.__version__}, vLLM {vllm.__version__}")
     equality = start_equality(args, cuda) if "equality" in args.only else {}
-    shape = start_shape(args, cuda) if {"speed", "segments", "kernels", "profile"} & set(args.only) else {}
     check_equality(equality, report, until)
+    shape = start_shape(args, cuda) if {"speed", "segments", "kernels", "profile"} & set(args.only) else {}
+    started_by = patience(until, START)
     for name, engine in shape.items():
-        started = report.keep("start", name, engine.answer(until))
+        started = report.keep("start", name, engine.answer(started_by))
         report.say(f"{name}: started in {started.get('start_seconds', 0):.0f} s {started}")
-    if "speed" in args.only:
-        check_speed(shape, args.repeats, report, until)
     drafting = shape.get("skip16_k4")
     if drafting is not None:
         look_inside(drafting, args, cuda, report, until)
+    if "speed" in args.only:
+        check_speed(shape, args.repeats, report, until)
     for engine in shape.values():
-        engine.stop()
+        if engine is not drafting:
+            engine.stop()
+    if drafting is not None:
+        if "kernels" in args.only and cuda:
+            for name in SHAPES:
+                result = report.keep(
+                    "kernels", name, drafting.ask(kernels, patience(until, QUESTION), name=name)
+                )
+                report.say(f"kernels {name}: {json.dumps(result, indent=1)}")
+        drafting.stop()
     report.say("done" if not report.failed else f"FAILED: {', '.join(report.failed)}")
     return int(bool(report.failed))
 
@@ -88,16 +108,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--small", action="store_true", help="a small shape in place of Llama-3-8B's, to try this"
     )
-    parser.add_argument("--engines", type=lambda text: text.split(","), help="of the shape; default all")
+    parser.add_argument(
+        "--engines",
+        type=lambda text: text.split(","),
+        default=list(DEFAULT_ENGINES),
+        help=f"of the shape; default {','.join(DEFAULT_ENGINES)}, beside which skip0_k3, skip8_k3 and "
+        "default_a50 do not fit on one card",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
 
 
 def look_inside(engine: Engine, args: argparse.Namespace, cuda: bool, report: Report, until: float) -> None:
-    """The parts that run in the process of an engine: segments and, on a GPU, profile and kernels."""
+    """The parts that run in the process of an engine: segments and, on a GPU, a profile."""
 
     def ask(part: str, name: str, command: Any, **arguments: Any) -> None:
-        result = report.keep(part, name, engine.ask(command, until, **arguments))
+        result = report.keep(part, name, engine.ask(command, patience(until, QUESTION), **arguments))
         if cuda and part == "segments" and not result.get("graphs"):
             report.keep(part, name, {**result, "error": "drafts run without CUDA graphs"})
         report.say(f"{part} {name}: {json.dumps(result, indent=1)}")
@@ -107,8 +133,6 @@ def look_inside(engine: Engine, args: argparse.Namespace, cuda: bool, report: Re
             ask("segments", str(rows), segments, rows=rows)
     if "profile" in args.only and cuda:
         ask("profile", "1", profile, prompts=prompts(1), tokens=48, folder=str(args.out))
-    if "kernels" in args.only and cuda:
-        ask("kernels", "1", kernels)
 
 
 if __name__ == "__main__":

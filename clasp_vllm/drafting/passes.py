@@ -230,6 +230,9 @@ class Passes:
             draft = self._measure(self._draft, device)
             costs = replace(costs, draft_layer=draft.layer, draft_fixed=draft.fixed)
         if self.num_graphs:
+            # Passes of several queries run eagerly, which tells nothing of the engine's graphs. Kernels for
+            # GPUs read a request's context once for all of its queries.
+            costs = replace(costs, context_query=(0.0,) * len(costs.context))
             eager = self._measure(self._draft, device, eagerly=True)
             costs = replace(costs, pass_layer=eager.layer, pass_fixed=eager.fixed)
         return costs

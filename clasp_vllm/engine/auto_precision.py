@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from math import ceil
 
 import numpy as np
 import psutil
@@ -15,7 +16,7 @@ from vllm.logger import init_logger
 
 from clasp_vllm.control.costs import Array, measure_steps
 from clasp_vllm.control.planner import WORTH_IT
-from clasp_vllm.engine.precisions import product_of, unavailable
+from clasp_vllm.engine.precisions import Product, product_of, unavailable
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -25,7 +26,9 @@ AGREEMENT = {"int8": 0.92, "fp8": 0.94, "int4": 0.79}
 BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.54}  # of a weight with its share of the scales
 LONGEST = 8  # draft tokens
 SHARE = 0.5  # of the memory that is left for the KV cache, what draft weights may take
-REPEATS = 8  # of a product, so that its launch does not count
+REPEATS = 8  # of a product at least, so that its launch does not count,
+CACHES = 256 << 20  # and with copies of a weight that take more bytes than caches hold together,
+MOST_COPIES = 32  # unless it is small: a step reads all other layers before it comes to the same one
 
 
 def auto_precision(vllm_config: VllmConfig, group_size: int, device: torch.device) -> str:
@@ -69,16 +72,16 @@ def _most_promising(candidates: tuple[str, ...], weight: Tensor, group_size: int
     def rows(number: int) -> Tensor:
         return weight.new_ones(number, weight.shape[1])
 
-    target = partial(nn.functional.linear, weight=weight)
+    target = [partial(nn.functional.linear, weight=weight.clone()) for _ in range(_copies(weight.nbytes))]
     verify = np.array([_seconds(target, rows(number)) for number in range(1, LONGEST + 2)])
+    target.clear()
     promised = {"target": 1.0}
     for name in candidates:
         reason = unavailable(name, weight.dtype, group_size)
         try:
             if reason is None:
-                product = product_of(name, weight, False, group_size)(group_size)
-                product.load(weight)
-                seconds = _seconds(partial(product, bias=None), rows(1))
+                products = _quantised(product_of(name, weight, False, group_size), weight, group_size)
+                seconds = _seconds([partial(product, bias=None) for product in products], rows(1))
                 promised[name] = expected_ratio(AGREEMENT[name], verify, seconds)
         except Exception as error:  # kernels tell in many ways that they cannot
             reason = repr(error)
@@ -107,14 +110,32 @@ def expected_ratio(acceptance: float, verify: Array, draft: float) -> float:
     return float((tokens * verify[0] / (verify + steps * draft)).max())
 
 
-def _seconds(product: Callable[[Tensor], Tensor], x: Tensor) -> float:
+def _copies(num_bytes: int) -> int:
+    """Of a weight, to be read in turn."""
+    return min(ceil(CACHES / num_bytes), MOST_COPIES)
+
+
+def _quantised(kind: type[Product], weight: Tensor, group_size: int) -> list[Product]:
+    products = [kind(group_size)]
+    products[0].load(weight)
+    for _ in range(1, _copies(products[0].num_bytes)):
+        products.append(kind(group_size))
+        products[-1].load(weight)
+    return products
+
+
+def _seconds(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> float:
+    """Of one of them."""
+    rounds = ceil(REPEATS / len(products))
+
     def repeat() -> None:
-        for _ in range(REPEATS):
-            product(x)
+        for _ in range(rounds):
+            for product in products:
+                product(x)
 
     # Draft steps are replayed on a GPU, where calling so small a product takes longer than the product.
     run = repeat if x.device.type == "cpu" else _graph(repeat).replay
-    return measure_steps({0: run}, x.device)[0] / REPEATS
+    return measure_steps({0: run}, x.device)[0] / (rounds * len(products))
 
 
 def _graph(work: Callable[[], None]) -> torch.cuda.CUDAGraph:

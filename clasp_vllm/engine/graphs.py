@@ -257,9 +257,9 @@ class DraftGraphs(CudaGraphManager):
         """
         generator = torch.Generator().manual_seed(0)
         # All sizes, whatever differs: with tensor parallelism a rank that stopped would keep others waiting.
-        rows = (min(size, self._num_blocks - 1) for size in self._sizes)
-        # There are none in the cache of vLLM's memory profile.
-        differences = [self._compare(n, generator) for n in rows if n]
+        # The cache of vLLM's memory profile has too few blocks for the largest.
+        rows = [size for size in self._sizes if size < self._num_blocks]
+        differences = [self._compare(n, generator) for n in rows]
         return next((difference for difference in differences if difference is not None), None)
 
     def _compare(self, rows: int, generator: torch.Generator) -> str | None:

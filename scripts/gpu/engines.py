@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,20 @@ SMALL = LLAMA_3_8B | {
 }
 FIXED = {"method": "clasp", "adaptive": False, "ngram_cascade": False, "draft_exit_threshold": 0}
 BATCHES = (1, 8, 32)  # requests, or rows of a draft step
+# That fit on a card of 141 GB together.
+DEFAULT_ENGINES = ("plain", "skip16_k4", "fp8_k4", "int4_k4", "default_a80")
+START, QUESTION = 180, 60  # seconds to wait for at most, lest one engine that hangs take all the time
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 
 def prompts(number: int) -> list[dict[str, list[int]]]:
     """Token ids that mean nothing, 128 each."""
     return [{"prompt_token_ids": [(7 * i + 13 * j) % 4000 + 5 for j in range(128)]} for i in range(number)]
+
+
+def patience(until: float, seconds: float) -> float:
+    """Until when to wait for an answer that should be there within so many seconds."""
+    return min(until, time.monotonic() + seconds)
 
 
 def start_equality(args: argparse.Namespace, cuda: bool) -> dict[str, Engine]:
@@ -53,6 +62,9 @@ def start_equality(args: argparse.Namespace, cuda: bool) -> dict[str, Engine]:
         int8, fp8, int4 = ({**half, "draft_weights": precision} for precision in ("int8", "fp8", "int4"))
         configs = {"plain": None, "half": half, "default": {"method": "clasp"}}
         configs |= {"int8": int8, "fp8": fp8, "int4": int4} if cuda else {"int8": int8}
+        configs["window"] = {**half, "draft_context": 64}
+        if cuda:
+            configs["lookup"] = {"method": "clasp", "ngram_cascade": True}
         for name, config in configs.items():
             engines[f"{dtype}_{name}"] = Engine(
                 f"{dtype}_{name}", DEMO_MODEL, config, settings, args.out / f"{dtype}_{name}.log"
@@ -61,7 +73,11 @@ def start_equality(args: argparse.Namespace, cuda: bool) -> dict[str, Engine]:
 
 
 def start_shape(args: argparse.Namespace, cuda: bool) -> dict[str, Engine]:
-    """Engines of random weights, started at the same time."""
+    """Engines of random weights, started at the same time.
+
+    Raises:
+        SystemExit: ``args.engines`` names one that there is not.
+    """
     folder = args.out / "shape"
     folder.mkdir(exist_ok=True)
     shape = SMALL if args.small else LLAMA_3_8B
@@ -86,6 +102,7 @@ def start_shape(args: argparse.Namespace, cuda: bool) -> dict[str, Engine]:
         "max_model_len": 1024,
         "skip_tokenizer_init": True,
         "max_num_seqs": 32,
+        "max_num_batched_tokens": 2048,
         "kv_cache_memory_bytes": 1_500_000_000 if cuda else 300_000_000,
         "gpu_memory_utilization": 0.1,
     }
@@ -112,8 +129,10 @@ def start_shape(args: argparse.Namespace, cuda: bool) -> dict[str, Engine]:
         "default_a80": {"method": "clasp", **accepting(0.8, 8)},
         "default_a50": {"method": "clasp", **accepting(0.5, 8)},
     }
+    if unknown := set(args.engines) - set(configs):
+        raise SystemExit(f"--engines: {', '.join(unknown)}: allowed are {', '.join(configs)}")
     return {
         name: Engine(name, folder, one, settings, args.out / f"{name}.log")
         for name, one in configs.items()
-        if args.engines is None or name in args.engines
+        if name in args.engines
     }

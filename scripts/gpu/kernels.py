@@ -1,71 +1,59 @@
-# ruff: noqa: B023 - closures are called within their loop
-"""Matrix products of bfloat16, fp8 and int4 weights. Runs in the process of an engine."""
+"""Products with weights as they are and quantised as for drafts. Runs in the process of an engine."""
 
 from __future__ import annotations
 
 import traceback
+from functools import partial
 from typing import Any
 
 from gpu.engines import BATCHES
 from gpu.timing import in_graph
 
+SHAPES = {
+    "qkv": (4096, 6144),
+    "o": (4096, 4096),
+    "gate_up": (4096, 28672),
+    "down": (14336, 4096),
+    "head": (4096, 128256),
+}
+GROUP_SIZE = 64  # the default of draft_weights_group_size
+READ = 400_000_000  # bytes, more than the cache holds
 
-def kernels(llm: Any) -> dict[str, Any]:
-    """Microseconds of the products of one layer and of the head in the shape of Llama-3-8B, by rows."""
+
+def kernels(llm: Any, name: str) -> dict[str, Any]:
+    """Microseconds of the products of one shape of Llama-3-8B, by rows; of the head with 16 and 8 bits."""
     import torch
-    from vllm import _custom_ops as ops
-    from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_test
-    from vllm.scalar_type import scalar_types
+    from vllm.config import set_current_vllm_config
 
-    device, results = torch.device("cuda"), {}
-    shapes = {
-        "qkv": (4096, 6144),
-        "o": (4096, 4096),
-        "gate_up": (4096, 28672),
-        "down": (14336, 4096),
-        "head": (4096, 128256),
-    }
-    workspace = marlin_utils.marlin_make_workspace_new(device)
-    for name, (k, n) in shapes.items():
-        copies = max(2, int(400e6 / (k * n * 2)))  # more than the cache holds
-        weights = [torch.randn(n, k, device=device, dtype=torch.bfloat16) / 64 for _ in range(copies)]
-        for rows in BATCHES:
-            x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-            results[f"bf16 {name} {rows}"] = in_graph(
-                [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
-            )
-        try:
-            quantised = [ops.scaled_fp8_quant(w) for w in weights]
-            for rows in BATCHES:
-                x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
+    from clasp_vllm.engine.precisions import Fp8, Int4, Int8
 
-                def product(w: torch.Tensor, scale: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
-                    a, scale_a = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
-                    return ops.cutlass_scaled_mm(a, w.t(), scale_a, scale, torch.bfloat16)
-
-                results[f"fp8 {name} {rows}"] = in_graph(
-                    [lambda w=w, s=s: product(w, s) for w, s in quantised]
-                )
-            del quantised
-        except Exception:
-            results[f"fp8 {name}"] = traceback.format_exc()
-        try:
-            _, packed, scales = marlin_utils_test.marlin_quantize(
-                weights[0].t().contiguous(), scalar_types.uint4b8, 128
-            )
-            several = [packed.clone() for _ in range(max(2, int(400e6 / packed.nbytes)))]
-            zeros = marlin_utils.marlin_make_empty(device)
-            for rows in BATCHES:
-                x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-                results[f"int4 {name} {rows}"] = in_graph(
-                    [
-                        lambda q=q: marlin_utils.apply_gptq_marlin_linear(
-                            x, q, scales, zeros, workspace, scalar_types.uint4b8, n, k
-                        )
-                        for q in several
+    results: dict[str, Any] = {}
+    inputs, outputs = SHAPES[name]
+    weight = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) / 64
+    inputs_of = {rows: torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16) for rows in BATCHES}
+    kinds = {"bf16": None, "fp8": Fp8, "int8": Int8, "int4": Int4}
+    with torch.inference_mode(), set_current_vllm_config(llm.llm_engine.vllm_config):
+        for precision, kind in kinds.items():
+            if precision == "int4" and name == "head":
+                continue
+            try:
+                if kind is None:
+                    copies = max(2, int(READ / weight.nbytes))
+                    products = [
+                        partial(torch.nn.functional.linear, weight=weight.clone()) for _ in range(copies)
                     ]
-                )
-            del several
-        except Exception:
-            results[f"int4 {name}"] = traceback.format_exc()
+                else:
+                    first = kind(GROUP_SIZE)
+                    first.load(weight)
+                    products = [first]
+                    for _ in range(1, max(2, int(READ / first.num_bytes))):
+                        products.append(kind(GROUP_SIZE))
+                        products[-1].load(weight)
+                    results[f"{precision} by"] = type(first._kernel).__name__  # noqa: SLF001
+                    products = [partial(product, bias=None) for product in products]
+                for rows, x in inputs_of.items():
+                    results[f"{precision} {rows}"] = in_graph([partial(product, x) for product in products])
+                del products
+            except Exception:
+                results[precision] = traceback.format_exc()
     return results
