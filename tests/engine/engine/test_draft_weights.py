@@ -192,9 +192,7 @@ def chosen(agreement: dict[str, float], draft_seconds: float | None) -> tuple[st
 
     auto_precision.AGREEMENT = agreement
     if draft_seconds is not None:  # on two cores nothing pays for a model as small as this one
-        auto_precision._seconds = lambda works, x: (
-            1.0 if "weight" in products[0].keywords else draft_seconds
-        )
+        auto_precision._seconds = lambda works, x: 1.0 if "weight" in works[0].keywords else draft_seconds
     config = INT8 | {"draft_weights": "auto", "skip_layers": [12]}
     with running(speculative_config=config) as llm:
         runner = model_runner(llm)
