@@ -53,6 +53,13 @@ PROMPTS = [
     "Text: Leo is a 31 year old pilot who lives in Oslo.\nJSON:",
     "a",
 ]
+# Of structured output.
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 120}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
 REPEATING = "a = 1, b = 2, c = 3, d = 4; " * 4
 
 

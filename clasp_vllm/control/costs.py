@@ -233,9 +233,12 @@ class ContextPass:
 
 
 def measure_context_costs(
-    costs: PassCosts, of: ContextPass | None, num_layers: int, repeats: int = 3
+    costs: PassCosts, of: ContextPass | None, num_layers: int, repeats: int = 3, several: bool = True
 ) -> PassCosts:
-    """``costs`` with what attending to more tokens adds; the fastest of some repeats counts."""
+    """``costs`` with what attending to more tokens adds; the fastest of some repeats counts.
+
+    ``several``: measure passes of several queries for a row too. Else further queries add nothing.
+    """
     if of is None:
         return costs
 
@@ -252,11 +255,12 @@ def measure_context_costs(
 
     sizes = sorted({1, of.rows})
     context = [more(rows, 1) for rows in sizes]
-    several = [more(rows, QUERIES) for rows in sizes]
-    further = [
-        min(max((b / max(a, 1e-12) - 1) / (QUERIES - 1), 0.0), 1.0)
-        for a, b in zip(context, several, strict=True)
-    ]
+    further = [0.0] * len(sizes)
+    if several:
+        further = [
+            min(max((more(rows, QUERIES) / max(one, 1e-12) - 1) / (QUERIES - 1), 0.0), 1.0)
+            for rows, one in zip(sizes, context, strict=True)
+        ]
     return replace(
         costs,
         context_rows=tuple(map(float, sizes)),

@@ -225,14 +225,15 @@ class Passes:
     def measure(self, device: torch.device) -> PassCosts:
         """What passes cost, while nothing is served. Writes to the scratch block."""
         costs = self._measure(self._target, device)
-        costs = measure_context_costs(costs, self._read_context(device), self._target.decoder.num_layers)
+        # Passes of several queries run eagerly, which tells nothing of the engine's graphs. Kernels for GPUs
+        # read a request's context once for all of its queries.
+        several = not self.num_graphs
+        context = self._read_context(device)
+        costs = measure_context_costs(costs, context, self._target.decoder.num_layers, several=several)
         if self.own_weights:
             draft = self._measure(self._draft, device)
             costs = replace(costs, draft_layer=draft.layer, draft_fixed=draft.fixed)
         if self.num_graphs:
-            # Passes of several queries run eagerly, which tells nothing of the engine's graphs. Kernels for
-            # GPUs read a request's context once for all of its queries.
-            costs = replace(costs, context_query=(0.0,) * len(costs.context))
             eager = self._measure(self._draft, device, eagerly=True)
             costs = replace(costs, pass_layer=eager.layer, pass_fixed=eager.fixed)
         return costs

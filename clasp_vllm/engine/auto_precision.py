@@ -72,7 +72,10 @@ def _most_promising(candidates: tuple[str, ...], weight: Tensor, group_size: int
     def rows(number: int) -> Tensor:
         return weight.new_ones(number, weight.shape[1])
 
-    target = [partial(nn.functional.linear, weight=weight.clone()) for _ in range(_copies(weight.nbytes))]
+    target = [
+        partial(nn.functional.linear, weight=weight.clone())
+        for _ in range(copies_beyond_caches(weight.nbytes))
+    ]
     verify = np.array([_seconds(target, rows(number)) for number in range(1, LONGEST + 2)])
     target.clear()
     promised = {"target": 1.0}
@@ -80,7 +83,7 @@ def _most_promising(candidates: tuple[str, ...], weight: Tensor, group_size: int
         reason = unavailable(name, weight.dtype, group_size)
         try:
             if reason is None:
-                products = _quantised(product_of(name, weight, False, group_size), weight, group_size)
+                products = quantised_copies(product_of(name, weight, False, group_size), weight, group_size)
                 seconds = _seconds([partial(product, bias=None) for product in products], rows(1))
                 promised[name] = expected_ratio(AGREEMENT[name], verify, seconds)
         except Exception as error:  # kernels tell in many ways that they cannot
@@ -110,15 +113,16 @@ def expected_ratio(acceptance: float, verify: Array, draft: float) -> float:
     return float((tokens * verify[0] / (verify + steps * draft)).max())
 
 
-def _copies(num_bytes: int) -> int:
-    """Of a weight, to be read in turn."""
+def copies_beyond_caches(num_bytes: int) -> int:
+    """Of a weight of so many bytes, to be read in turn by products that are timed."""
     return min(ceil(CACHES / num_bytes), MOST_COPIES)
 
 
-def _quantised(kind: type[Product], weight: Tensor, group_size: int) -> list[Product]:
+def quantised_copies(kind: type[Product], weight: Tensor, group_size: int) -> list[Product]:
+    """Products with so many copies of [outputs, inputs] quantised."""
     products = [kind(group_size)]
     products[0].load(weight)
-    for _ in range(1, _copies(products[0].num_bytes)):
+    for _ in range(1, copies_beyond_caches(products[0].num_bytes)):
         products.append(kind(group_size))
         products[-1].load(weight)
     return products

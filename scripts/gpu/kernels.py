@@ -17,7 +17,6 @@ SHAPES = {
     "head": (4096, 128256),
 }
 GROUP_SIZE = 64  # the default of draft_weights_group_size
-READ = 400_000_000  # bytes, more than the cache holds
 
 
 def kernels(llm: Any, name: str) -> dict[str, Any]:
@@ -25,6 +24,7 @@ def kernels(llm: Any, name: str) -> dict[str, Any]:
     import torch
     from vllm.config import set_current_vllm_config
 
+    from clasp_vllm.engine.auto_precision import copies_beyond_caches, quantised_copies
     from clasp_vllm.engine.precisions import Fp8, Int4, Int8
 
     results: dict[str, Any] = {}
@@ -37,19 +37,15 @@ def kernels(llm: Any, name: str) -> dict[str, Any]:
             if precision == "int4" and name == "head":
                 continue
             try:
+                products: list[Any]
                 if kind is None:
-                    copies = max(2, int(READ / weight.nbytes))
+                    copies = copies_beyond_caches(weight.nbytes)
                     products = [
                         partial(torch.nn.functional.linear, weight=weight.clone()) for _ in range(copies)
                     ]
                 else:
-                    first = kind(GROUP_SIZE)
-                    first.load(weight)
-                    products = [first]
-                    for _ in range(1, max(2, int(READ / first.num_bytes))):
-                        products.append(kind(GROUP_SIZE))
-                        products[-1].load(weight)
-                    results[f"{precision} by"] = type(first._kernel).__name__  # noqa: SLF001
+                    products = quantised_copies(kind, weight, GROUP_SIZE)
+                    results[f"{precision} by"] = type(products[0]._kernel).__name__  # noqa: SLF001
                     products = [partial(product, bias=None) for product in products]
                 for rows, x in inputs_of.items():
                     results[f"{precision} {rows}"] = in_graph([partial(product, x) for product in products])

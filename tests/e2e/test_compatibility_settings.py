@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import PROMPTS
+from engines import PERSON, PROMPTS
 from pairs import Side, pair
 
 from clasp_vllm.tools.assistant import assistant
@@ -27,12 +27,6 @@ SETTINGS = (
     *("--scheduling-policy", "priority", "--enable-prompt-embeds"),
     *("--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}'),
 )
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 120}},
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
 PENS = r"(\d{1,3} pens, ){2,4}done"
 
 
@@ -89,7 +83,7 @@ def structured(question: str, **constraint: Any) -> Ask:
 
 
 def schema(question: str) -> Ask:
-    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
     messages = [{"role": "user", "content": question}]
     return lambda side: side.chat(messages, response_format=form, max_tokens=60).choices[0].message.content
 

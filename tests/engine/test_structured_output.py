@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import pytest
-from engines import PROMPTS, engine_process, running
+from engines import PERSON, PROMPTS, engine_process, running
 
 CLASP = {
     "method": "clasp",
@@ -18,24 +18,18 @@ CLASP = {
     "max_optimized_requests": 3,
     "draft_exit_threshold": 0.0,
 }
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 120}},
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
 PENS = r" (\d{1,3} pens, ){2,4}done"
 CHOICE = [" 21 miles", " 12 kilometres"]
 GRAMMAR = 'root ::= " " number " pens" (" and " number " more")? "."\nnumber ::= [0-9] | [0-9] number\n'
 # Of outlines and the others.
 REQUESTS: list[tuple[str, dict[str, Any] | None]] = [
-    (PROMPTS[13], {"json": SCHEMA}),
+    (PROMPTS[13], {"json": PERSON}),
     (PROMPTS[1], {"regex": PENS}),
     (PROMPTS[2], {"choice": CHOICE}),
-    (PROMPTS[14], {"json": SCHEMA}),
+    (PROMPTS[14], {"json": PERSON}),
     (PROMPTS[9], None),
     (PROMPTS[0], {"regex": PENS}),
-    (PROMPTS[6], {"json": SCHEMA}),
+    (PROMPTS[6], {"json": PERSON}),
     (PROMPTS[10], {"regex": r"SELECT [a-z]{1,8}, [a-z]{1,8} FROM [a-z]{1,12}"}),
     (PROMPTS[1], {"choice": CHOICE}),
 ]
@@ -45,7 +39,7 @@ BY_GRAMMAR: list[tuple[str, dict[str, Any] | None]] = [
     (PROMPTS[14], {"json_object": True}),
 ]
 AGAIN: list[tuple[str, dict[str, Any] | None]] = [
-    (PROMPTS[8], {"json": SCHEMA}),
+    (PROMPTS[8], {"json": PERSON}),
     (PROMPTS[7], {"choice": CHOICE}),
     (PROMPTS[3], None),
 ]

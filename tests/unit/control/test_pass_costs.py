@@ -143,6 +143,9 @@ def test_context_costs_are_what_more_tokens_add(clock):
     assert costs.context_rows == (1.0, 8.0)
     assert costs.context == pytest.approx([1e-3, 0.5e-3])
     assert costs.context_query == pytest.approx([0.25, 0.25])
+    one = measure_context_costs(PassCosts((1.0,), (1.0,), (0.0,)), of, 6, several=False)
+    assert one.context == pytest.approx(costs.context)
+    assert one.context_query == (0.0, 0.0)
     assert measure_context_costs(costs, None, 6) is costs
 
 
