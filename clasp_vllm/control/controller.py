@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from clasp_vllm.control.acceptance import AcceptanceEvidence
+from clasp_vllm.control.choice_log import ChoiceLog
 from clasp_vllm.control.costs import SIZES, CostCorrections, LayerShares, PassCosts
 from clasp_vllm.control.early_exit import Confidence, SurvivalExit
-from clasp_vllm.control.gate import Gate, State
+from clasp_vllm.control.gate import Gate
 from clasp_vllm.control.ngram_lengths import NgramLengthPredictor
 from clasp_vllm.control.pass_schedule import PassSchedule
 from clasp_vllm.control.planner import WORTH_IT, Choice
@@ -32,12 +33,6 @@ PLAIN_FIRST = 8  # the first of them comes sooner
 # Standard deviations added to the batch's mean acceptance before drafts are given up: that drafts do not pay
 # shows in a few rounds, that they would pay only in rare probes.
 OPTIMISM_SIGMAS = 0.5
-WORDS = {
-    State.OFF: "off",
-    State.PROBING: "probing",
-    State.TRYING: "trying",
-    State.SPECULATING: "speculating",
-}
 
 
 class Controller:
@@ -64,7 +59,7 @@ class Controller:
         padded: bool,
         drop_stopped: bool,
         ranks: int,
-        log: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         """
         Args:
@@ -82,7 +77,7 @@ class Controller:
             drop_stopped: whether rows that stop early leave the batch of the draft.
             ranks: that run the layers together. They must choose alike, so with more than one
                 corrections of costs are those that rank 0 shares now and then.
-            log: told in words whenever another choice is made.
+            log: told in words whenever another choice is made; None: nobody is.
         """
         self.costs = costs
         self.corrections = CostCorrections(len(contexts))
@@ -90,8 +85,7 @@ class Controller:
         self.padded = padded
         self.longest = longest
         self._sent: int | None = None
-        self._log = log
-        self._logged: tuple[object, ...] = ()
+        self._log = None if log is None else ChoiceLog(log, num_layers)
         self._ranks = ranks
         self._until_plain = np.full(len(SIZES), PLAIN_FIRST)  # rounds
         self._budgets = budgets
@@ -118,8 +112,10 @@ class Controller:
         self.ngram_lengths = NgramLengthPredictor(self._capacity, late=self.padded)
         self.gate = Gate(not self._may_stop, shared=self._ranks > 1)
         self.last: Choice | None = None
+        self._decided: Choice | None = None  # of ways to draft by skipping
+        self._charged = Choice(0, 0)  # the same with the optimisation passes that are due
         self.passes = PassSchedule(self._interval, self._num_layers, self._budgets[-1], self._capacity)
-        self._optimistic = False  # whether optimism alone makes the last choice worth trying
+        self._optimistic = False  # whether optimism alone makes it worth trying
         self.pricing.reset()
         self._times = RoundTimes(self._num_layers, self.corrections)
         self._request_ids: list[str] = []  # of the last round
@@ -127,8 +123,8 @@ class Controller:
     def observe(self, request_ids: Sequence[str], lengths: np.ndarray, rejected: Tensor | None) -> None:
         """Take in the engine's step: see ``Drafter.observe``."""
         self.outcomes.verified(request_ids, lengths - 1, rejected)
-        self._times.settle(self._corrected(), self.gate.budget)
-        self.gate.budget.step(len(request_ids))
+        self._times.settle(self._corrected(), self.gate.budget, self.gate.match_budget)
+        self.gate.step(len(request_ids))
         self._times.engine_step(request_ids, lengths, rejected, self.costs.over(self._lengths))
 
     def may_idle(self, request_ids: Sequence[str]) -> bool:
@@ -161,12 +157,12 @@ class Controller:
             cut = None if window is None else self._lengths > window
             self.outcomes.remember(replace(drafts, cut=cut))
         self.evidence.forget(1 + self.gate.take_idled())
-        self._times.round_ended(request_ids, ended)
+        self._times.round_ended(request_ids, ended, drafts is not None and not drafts.choice.length)
         self._request_ids = list(request_ids)
 
     def round_failed(self) -> None:
         """A round has failed: what fails once may fail each time, so the next is tried after a while."""
-        self.gate.budget.use_up()
+        self.gate.use_up()
 
     def time_drafting(
         self,
@@ -208,50 +204,65 @@ class Controller:
             match_lengths: [rows] int64, of prompt-lookup matches, if they have been looked up.
             lengths: [rows] int, tokens of context, if they are known.
             version: another one whenever a mask has changed.
-            due: tells, given the rounds between two passes for a sequence, how many sequences are due for
-                one, and whether any of them has had none.
+            due: see ``Policy.passes_due``.
         """
         rows = len(slots)
         match_lengths = np.zeros(rows, dtype=np.int64) if match_lengths is None else match_lengths
         self._lengths = np.zeros(rows, dtype=np.int64) if lengths is None else lengths
         self._draft_costs = None
         costs = self._corrected()
-        choice = self._decide(costs, Sequences(slots, masks, match_lengths, self._lengths, version))
         plain = float(costs.plain(rows, self._num_layers))
-        charged = choice
-        if choice.length and self._may_stop:
-            passes = due(self.passes.interval)
-            charged = self.passes.with_passes(
-                choice, *passes, costs, lambda some: self.gate.affords(some, plain, rows)
-            )
-        self.gate.decide(charged, self._optimistic, plain, rows)
-        self.requested_draft_length = max(choice.length, choice.ngram) if self.gate.asks else 0
+        sequences = Sequences(slots, masks, match_lengths, self._lengths, version)
+        decided = self._decide(costs, sequences, plain, due)
+        self.gate.decide(self._charged, self._optimistic, plain, rows)
+        choice, matches = self._with_matches(decided, costs, sequences, plain)
+        self.last = choice
+        self.requested_draft_length = max(choice.length, choice.ngram) if self.gate.asks or matches else 0
         self._explain(choice, slots)
-        goes_plain = self._goes_plain(rows, bool(allowed))
+        goes_plain = self._goes_plain(rows, bool(allowed), self.gate.speculating or matches)
         self._times.verified()
         if goes_plain:
             self.requested_draft_length, self.gate.asks = 0, False
             if not self.padded:
                 return replace(choice, length=0, ngram=0)
-        if self.gate.opens(allowed):
-            return replace(choice, length=min(choice.length, allowed), ngram=min(choice.ngram, allowed))
-        return replace(choice, length=0, ngram=0)
+        most = allowed if self.gate.opens(allowed) or matches else 0
+        return replace(choice, length=min(choice.length, most), ngram=min(choice.ngram, most))
 
-    def _decide(self, costs: PassCosts, sequences: Sequences) -> Choice:
-        """The best way to speculate: the last choice until a new decision is due."""
-        rows, choice = len(sequences.slots), self.last
-        if (
-            choice is None
-            or self.gate.due(rows, self.evidence.started)
-            or self.pricing.ngrams_pay(costs, self.evidence, sequences)
-        ):
-            choice = self.last = self.pricing.best(costs, self.evidence, sequences)
+    def _decide(
+        self, costs: PassCosts, sequences: Sequences, plain: float, due: Callable[[int], tuple[int, bool]]
+    ) -> Choice:
+        """The best way to draft by skipping: the last one until a new decision is due."""
+        rows, choice = len(sequences.slots), self._decided
+        if self.gate.due(rows, self.evidence.started) or choice is None:
+            choice = self._decided = self.pricing.best(costs, self.evidence, sequences)
             self._optimistic = False
             if choice.ratio < WORTH_IT and self._may_stop:
                 optimism = OPTIMISM_SIGMAS / rows**0.5
                 best = self.pricing.best(costs, self.evidence, sequences, optimism)
                 self._optimistic = best.ratio >= WORTH_IT
+            self._charged = choice
+            if choice.length and self._may_stop:
+                passes = due(self.passes.interval)
+                self._charged = self.passes.with_passes(
+                    choice, *passes, costs, lambda some: self.gate.affords(some, plain, rows)
+                )
         return choice
+
+    def _with_matches(
+        self, choice: Choice, costs: PassCosts, sequences: Sequences, plain: float
+    ) -> tuple[Choice, bool]:
+        """The choice with prompt-lookup matches, and whether these alone are reason enough to speculate.
+
+        Where drafting by skipping does not pay, matches are taken by themselves, without a new decision.
+        """
+        if not sequences.match_lengths.any():
+            return choice, False
+        if self.gate.speculating:
+            beside = self.pricing.beside(costs, self.evidence, sequences)
+            return (beside if beside.ratio > choice.ratio else choice), False
+        best = self.pricing.matches(costs, self.evidence, sequences)
+        pays = best.ratio >= WORTH_IT and self.gate.affords(best, plain, len(sequences.slots))
+        return (best, True) if pays else (choice, False)
 
     def _corrected(self) -> PassCosts:
         return self.costs.scaled(self.rank_sync.scales).over(self._lengths)
@@ -271,36 +282,25 @@ class Controller:
     def _window(self, choice: Choice | None) -> int | None:
         return self._contexts[_context(choice)]
 
-    def _goes_plain(self, rows: int, drafts: bool) -> bool:
+    def _goes_plain(self, rows: int, room: bool, speculating: bool) -> bool:
         """Whether to do without drafts once, though they pay, to learn what that costs.
 
-        ``drafts``: whether there is room for any. vLLM makes none in the last steps of requests.
+        ``room``: whether there is room for any. vLLM makes none in the last steps of requests.
         """
         size = int(np.abs(np.array(SIZES) - rows).argmin())
-        self._until_plain[size] -= drafts
+        self._until_plain[size] -= room
         due = bool(self._until_plain[size] <= 0)
-        if due or not self.gate.speculating:
+        if due or not speculating:
             self._until_plain[size] = PLAIN_EVERY
-        return due and self.gate.speculating and self._may_stop
+        return due and speculating and self._may_stop
 
     def _explain(self, choice: Choice, slots: np.ndarray) -> None:
-        made = len(slots), choice.budget, choice.length, choice.context, choice.ngram, self.gate.state
-        if made == self._logged:
+        if self._log is None:
             return
-        self._logged = made
         acceptance = self.evidence.acceptance(slots, context=choice.context)[:, choice.budget].mean(0)
-        skipped = self._budgets[choice.budget]
-        plain, step = (1000 * seconds for seconds in self.step_seconds(len(slots)))
-        self._log(
-            f"{len(slots)} sequences: {WORDS[self.gate.state]}; "
-            f"best: {choice.length} tokens with {skipped} of {self._num_layers} layers skipped, "
-            f"{choice.ngram} by prompt lookup, "
-            f"attending to {self._window(choice) or 'all'} tokens of context at most, "
-            f"stopping when the chance of all falls under {choice.floor:.2f}, "
-            f"expected {choice.ratio:.2f} times plain decoding (acceptance "
-            f"{' '.join(f'{chance:.2f}' for chance in acceptance)}, "
-            f"a plain step {plain:.1f} ms, a draft step {step:.1f} ms)"
-        )
+        skipped, window = self._budgets[choice.budget], self._window(choice)
+        seconds = self.step_seconds(len(slots))
+        self._log.say(len(slots), choice, self.gate.state, skipped, window, acceptance, seconds)
 
     def take_requested_draft_length(self) -> int | None:
         """Draft tokens that the scheduler is to make room for, where that has changed since the last call.

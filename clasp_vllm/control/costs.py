@@ -84,8 +84,8 @@ class PassCosts:
         """
         if not self.context or not len(lengths):
             return replace(self, draft_context=context) if context else self
-        seen = lengths if window is None else np.minimum(lengths, window)
-        tokens, draft_tokens = float(lengths.mean()), float(seen.mean())
+        tokens = float(lengths.mean())
+        draft_tokens = tokens if window is None else float(np.minimum(lengths, window).mean())
         return replace(
             self, requests=len(lengths), tokens=tokens, draft_tokens=draft_tokens, draft_context=context
         )
@@ -146,7 +146,7 @@ class PassCosts:
 def _interpolate(rows: Any, sizes: tuple[float, ...], values: tuple[float, ...]) -> Array:
     """Between the sizes measured a line, beyond the last through it and half its rows."""
     seconds: Array = np.interp(rows, sizes, values)
-    if len(sizes) > 1:
+    if len(sizes) > 1 and np.max(rows) > sizes[-1]:
         half = sizes[-1] / 2
         slope = max(0.0, (values[-1] - float(np.interp(half, sizes, values))) / half)
         seconds = seconds + slope * np.maximum(np.asarray(rows) - sizes[-1], 0.0)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from clasp_vllm.control.loss_budget import LossBudget, counted
+from clasp_vllm.control.loss_budget import LossBudget
 from clasp_vllm.control.planner import WORTH_IT, Choice
 
 PROBE_SHARE = 0.002  # of the time, what probes may lose while speculation is off
@@ -59,8 +59,7 @@ class Gate:
 
     Attributes:
         state: see ``State``.
-        budget: what speculation may still lose.
-        shared_balance: rank 0's balance of it, where ranks must decide alike; else None.
+        budget, match_budget: what drafting by skipping, and prompt lookup, may still lose.
         asks: whether the next round should have room for drafts.
     """
 
@@ -71,8 +70,8 @@ class Gate:
             shared: whether several ranks must decide alike.
         """
         self.state = State.OFF
-        self.budget, self.probes = LossBudget(), Probes()
-        self.shared_balance: float | None = self.budget.balance if shared else None
+        self.budget, self.match_budget = LossBudget(shared), LossBudget(shared)
+        self.probes = Probes()
         self.asks = False
         self._always_on = always_on
         self._rows = 0  # of the last decision
@@ -119,8 +118,18 @@ class Gate:
 
     def affords(self, choice: Choice, plain_seconds: float, rows: int) -> bool:
         """Whether a round that gains nothing loses no more than the budget holds."""
-        balance = self.budget.balance if self.shared_balance is None else self.shared_balance
-        return balance >= counted(rows) * (choice.seconds / plain_seconds - 1)
+        budget = self.budget if choice.length else self.match_budget
+        return budget.affords(rows, choice.seconds, plain_seconds)
+
+    def use_up(self) -> None:
+        """Leave nothing to lose: some hundred steps go without drafts."""
+        self.budget.use_up()
+        self.match_budget.use_up()
+
+    def step(self, rows: int) -> None:
+        """Count an engine step of ``rows`` sequences."""
+        self.budget.step(rows)
+        self.match_budget.step(rows)
 
     @property
     def speculating(self) -> bool:
@@ -149,7 +158,7 @@ class Gate:
         self._idle -= 1
         self._idled += 1
         self._off_steps += 1
-        self.budget.step(self._rows)
+        self.step(self._rows)
 
     def take_idled(self) -> int:
         """Steps without a decision since the last call."""

@@ -5,6 +5,9 @@ drafts never quite pay, of a machine that has become slower. So what speculation
 like an account, in plain steps: every engine step adds a little, every round adds what it gained, and the
 controller begins no round that could lose more than is there.
 
+Drafting by skipping and prompt lookup have an account each: what lookups gain on a text that repeats itself
+is no reason to try again and again what has not paid.
+
 A step that a batch loses, each of its sequences loses. It counts for each of them, or the first answers of a
 large batch, which take few steps, would lose the most; but not for more than a few, for one round must be
 possible in every batch.
@@ -19,14 +22,22 @@ COUNTED = 8  # sequences of a batch, at most, that a step counts for
 
 
 class LossBudget:
-    """The account of one engine.
+    """An account of one engine.
 
     Attributes:
         balance: plain steps of one sequence that speculation may still lose.
+        shared: rank 0's balance, where ranks must decide alike; else None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool = False) -> None:
+        """``shared``: whether several ranks must decide alike."""
         self.balance = START
+        self.shared: float | None = START if shared else None
+
+    def affords(self, rows: int, seconds: float, plain_seconds: float) -> bool:
+        """Whether a round of ``rows`` sequences that gains nothing loses no more than there is."""
+        balance = self.balance if self.shared is None else self.shared
+        return balance >= counted(rows) * (seconds / plain_seconds - 1)
 
     def step(self, rows: int) -> None:
         """Count an engine step of ``rows`` sequences."""
@@ -41,7 +52,7 @@ class LossBudget:
         self._add(rows, tokens / rows - seconds / plain_seconds)
 
     def use_up(self) -> None:
-        """Leave nothing to lose: some hundred steps go without drafts."""
+        """Leave nothing to lose."""
         self.balance = min(self.balance, 0.0)
 
     def _add(self, rows: int, steps: float) -> None:

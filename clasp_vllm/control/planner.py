@@ -77,14 +77,20 @@ class Ngrams:
         tokens = rows + _from_zero(np.cumsum(self.right(longest).sum(0)))
         return tokens, rows + _from_zero(np.cumsum(there.sum(0)))
 
-    def best(self, costs: PassCosts, num_layers: int, others: int, longest: int, padded: bool) -> Choice:
-        """The best number of these to verify beside ``others`` rows without drafts."""
+    def best(
+        self, costs: PassCosts, num_layers: int, others: int, lengths: Sequence[int], padded: bool
+    ) -> Choice:
+        """The best number of these to verify beside ``others`` rows without drafts.
+
+        ``lengths``: numbers to choose from, ascending, none of them 0.
+        """
+        longest = lengths[-1]
         tokens, verified = self.take(longest)
         rows = others + len(self.lengths)
         to_verify = rows * np.arange(1, longest + 2) if padded else others + verified
         tokens, seconds = others + tokens[1:], costs.verify(to_verify[1:], num_layers)
         rate = tokens / seconds
-        at = int(np.argmax(rate))
+        at = max((length - 1 for length in lengths), key=lambda at: float(rate[at]))
         ratio = float(rate[at]) / rows * float(costs.plain(rows, num_layers))
         return Choice(0, 0, at + 1, ratio, float(seconds[at]), float(tokens[at]))
 

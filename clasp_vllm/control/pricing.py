@@ -11,11 +11,10 @@ from torch import Tensor
 
 from clasp_vllm.control.acceptance import AcceptanceEvidence
 from clasp_vllm.control.costs import Array, LayerShares, PassCosts
-from clasp_vllm.control.planner import WORTH_IT, Batch, Choice, Ngrams, choose, draft_lengths
+from clasp_vllm.control.planner import Batch, Choice, Ngrams, choose, draft_lengths
 
 MAX_BATCHES = 256  # sets of sequences, of which what draft steps run is kept
 WORTH_CUTTING = 0.75  # of the context, that a window may hold at most to be considered
-SKIPPING_EVERY = 8  # rounds with prompt-lookup matches, after which drafts by skipping are priced again
 
 
 @dataclass(frozen=True)
@@ -67,46 +66,31 @@ class Pricing:
     def reset(self) -> None:
         """Forget what was priced: slots may be those of others."""
         self._layers.clear()
-        # By optimism: the slots, their best choice with layer skipping, and its age in rounds.
-        self._skipping: dict[float, tuple[bytes, Choice, int]] = {}
 
     def best(
         self, costs: PassCosts, evidence: AcceptanceEvidence, of: Sequences, optimism: float = 0.0
     ) -> Choice:
-        """The best way to speculate, with prompt-lookup matches where they are better than drafting.
+        """The best way to draft by skipping, whatever was looked up.
 
         Args:
             costs: of forward passes, with corrections.
             optimism: see ``AcceptanceEvidence.acceptance``.
         """
-        if of.version is None or of.version != self._version or len(self._layers) >= MAX_BATCHES:
-            self._layers.clear()
-            self._version = of.version
-        slots, looked_up = of.slots, np.flatnonzero(of.match_lengths)
-        every = np.arange(len(slots))
-        if not looked_up.size:
-            return self._choose(costs, evidence, of, every, optimism)
-        # How good drafts by skipping are changes slowly, and to work it out costs more than a lookup.
-        known, skipping, age = self._skipping.get(optimism, (b"", None, 0))
-        if skipping is None or known != slots.tobytes() or age == SKIPPING_EVERY:
-            skipping, age = self._choose(costs, evidence, of, every, optimism), 0
-        self._skipping[optimism] = slots.tobytes(), skipping, age + 1
-        ngrams = _ngrams(evidence, of)
-        if looked_up.size == len(slots) and not self._padded:
-            taken = ngrams.best(costs, self._num_layers, 0, self._longest, padded=False)
-        else:
-            others = np.flatnonzero(of.match_lengths == 0)
-            taken = self._choose(costs, evidence, of, others, optimism, ngrams)
-        return max(skipping, taken, key=lambda choice: choice.ratio)
+        return self._choose(costs, evidence, of, np.arange(len(of.slots)), optimism)
 
-    def ngrams_pay(self, costs: PassCosts, evidence: AcceptanceEvidence, of: Sequences) -> bool:
-        """Whether prompt-lookup matches may pay by themselves."""
+    def matches(self, costs: PassCosts, evidence: AcceptanceEvidence, of: Sequences) -> Choice:
+        """The best number of tokens to take from prompt-lookup matches, of which there are some."""
         ngrams = _ngrams(evidence, of)
-        if not ngrams.lengths.size:
-            return False
         others = len(of.slots) - ngrams.lengths.size
-        best = ngrams.best(costs, self._num_layers, others, self._longest, self._padded)
-        return best.ratio >= WORTH_IT
+        lengths = self._lengths if self._padded else range(1, self._longest + 1)
+        return ngrams.best(costs, self._num_layers, others, lengths, self._padded)
+
+    def beside(self, costs: PassCosts, evidence: AcceptanceEvidence, of: Sequences) -> Choice:
+        """The best way to take such matches beside drafts by skipping for the other sequences."""
+        others = np.flatnonzero(of.match_lengths == 0)
+        if not others.size and not self._padded:
+            return self.matches(costs, evidence, of)
+        return self._choose(costs, evidence, of, others, 0.0, _ngrams(evidence, of))
 
     def _choose(
         self,
@@ -118,6 +102,9 @@ class Pricing:
         ngrams: Ngrams | None = None,
     ) -> Choice:
         """The best of all contexts that drafts may attend to."""
+        if of.version is None or of.version != self._version or len(self._layers) >= MAX_BATCHES:
+            self._layers.clear()
+            self._version = of.version
         slots, lengths, mean = of.slots[rows], of.lengths[rows], float(of.lengths.mean())
         layers = self._layers_run(of, slots)
         choices = []

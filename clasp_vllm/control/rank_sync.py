@@ -1,4 +1,4 @@
-"""Gives all tensor-parallel ranks rank 0's cost corrections and loss budget, so that they decide alike."""
+"""Gives all tensor-parallel ranks rank 0's cost corrections and loss budgets, so that they decide alike."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RankSync:
         """Now and then take what rank 0 says. All ranks call it each round.
 
         Args:
-            gate: whose balance is exchanged too.
+            gate: whose balances are exchanged too.
             share: makes a tensor rank 0's on all ranks.
         """
         if not self._many:
@@ -43,10 +43,11 @@ class RankSync:
         pending, self._pending = self._pending, None
         if pending is not None:
             ends = np.cumsum([len(scale) for scale in self.scales.values()])
-            *scales, balance = np.split(pending.get().numpy(), ends)
+            *scales, balances = np.split(pending.get().numpy(), ends)
             self.scales = dict(zip(self.scales, scales, strict=True))
-            gate.shared_balance = float(balance[0])
+            gate.budget.shared, gate.match_budget.shared = balances.tolist()
         if self._rounds % SHARE_EVERY == 0:
-            own = *self._corrections.scales.values(), np.array([gate.budget.balance])
+            balances = np.array([gate.budget.balance, gate.match_budget.balance])
+            own = *self._corrections.scales.values(), balances
             self._pending = HostCopy(share(to_device(np.concatenate(own).astype(np.float32), device)))
         self._rounds += 1

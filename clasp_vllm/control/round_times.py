@@ -17,13 +17,14 @@ from clasp_vllm.device import DeviceEvent, HostCopy
 @dataclass(frozen=True)
 class _Verification:
     """A step of the engine that verifies drafts: its rows and tokens, seconds expected without correction,
-    how many draft tokens it rejected, and its start."""
+    how many draft tokens it rejected, its start, and whether all drafts had been looked up."""
 
     rows: int
     tokens: int
     predicted: float
     rejected: HostCopy
     started: DeviceEvent
+    matches: bool
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class RoundTimes:
         self._running: frozenset[str] = frozenset()  # the requests of the last round
         self._ended: DeviceEvent | None = None  # the last round
         self._device: torch.device | None = None
+        self._matches = False  # whether its drafts had all been looked up
         self._verification: _Verification | None = None
         self._parts: list[_Part] = []
 
@@ -68,7 +70,8 @@ class RoundTimes:
             self._corrections.add("plain_scale", tokens, predicted, ended, DeviceEvent(ended.device))
         else:
             assert rejected is not None
-            self._verification = _Verification(rows, tokens, predicted, HostCopy(rejected.sum()), ended)
+            rejections = HostCopy(rejected.sum())
+            self._verification = _Verification(rows, tokens, predicted, rejections, ended, self._matches)
 
     def verified(self) -> None:
         """The step's verification ends here, with all that precedes drafting: that is part of its cost."""
@@ -101,8 +104,9 @@ class RoundTimes:
         if pass_seconds:
             self._corrections.add("pass_scale", 0, pass_seconds, *events[:2])
 
-    def round_ended(self, request_ids: Sequence[str], ended: DeviceEvent) -> None:
-        """A round of these requests has ended."""
+    def round_ended(self, request_ids: Sequence[str], ended: DeviceEvent, matches: bool = False) -> None:
+        """A round of these requests has ended. ``matches``: all of its drafts were looked up."""
+        self._matches = matches
         self._running, self._ended, self._device = frozenset(request_ids), ended, ended.device
 
     def idled(self, last: bool) -> None:
@@ -110,7 +114,7 @@ class RoundTimes:
         assert self._device is not None
         self._ended = DeviceEvent(self._device) if last else None
 
-    def settle(self, costs: PassCosts, budget: LossBudget) -> None:
+    def settle(self, costs: PassCosts, budget: LossBudget, match_budget: LossBudget) -> None:
         """Account for what the device has finished. ``costs``: with corrections."""
         self._corrections.settle()
         while self._parts and self._parts[0].ended.reached():
@@ -121,4 +125,5 @@ class RoundTimes:
             if step is None:
                 budget.charge_drafting(part.rows, seconds, plain)
             else:
-                budget.verified(part.rows, step.tokens - int(step.rejected.get()), seconds, plain)
+                account = match_budget if step.matches else budget
+                account.verified(part.rows, step.tokens - int(step.rejected.get()), seconds, plain)

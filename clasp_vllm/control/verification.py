@@ -109,14 +109,16 @@ class VerificationOutcomes:
     def _learn(self, verification: _Verified) -> None:
         drafts, rows, verified = verification.drafts, verification.rows, verification.verified
         lengths, rejected = verification.counts.get().numpy()
-        ours = ~drafts.looked_up[rows]
+        ngram = drafts.looked_up[rows]
+        ours = ~ngram & (drafts.limits[rows] > 0)
         slots, limits, first = drafts.slots[rows], drafts.limits[rows], drafts.certain[rows].astype(np.int64)
         there = lengths if drafts.drafted is None else np.where(ours, drafts.drafted[rows], lengths)
         drafted = np.minimum(there, verified)  # the scheduler may have cut them
         accepted = np.minimum(verified - rejected, drafted)
         any_rejected = accepted < drafted
-        ngram = drafts.looked_up[rows]
         self._evidence.add_ngrams(slots[ngram], accepted[ngram], any_rejected[ngram])
+        if not ours.any():
+            return
         self._evidence.add_verified(
             slots[ours],
             drafts.choice.budget,

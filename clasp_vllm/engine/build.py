@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
 from vllm.v1.core.kv_cache_utils import update_kv_cache_capacity
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 from clasp_vllm.config import ConfigError, DraftSettings, resolve
 from clasp_vllm.control.controller import Controller
@@ -59,6 +61,18 @@ def draft_settings(vllm_config: VllmConfig) -> DraftSettings:
     config = layer_skip_config(vllm_config)
     assert config is not None
     return resolve(config, num_layers_of(vllm_config), vllm_config.scheduler_config.max_num_seqs)
+
+
+def without_scratch(
+    vllm_config: VllmConfig, groups_by_worker: Sequence[list[KVCacheGroupSpec]], memory: Sequence[int]
+) -> list[int]:
+    """[workers] bytes of the KV cache that the scheduler may hand out, of ``memory`` bytes."""
+    scratch = draft_settings(vllm_config).scratch_blocks
+    block_bytes = (
+        sum(group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups)
+        for groups in groups_by_worker
+    )
+    return [left - scratch * size for left, size in zip(memory, block_bytes, strict=True)]
 
 
 def hold_back_scratch_blocks(vllm_config: VllmConfig, scheduler_config: KVCacheConfig) -> None:
@@ -158,7 +172,7 @@ def build_drafter(
             padded=padded,
             drop_stopped=drop_stopped,
             ranks=ranks,
-            log=lambda line: logger.debug("Layer skipping: %s", line),
+            log=partial(logger.debug, "Layer skipping: %s") if logger.isEnabledFor(logging.DEBUG) else None,
         )
 
     drafter = Drafter(

@@ -81,7 +81,7 @@ class Controlled:
         if not matched.size:
             return there
         ngrams = Ngrams(self._evidence.ngram_acceptance(rows[matched]), there[matched])
-        best = ngrams.best(costs, 0, len(rows) - len(matched), OURS, padded=False)
+        best = ngrams.best(costs, 0, len(rows) - len(matched), range(1, OURS + 1), padded=False)
         return np.minimum(there, best.ngram if best.ratio >= WORTH_IT else 0)
 
     def learn(self, rows: np.ndarray, accepted: np.ndarray, rejected: np.ndarray) -> None:

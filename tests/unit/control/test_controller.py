@@ -211,6 +211,45 @@ def test_speculation_that_has_lost_what_it_may_is_off():
     assert chosen(controller(("length",)), 1, 1) != [0]
 
 
+# Prompt-lookup matches while drafting by skipping is off.
+
+
+def with_matches(adaptive: Controller, *lengths: int) -> Choice:
+    slots = np.arange(len(lengths))
+    return adaptive.choose(slots, MASKS, 4, np.array(lengths))
+
+
+def test_matches_that_pay_are_taken_without_a_decision():
+    adaptive, requests = off_controller()
+    decisions = []
+    best = adaptive.pricing.best
+    adaptive.pricing.best = lambda *args: decisions.append(args) or best(*args)
+    adaptive.evidence.ngrams.offset[:] = 3.0
+    for _ in range(OFF_CHECK - 1):
+        choice = with_matches(adaptive, 4, 0)
+        assert (choice.length, choice.ngram) == (0, 4)
+        adaptive.round_ended(requests, None, DeviceEvent(torch.device("cpu")))
+    assert adaptive.gate.state is State.OFF
+    assert not decisions
+    assert with_matches(adaptive, 0, 0).ngram == 0
+    assert len(decisions) == 2  # with optimism and without
+
+
+def test_matches_that_do_not_pay_are_left():
+    adaptive, _ = off_controller()
+    adaptive.evidence.ngrams.offset[:] = -5.0
+    assert with_matches(adaptive, 4, 4).ngram == 0
+
+
+def test_matches_have_a_budget_of_their_own():
+    adaptive, _ = off_controller()
+    adaptive.evidence.ngrams.offset[:] = 3.0
+    adaptive.gate.budget.balance = 0.0
+    assert with_matches(adaptive, 4, 4).ngram
+    adaptive.gate.match_budget.balance = -1.0
+    assert not with_matches(adaptive, 4, 4).ngram
+
+
 # Windows of context.
 
 CONTEXTS = (None, 1024, 256)

@@ -159,7 +159,7 @@ def test_where_all_are_verified_in_full_matches_cost_all_rows(alpha, others, som
     drafting = sum(float(COSTS.draft_step(others, 8.0)) for _ in range(choice.length))
     verified = float(COSTS.verify((others + some) * (1 + widest), NUM_LAYERS))
     assert choice.seconds == pytest.approx(drafting + verified)
-    padded, rows = ngrams.best(COSTS, NUM_LAYERS, others, 6, padded=True).ratio, others + some
+    padded, rows = ngrams.best(COSTS, NUM_LAYERS, others, range(1, 7), padded=True).ratio, others + some
     plain = float(COSTS.plain(rows, NUM_LAYERS)) / rows
     assert padded == pytest.approx(
         max(
@@ -227,7 +227,7 @@ def test_probes_lose_no_more_than_their_share():
 def test_ngrams_alone_are_priced_as_beside_nobody(alpha, some, length):
     ngrams = Ngrams(np.full(some, alpha), np.full(some, length))
     choice = choose(batch(np.full((0, 1), 0.7), np.full(1, 8.0), longest=6), ngrams)
-    alone = ngrams.best(COSTS, NUM_LAYERS, 0, 6, padded=False)
+    alone = ngrams.best(COSTS, NUM_LAYERS, 0, range(1, 7), padded=False)
     assert (alone.length, alone.ngram) == (0, choice.ngram)
     assert (alone.ratio, alone.seconds, alone.tokens) == pytest.approx(
         (choice.ratio, choice.seconds, choice.tokens)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from clasp_vllm.control.costs import SIZES, CostCorrections, PassCosts
-from clasp_vllm.control.loss_budget import LossBudget
+from clasp_vllm.control.loss_budget import START, LossBudget
 from clasp_vllm.control.round_times import RoundTimes
 from clasp_vllm.device import DeviceEvent
 
@@ -31,7 +31,9 @@ def clock(monkeypatch) -> list[float]:
 
 def settled(times: RoundTimes, budget: LossBudget) -> float:
     before = budget.balance
-    times.settle(COSTS, budget)
+    others = LossBudget()
+    times.settle(COSTS, budget, others)
+    assert others.balance == START
     return budget.balance - before
 
 
@@ -58,6 +60,17 @@ def test_a_round_is_accounted_for(clock):
     assert settled(times, budget) == pytest.approx(-0.5 + 3 - 1.5)
     assert corrections.scales["draft_scale"][0] == pytest.approx(1.0)
     assert corrections.scales["verify_scale"][SIZES.index(4)] > 1.0
+
+
+def test_what_lookups_gain_is_theirs(clock):
+    times, budget, match_budget = RoundTimes(LAYERS, CostCorrections()), LossBudget(), LossBudget()
+    times.round_ended(["a"], At(10.0), matches=True)
+    clock.append(11.5)
+    times.engine_step(["a"], np.array([5]), torch.tensor([2]), COSTS)
+    times.verified()
+    times.settle(COSTS, budget, match_budget)
+    assert budget.balance == START
+    assert match_budget.balance == pytest.approx(START + 3 - 1.5)
 
 
 @pytest.mark.parametrize("request_ids", [["a", "new"], ["b"]])
