@@ -85,7 +85,7 @@ def key_table() -> str:
 
 
 def _show(value: object) -> str:
-    return "" if value is None else f"`{value}`"
+    return "not set" if value is None else f"`{value}`"
 
 
 def _allowed(name: str, field: FieldInfo) -> str:

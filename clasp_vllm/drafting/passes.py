@@ -316,6 +316,11 @@ def run_for_some(
     return torch.where(skip, delta, ran[0]), torch.where(skip, residual, ran[1])
 
 
+def finite(logits: Tensor) -> Tensor:
+    """Logits that tokens can be drawn from, in place: in float16 a draft may come to NaN or infinities."""
+    return logits.nan_to_num_(nan=0.0, posinf=1e4, neginf=-1e4)
+
+
 def top_probability(logits: Tensor) -> Tensor:
     """[rows, vocab_size] logits to the [rows] float32 probability of the likeliest token."""
     # In parts: for a large batch a float32 copy of all logits takes over a gigabyte.

@@ -56,7 +56,7 @@ class DraftCounts:
         optimized: masks chosen, one per sequence and optimisation pass.
         changed: of these, those that differ from the sequence's before, at any budget.
         failures: rounds that failed and went without drafts.
-        skips: [num_layers] float32, drafts that skipped the layer (a half for half a layer).
+        skips: [num_layers] float64, drafts that skipped the layer (a half for half a layer).
     """
 
     rounds: int
@@ -79,13 +79,14 @@ class DraftStatistics:
 
     def __init__(self, num_layers: int, interval_s: float = 10.0) -> None:
         self.interval_s = interval_s
-        self.total = DraftCounts(**dict.fromkeys(COUNTERS, 0), sequences=0, skips=torch.zeros(num_layers))
+        skips = torch.zeros(num_layers, dtype=torch.float64)  # in float32 a sum stays at 2^24
+        self.total = DraftCounts(**dict.fromkeys(COUNTERS, 0), sequences=0, skips=skips)
         self._reported = self._copy()
         self._taken: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self._reported_at = time.monotonic()
         self._passes: list[tuple[DeviceEvent, DeviceEvent]] = []
         self._kept: Counter[float] = Counter()
-        self._skips_taken = torch.zeros(num_layers)
+        self._skips_taken = skips.clone()
 
     def _copy(self) -> DraftCounts:
         return replace(self.total, skips=self.total.skips.clone())

@@ -12,7 +12,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 
 from clasp_vllm.device import to_device
 from clasp_vllm.drafting.draft import DraftOutput
-from clasp_vllm.drafting.passes import top_probability
+from clasp_vllm.drafting.passes import finite, top_probability
+from clasp_vllm.engine.requests import has_grammar
 
 if TYPE_CHECKING:
     from clasp_vllm.engine.proposer_v1 import LayerSkipProposer
@@ -38,7 +39,7 @@ class DraftSampling:
         logits = proposer.drafter.passes.logits(hidden, exact)
         metadata = _select_rows(self._metadata, self._rows[rows], self._num_reqs, proposer.device)
         confidence = top_probability(logits) if proposer.drafter.asks_confidence else None
-        tokens, probs = proposer.draw(logits, metadata)
+        tokens, probs = proposer.draw(finite(logits) if proposer.draws else logits, metadata)
         if probs is not None:
             self._probs.append(probs)
             if self._greedily.any():
@@ -71,14 +72,11 @@ class DraftSampling:
     def _drafted_greedily(self) -> np.ndarray:
         """[rows] bool, which sampling requests are not to have drafts drawn, but the likeliest tokens.
 
-        Those with a grammar: the scheduler cuts drafts where it forbids a token, and so by what was drawn,
-        which is exact only for tokens that count as certain. And those with a seed: vLLM draws drafts without
-        regard to it.
+        Those with a grammar, and those with a seed: vLLM draws drafts without regard to it.
         """
         runner = self._proposer.runner
         requests, names = runner.requests, runner.input_batch.req_ids
-        all_params = [requests[names[row]].sampling_params for row in self._rows]
-        grammars = [params is not None and params.structured_outputs is not None for params in all_params]
+        grammars = [has_grammar(requests[names[row]].sampling_params) for row in self._rows]
         seeded = np.isin(self._rows, list(self._metadata.generators))
         return np.array(grammars, dtype=bool) | seeded
 

@@ -62,6 +62,7 @@ def install() -> None:
         check_version()
     except ConfigError:
         return  # the configuration hook says so if one of our methods is asked for
+    import vllm.v1.core.kv_cache_utils as kv_cache_utils
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
@@ -69,6 +70,7 @@ def install() -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     wrap(SamplingParams, "_validate_spec_decode", _request_parameters)
+    wrap(kv_cache_utils, "_auto_fit_max_model_len", _auto_fit)
     wrap(EngineCore, "_initialize_kv_caches", _scratch_blocks)
     wrap(WorkerBase, "__init__", _worker)
     wrap(StatLoggerManager, "__init__", _stat_loggers)
@@ -151,10 +153,22 @@ def _request_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
         from clasp_vllm.engine.requests import check_extra_args, check_logprobs
 
         # min_p and logit_bias, which vLLM refuses here, are applied to drafts too.
-        check_logprobs(self, speculative_config.target_model_config.logprobs_mode)
+        sharded = speculative_config.target_parallel_config.enable_batch_sharded_sampling
+        check_logprobs(self, speculative_config.target_model_config.logprobs_mode, sharded)
         return check_extra_args(self.extra_args)
 
     return _validate_spec_decode
+
+
+def _auto_fit(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _auto_fit_max_model_len(vllm_config: Any, groups_by_worker: Any, memory_by_worker: Any) -> None:
+        if uses_us(vllm_config):
+            from clasp_vllm.engine.build import without_scratch
+
+            memory_by_worker = without_scratch(vllm_config, groups_by_worker, memory_by_worker)
+        original(vllm_config, groups_by_worker, memory_by_worker)
+
+    return _auto_fit_max_model_len
 
 
 def _scratch_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -218,9 +232,10 @@ def drafter_of(runner: Any) -> Any:
 def _placeholders(original: Callable[..., Any]) -> Callable[..., Any]:
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
         if uses_us(self.vllm_config):
-            from clasp_vllm.engine.metrics import count_by_request
+            from clasp_vllm.engine.metrics import count_by_request, pad_no_requests
             from clasp_vllm.engine.requests import declines_drafts
 
+            pad_no_requests(self)
             count_by_request(self)
             for request in self.running:
                 if request.spec_token_ids and declines_drafts(request.sampling_params):

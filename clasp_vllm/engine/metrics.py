@@ -12,6 +12,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
+from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
@@ -30,6 +31,16 @@ CHOSEN = "layer_skip_chosen"  # what is chosen and used now, by gauge
 DRAFTS = "layer_skip_drafts"  # their requests and tokens
 ACCEPTANCE = "layer_skip_acceptance"  # of requests that have finished
 REQUESTED_LENGTH = "layer_skip_requested_length"  # draft tokens to schedule
+
+
+def pad_no_requests(scheduler: Any) -> None:
+    """Keep vLLM, on CPUs, from padding a new request of one token with drafts of -1.
+
+    Its padding is for CUDA graphs, and its CPU kernel for rejection reads the probability of token -1. With a
+    table of draft lengths there is none.
+    """
+    if scheduler.dynamic_sd_lookup is None and current_platform.is_cpu():
+        scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (scheduler.max_num_running_reqs + 1)
 
 
 def schedule_requested_length(scheduler: Any, output: ModelRunnerOutput) -> None:

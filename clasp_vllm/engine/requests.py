@@ -28,8 +28,16 @@ def check_extra_args(extra_args: Mapping[str, Any] | None) -> None:
             raise VLLMValidationError(f"{key:.40}={short_repr(value):.80} {problem}", parameter="vllm_xargs")
 
 
-def check_logprobs(params: SamplingParams, logprobs_mode: str) -> None:
-    """Raises VLLMValidationError where a request asks for logprobs that are not to be had beside drafts."""
+def check_logprobs(params: SamplingParams, logprobs_mode: str, sharded: bool | None = False) -> None:
+    """Raises VLLMValidationError where a request asks for logprobs that are not to be had beside drafts.
+
+    ``sharded``: whether each rank samples for a share of the requests.
+    """
+    if params.logprob_token_ids and sharded:
+        raise VLLMValidationError(
+            "logprob_token_ids with layer skipping needs a server without --enable-batch-sharded-sampling",
+            parameter="logprob_token_ids",
+        )
     if params.logprob_token_ids and logprobs_mode.startswith("processed"):
         raise VLLMValidationError(
             f"logprob_token_ids with layer skipping needs --logprobs-mode raw_logprobs or raw_logits, and "
@@ -46,3 +54,12 @@ def declines_drafts(params: SamplingParams | None) -> bool:
     if params is None:
         return False
     return params.thinking_token_budget is not None or not (params.extra_args or {}).get(KEY, True)
+
+
+def has_grammar(params: SamplingParams | None) -> bool:
+    """Whether a request's drafts must not be drawn, but be the likeliest tokens: its output is structured.
+
+    What its grammar forbids of a draft is put aside, and so by what was drawn. That is exact only for tokens
+    that count as certain.
+    """
+    return params is not None and params.structured_outputs is not None

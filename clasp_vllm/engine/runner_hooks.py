@@ -83,7 +83,7 @@ def _speculator_v2(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _add_requests(original: Callable[..., Any]) -> Callable[..., Any]:
-    from clasp_vllm.engine.requests import declines_drafts
+    from clasp_vllm.engine.requests import declines_drafts, has_grammar
 
     def add_requests(self: Any, scheduler_output: Any) -> None:
         original(self, scheduler_output)
@@ -91,6 +91,7 @@ def _add_requests(original: Callable[..., Any]) -> Callable[..., Any]:
             for request in scheduler_output.scheduled_new_reqs:
                 slot = self.req_states.req_id_to_index[request.req_id]
                 self.speculator.declined[slot] = declines_drafts(request.sampling_params)
+                self.speculator.structured[slot] = has_grammar(request.sampling_params)
 
     return add_requests
 
@@ -159,6 +160,9 @@ def _thinking_budget(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply_to_logits(self: Any, logits: Any, predict_bonus_token: bool, spec_token_ids: Any) -> Any:
         if self.in_spec_mode and not predict_bonus_token and not any(spec_token_ids or ()):
             spec_token_ids = [[0]] * len(logits)  # a row for each request, of which vLLM counts none
+        for state in self._state.values():
+            if not state["in_end"]:
+                state["bonus_token_forced"] = False  # by an earlier end of reasoning
         return original(self, logits, predict_bonus_token, spec_token_ids)
 
     return apply_to_logits

@@ -23,6 +23,7 @@ from clasp_vllm.device import rows_index, to_device
 from clasp_vllm.drafting.batch import NgramMatches, SequenceBatch, prompt_tokens
 from clasp_vllm.drafting.draft import Sample
 from clasp_vllm.drafting.drafter import Drafter
+from clasp_vllm.drafting.passes import finite
 from clasp_vllm.engine.adapters import base_model
 from clasp_vllm.engine.build import (
     any_rank,
@@ -64,6 +65,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         self._lookup = NgramGPUSpeculator(vllm_config, device, req_states) if config.ngram_cascade else None
         self._nothing = torch.full((self.max_num_reqs, 1), -1, dtype=torch.int64, device=device)
         self.declined = np.zeros(self.max_num_reqs, dtype=bool)  # by slot, requests that want no drafts
+        self.structured = np.zeros(self.max_num_reqs, dtype=bool)  # by slot, requests with a grammar
         self._confidence: Tensor | None = None
         self._exact: np.ndarray | None = None  # see ``Passes.logits``
         self.graphs: DraftGraphs | None = None  # here, for vLLM's memory profile to find and drop them
@@ -145,7 +147,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     def compute_draft_logits(self, hidden_states: Tensor, spec_step_idx: int) -> Tensor:
         # The confidence now, for sampling may overwrite the logits.
         logits, self._confidence = self.drafter.passes.head(hidden_states, self._exact)
-        return logits
+        return logits if self.draft_logits is None else finite(logits)
 
     @torch.inference_mode()
     def propose(  # noqa: PLR0913 - vLLM's signature
@@ -194,6 +196,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             return drafts.zero_()
 
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds)
+        structured = self._draft_greedily(input_batch.idx_mapping_np[rows])
         batch = SequenceBatch(
             input_batch.req_ids,
             last_sampled.view(-1)[input_batch.idx_mapping],
@@ -212,11 +215,19 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             drawn = np.full((rows.size, num_tokens), -1)
         else:
             drawn = output.drawn
+            drawn[structured] = -1
             drafts[on_device, :num_tokens] = output.tokens
         if self.draft_logits is not None:
             self._mark_certain(idx_mapping, drawn < 0, drafts[on_device])
         log_statistics(self.drafter)
         return drafts
+
+    def _draft_greedily(self, slots: np.ndarray) -> np.ndarray:
+        """[rows] bool, which requests are not to have drafts drawn: those with a grammar."""
+        structured = self.structured[slots]
+        if self.draft_logits is not None and structured.any():
+            self.temperature[to_device(slots[structured], self.device)] = 0.0
+        return structured
 
     def _sampler(self, idx_mapping: Tensor) -> Sample:
         """Samples draft tokens for [rows] requests; ``idx_mapping`` are their slots."""

@@ -79,6 +79,41 @@ def test_output_is_plain_vllms(call, plain, case):
         assert max(sum(step.values()) for step in steps) == room < limits["max_num_seqs"] * (1 + DRAFTED)
 
 
+def joining() -> list[list[int]]:
+    """Drafts as scheduled, of requests that come later with all but a token of their prompts cached."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=1.0, max_tokens=24, ignore_eos=True)
+    scheduled: list[list[int]] = []
+    with running(speculative_config=CLASP, block_size=32, enable_prefix_caching=True) as llm:
+        engine = llm.llm_engine
+        prompt = {"prompt_token_ids": llm.get_tokenizer().encode(LONG)[:65]}  # two blocks and a token
+        scheduler = engine.engine_core.engine_core.scheduler
+        original = scheduler.schedule
+
+        def schedule(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            scheduled.extend(output.scheduled_spec_decode_tokens.values())
+            return output
+
+        scheduler.schedule = schedule
+        for name in "abc":
+            engine.add_request(name, prompt, params)
+            for _ in range(4):
+                engine.step()
+        while engine.has_unfinished_requests():
+            engine.step()
+    return scheduled
+
+
+def test_new_requests_are_not_padded_with_drafts():
+    """vLLM's are -1, and its CPU kernel for rejection reads the probability of that token."""
+    with engine_process("v1") as call:
+        scheduled = call(joining)
+    assert len(scheduled) > 10
+    assert all(token >= 0 for drafts in scheduled for token in drafts)
+
+
 URGENT_LAST = [11, 3, 9, 5, 1, 10, 4, 8, 2, 7, 0, 6]  # priorities; the least comes first
 
 

@@ -51,3 +51,11 @@ def test_masks_that_change():
     table.set_masks(["a", "b"], new)
     table.set_masks(["gone"], new[:1])
     assert table.changed == 1
+
+
+def test_skips_are_counted_past_what_float32_holds():
+    statistics = DraftStatistics(1)
+    statistics.total.skips += 2**24
+    statistics.take_kept()
+    statistics.count_round(layers_mask(1, [0]).unsqueeze(0), steps=1, optimized=0)
+    assert statistics.take_skips() == [2**24 + 1]

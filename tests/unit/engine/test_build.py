@@ -39,6 +39,15 @@ def test_blocks_are_held_back_and_as_large_as_the_workers(hold_back):
     assert config.kv_cache_tensors[0].layer_stride == spec.page_size_bytes * before  # as it is allocated
 
 
+def test_the_longest_context_leaves_room_for_scratch(hold_back, monkeypatch):
+    """With --max-model-len auto vLLM takes as long a context as the cache holds."""
+    monkeypatch.setattr(build, "draft_settings", lambda vllm_config: SimpleNamespace(scratch_blocks=7))
+    config, _ = hold_back(12)
+    groups = config.kv_cache_groups
+    page = 2 * groups[0].kv_cache_spec.page_size_bytes
+    assert build.without_scratch(None, [groups, []], [12 * page, 12 * page]) == [5 * page, 12 * page]
+
+
 def test_too_few_blocks(hold_back):
     hold_back(5 + 7)
     with pytest.raises(ConfigError, match="a request of 64 tokens needs 5"):

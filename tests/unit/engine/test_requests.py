@@ -51,6 +51,17 @@ def test_processed_logprobs_of_tokens_that_are_named_are_refused(mode):
         check_logprobs(SamplingParams(logprob_token_ids=[1]), mode)
 
 
+def test_logprobs_of_tokens_that_are_named_are_refused_where_ranks_share_sampling():
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    from clasp_vllm.engine.requests import check_logprobs
+
+    check_logprobs(SamplingParams(logprobs=3), "raw_logprobs", sharded=True)
+    with pytest.raises(VLLMValidationError, match="--enable-batch-sharded-sampling"):
+        check_logprobs(SamplingParams(logprob_token_ids=[1]), "raw_logprobs", sharded=True)
+
+
 def test_a_message_does_not_repeat_all_that_it_was_sent():
     from vllm.exceptions import VLLMValidationError
 

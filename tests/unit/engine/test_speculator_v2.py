@@ -27,6 +27,22 @@ def test_tokens_that_were_not_drawn_are_certain():
     assert (ours.draft_logits == stored).all()
 
 
+@pytest.mark.parametrize("drawn", [True, False])
+def test_drafts_of_requests_with_a_grammar_are_not_drawn(drawn):
+    """What the grammar forbids of a drawn draft would bias the token that takes its place."""
+    from clasp_vllm.engine.speculator_v2 import LayerSkipSpeculator
+
+    ours = SimpleNamespace(
+        structured=np.array([False, True, False, True]),
+        temperature=torch.ones(4),
+        draft_logits=torch.zeros(4, 2, 5) if drawn else None,
+        device=torch.device("cpu"),
+    )
+    greedily = LayerSkipSpeculator._draft_greedily(ours, np.array([3, 0]))
+    assert greedily.tolist() == [True, False]
+    assert ours.temperature.tolist() == ([1.0, 1.0, 1.0, 0.0] if drawn else [1.0] * 4)
+
+
 def captured(monkeypatch, graphs, ranks: int = 1) -> tuple[object, list[str]]:
     """The speculator's graphs after it has captured these, and the log."""
     import clasp_vllm.engine.build as build
