@@ -10,7 +10,7 @@ TORCH_VERSION=2.13.0 # what vLLM 0.32 pins
 VENV=${VENV:-.venv}
 
 find_python() {
-    for python in ${PYTHON:-} python3.12 python3.11 python3.13 python3; do
+    for python in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
         if "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
             echo "$python"
             return
