@@ -28,7 +28,7 @@ METHODS = {
     "knn_ssd": Method(adaptive=True, passes=False, needs=("calibration",)),
     "layer_skip": Method(adaptive=False, passes=False),
 }
-REMOVED_METHODS = {"swift": "it was slower than plain decoding"}  # and why
+REMOVED_METHODS = {"swift": "it drafted worse than clasp on every task"}  # and why
 REMOVED_KEYS = {
     "granularity": "masks of sub-layers were accepted less often than masks of layers; leave it out",
 }
@@ -184,7 +184,9 @@ class LayerSkipConfig(BaseModel):
         "CPUs with Model Runner V1, else greedy as in vLLM.",
     )
     rejection_sample_method: Literal["standard", "synthetic", "block"] = Field(
-        default="standard", description="How drafts are verified (vLLM's key)."
+        default="standard",
+        description="How drafts are verified (vLLM's key). `synthetic`, for benchmarks, accepts by chance: "
+        "the output is not the target's.",
     )
     synthetic_acceptance_rates: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
         default=None, description="Acceptance by position, for synthetic verification (vLLM's key)."

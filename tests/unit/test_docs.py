@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from engines import ROOT
 
+from clasp_vllm.cli import key_table
+
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "scripts").rglob("*.md")])
 LONGEST = 120
 
@@ -41,3 +43,7 @@ def test_predictions_are_what_the_script_prints():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_the_table_of_keys_is_the_schemas():
+    assert key_table() in (ROOT / "docs" / "configuration.md").read_text()

@@ -183,11 +183,13 @@ def test_nothing_is_kept_of_finished_requests():
 
 def off_from_the_start(config: dict) -> tuple[Outcome, dict[str, float], list[str]]:
     """With drafts that could never pay: what was generated, our metrics, and what the controller said."""
+    from clasp_vllm.control.choice_log import ChoiceLog
+
     with running(speculative_config=config, **SETTINGS) as llm:
         ours = drafter(llm)
         ours.controller.corrections.scales["draft_scale"][:] = 1e9
         lines: list[str] = []
-        ours.controller._log = lines.append
+        ours.controller._log = ChoiceLog(lines.append, ours.controller._num_layers)
         outcome = generate(llm, PROMPTS[:10], max_tokens=32)
         prefix = "vllm:layer_skip_"
         metrics = {
