@@ -106,7 +106,8 @@ class Controller:
             self._capacity, self._budgets, self._num_layers, self.longest, windows
         )
         self._lengths = np.empty(0, dtype=np.int64)  # tokens of context, of the last round
-        self._draft_costs: PassCosts | None = None  # of that round's drafts, without correction
+        self._current = self.costs  # of that round, with corrections
+        self._draft_costs: PassCosts | None = None  # of its drafts, without
         self.confidence = Confidence()
         self.outcomes = VerificationOutcomes(self.evidence, self.confidence, self.longest)
         self.ngram_lengths = NgramLengthPredictor(self._capacity, late=self.padded)
@@ -123,7 +124,7 @@ class Controller:
     def observe(self, request_ids: Sequence[str], lengths: np.ndarray, rejected: Tensor | None) -> None:
         """Take in the engine's step: see ``Drafter.observe``."""
         self.outcomes.verified(request_ids, lengths - 1, rejected)
-        self._times.settle(self._corrected(), self.gate.budget, self.gate.match_budget)
+        self._times.settle(self._current, self.gate.budget, self.gate.match_budget)
         self.gate.step(len(request_ids))
         self._times.engine_step(request_ids, lengths, rejected, self.costs.over(self._lengths))
 
@@ -210,7 +211,7 @@ class Controller:
         match_lengths = np.zeros(rows, dtype=np.int64) if match_lengths is None else match_lengths
         self._lengths = np.zeros(rows, dtype=np.int64) if lengths is None else lengths
         self._draft_costs = None
-        costs = self._corrected()
+        costs = self._current = self._corrected()
         plain = float(costs.plain(rows, self._num_layers))
         sequences = Sequences(slots, masks, match_lengths, self._lengths, version)
         decided = self._decide(costs, sequences, plain, due)
@@ -261,8 +262,8 @@ class Controller:
             beside = self.pricing.beside(costs, self.evidence, sequences)
             return (beside if beside.ratio > choice.ratio else choice), False
         best = self.pricing.matches(costs, self.evidence, sequences)
-        pays = best.ratio >= WORTH_IT and self.gate.affords(best, plain, len(sequences.slots))
-        return (best, True) if pays else (choice, False)
+        takes = self.gate.takes_matches(best, plain, len(sequences.slots))
+        return (best, True) if takes else (choice, False)
 
     def _corrected(self) -> PassCosts:
         return self.costs.scaled(self.rank_sync.scales).over(self._lengths)
@@ -283,10 +284,7 @@ class Controller:
         return self._contexts[_context(choice)]
 
     def _goes_plain(self, rows: int, room: bool, speculating: bool) -> bool:
-        """Whether to do without drafts once, though they pay, to learn what that costs.
-
-        ``room``: whether there is room for any. vLLM makes none in the last steps of requests.
-        """
+        """Whether to do without drafts once, though they pay and there is ``room``, to learn the cost."""
         size = int(np.abs(np.array(SIZES) - rows).argmin())
         self._until_plain[size] -= room
         due = bool(self._until_plain[size] <= 0)

@@ -24,6 +24,7 @@ PROBE_SHARE = 0.002  # of the time, what probes may lose while speculation is of
 PATIENCE = 6  # steps that a probe waits for room
 OFF_CHECK = 128  # steps without speculation until the next decision,
 OFF_CHANGE = 0.25  # unless the number of rows has changed by this share, or as many are new
+MATCH_PROBE = 32  # rounds with prompt-lookup matches that do not seem to pay, of which one takes them
 
 
 class State(Enum):
@@ -76,6 +77,7 @@ class Gate:
         self._always_on = always_on
         self._rows = 0  # of the last decision
         self._waited = 0  # steps that a probe has waited for room
+        self._left_out = 0  # rounds whose matches did not seem to pay, since some were taken
         self._off_steps, self._off_rows, self._off_started = 0, 0, 0
         self._idle = 0  # plain steps that need no decision yet
         self._idled = 0  # those that had none, since the last decision
@@ -120,6 +122,20 @@ class Gate:
         """Whether a round that gains nothing loses no more than the budget holds."""
         budget = self.budget if choice.length else self.match_budget
         return budget.affords(rows, choice.seconds, plain_seconds)
+
+    def takes_matches(self, matches: Choice, plain_seconds: float, rows: int) -> bool:
+        """Whether to take prompt-lookup matches by themselves: where they pay, and now and then where not.
+
+        ``matches``: the best number of their tokens. Without a probe a wrong estimate of what verification
+        costs would never be seen to be wrong.
+        """
+        if not self.affords(matches, plain_seconds, rows):
+            return False
+        self._left_out += 1
+        if matches.ratio < WORTH_IT and self._left_out < MATCH_PROBE:
+            return False
+        self._left_out = 0
+        return True
 
     def use_up(self) -> None:
         """Leave nothing to lose: some hundred steps go without drafts."""

@@ -18,6 +18,9 @@ from __future__ import annotations
 START = 12.0  # plain steps that may be lost before anything is known
 SHARE = 0.002  # of all steps, what may be lost in the long run
 MOST = 24.0  # plain steps of gains that are remembered: what was earned on one text is not lost on another
+# No round is begun with less than it could lose, so more is lost only where the machine stops for a while or
+# an estimate is wrong. That is not held against speculation for longer than the share takes to pay one step.
+LEAST = -1.0
 COUNTED = 8  # sequences of a batch, at most, that a step counts for
 
 
@@ -56,7 +59,7 @@ class LossBudget:
         self.balance = min(self.balance, 0.0)
 
     def _add(self, rows: int, steps: float) -> None:
-        self.balance = min(self.balance + counted(rows) * steps, MOST)
+        self.balance = min(max(self.balance + counted(rows) * steps, LEAST), MOST)
 
 
 def counted(rows: int) -> int:

@@ -6,11 +6,13 @@ vLLM takes the earliest of the longest matches. What follows a recent one is rig
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from vllm.config import VllmConfig
-from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+
+# Not vLLM's search of a batch: it starts the threads of numba, which take the cores from those of the model.
+from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_propose_tokens as find_match
 
 RECENT = 64  # tokens
 
@@ -23,31 +25,28 @@ class PromptLookup:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        self._proposer = NgramProposer(vllm_config)
-        self.longest: int = self._proposer.k
+        config = vllm_config.speculative_config
+        assert config is not None
+        self.longest: int = config.num_speculative_tokens
+        self._ngram = config.prompt_lookup_min, config.prompt_lookup_max
+        self._max_model_len = vllm_config.model_config.max_model_len
+        self._match(np.zeros(self._max_model_len, dtype=np.int32), 0)  # numba compiles it now
 
-    def matches(self, rows: Iterable[int], lengths: np.ndarray, tokens: np.ndarray) -> list[list[int]]:
+    def matches(self, rows: Iterable[int], lengths: Sequence[int], tokens: np.ndarray) -> list[list[int]]:
         """What follows the match of each sequence: [reqs], empty where there is none.
 
         Args:
             rows: the sequences to look up; of others there are no matches.
-            lengths: [reqs] int, tokens of each.
+            lengths: [reqs], tokens of each.
             tokens: [reqs or more, max_model_len] int32.
         """
-        lengths = lengths.astype(np.int32)  # vLLM has compiled the lookup for this type
-        width = min(RECENT, tokens.shape[1])
-        recent = np.minimum(lengths, width)
-        columns = (lengths - recent)[:, None] + np.arange(width)
-        window = np.take_along_axis(tokens[: len(lengths)], columns, axis=1)
-        found = self._propose(rows, recent, window)
-        room = np.maximum(self._proposer.max_model_len - lengths, 0)
-        found = [match[:most] for match, most in zip(found, room, strict=True)]
-        elsewhere = self._propose((row for row in rows if not found[row]), lengths, tokens)
-        return [near or far for near, far in zip(found, elsewhere, strict=True)]
-
-    def _propose(self, rows: Iterable[int], lengths: np.ndarray, tokens: np.ndarray) -> list[list[int]]:
-        sampled: list[list[int]] = [[] for _ in lengths]  # vLLM looks up those that have sampled
+        found: list[list[int]] = [[] for _ in lengths]
         for row in rows:
-            sampled[row] = [0]
-        drafts: list[list[int]] = self._proposer.propose(self.longest, sampled, lengths, tokens)
-        return drafts
+            context = tokens[row, : lengths[row]]
+            room = min(self.longest, self._max_model_len - len(context))
+            found[row] = self._match(context[-RECENT:], room) or self._match(context, room)
+        return found
+
+    def _match(self, context: np.ndarray, room: int) -> list[int]:
+        match: list[int] = find_match(context, *self._ngram, len(context) + room, self.longest).tolist()
+        return match

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,7 @@ class LayerSkipProposer(DraftModelProposer):
         self._tokens_on_host = device.type == "cpu" and not runner.use_async_scheduling
         # The context has to be on the host when drafting begins.
         self._lookup: Any = None
-        self._matches: NgramMatches | None = None  # of the step that has just been sampled
+        self._matches: list[list[int]] | None = None  # of the step that has just been sampled
         if not self._tokens_on_host:
             if config.ngram_cascade:
                 raise ConfigError(
@@ -123,9 +124,8 @@ class LayerSkipProposer(DraftModelProposer):
             return False
         if self.runner.discard_request_mask.np[: batch.num_reqs].any():
             return False
-        rows = np.flatnonzero(self._wanted(np.arange(batch.num_reqs)))
-        self._matches = self._look_up(sampled[:, 0], lengths[: batch.num_reqs], rows)
-        if self._matches is not None and self._matches.lengths.any():
+        self._matches = self._look_up(sampled.flatten(), lengths, range(batch.num_reqs))
+        if self._matches is not None and any(self._matches):
             return False
         self._matches = None
         return self.drafter.idles(batch.req_ids)
@@ -167,7 +167,7 @@ class LayerSkipProposer(DraftModelProposer):
             spans = ends, inputs.num_computed_tokens_cpu[:num_reqs], inputs.num_prompt_tokens[:num_reqs]
             self.drafter.read(prompt_tokens(request_ids, target_hidden_states, *spans))
         running = [request_ids[row] for row in rows]
-        rows = rows[self._wanted(rows)]
+        rows = rows[[not self._declines(row) for row in rows]]
         room, stop_tokens = np.full(rows.size, num_speculative_tokens), self._stop_tokens(request_ids)
         if self._tokens_on_host:
             room = np.minimum(room, self._room(request_ids, next_token_ids, positions, rows, stop_tokens))
@@ -195,11 +195,10 @@ class LayerSkipProposer(DraftModelProposer):
         params = (self.runner.requests[request_id].sampling_params for request_id in request_ids)
         return [{of.eos_token_id, *(of.stop_token_ids or ())} for of in params]
 
-    def _wanted(self, rows: np.ndarray) -> np.ndarray:
-        """[rows] bool, whose requests want drafts."""
-        requests, names = self.runner.requests, self.runner.input_batch.req_ids
-        declined = [declines_drafts(requests[names[row]].sampling_params) for row in rows]
-        return ~np.array(declined, dtype=bool)
+    def _declines(self, row: int) -> bool:
+        """Whether the request wants no drafts."""
+        request_id = self.runner.input_batch.req_ids[row]
+        return declines_drafts(self.runner.requests[request_id].sampling_params)
 
     def _room(
         self,
@@ -230,7 +229,7 @@ class LayerSkipProposer(DraftModelProposer):
         next_token_ids: Tensor,
         positions: Tensor,
         common_attn_metadata: CommonAttentionMetadata,
-        matches: NgramMatches | None,
+        matches: list[list[int]] | None,
         stop_tokens: list[set[int]],
         running: list[str],
     ) -> SequenceBatch:
@@ -248,7 +247,7 @@ class LayerSkipProposer(DraftModelProposer):
             common_attn_metadata.block_table_tensor[:num_reqs],
             max_lengths[:num_reqs] + 1,
             np.array([request_id not in greedy for request_id in request_ids]),
-            matches,
+            None if matches is None else NgramMatches.of(matches, self._lookup.longest),
             stop_tokens,
             running,
         ).select(rows)
@@ -262,21 +261,24 @@ class LayerSkipProposer(DraftModelProposer):
         """[rows] tokens and, where they are drawn, [rows, vocab] float32, their distributions."""
         return self._sample_from_logits(logits, metadata)
 
-    def _look_up(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> NgramMatches | None:
-        """Prompt-lookup matches of the batch, of ``rows`` only; None: not known."""
+    def _look_up(self, next_tokens: Tensor, positions: Tensor, rows: Iterable[int]) -> list[list[int]] | None:
+        """By request, prompt-lookup matches of those of ``rows`` that want drafts; None: not known."""
         if self._lookup is None:
             return None
-        return self.drafter.guarded(lambda: self._matches_of(next_tokens, positions, rows))
+        return self.drafter.guarded(lambda: self._matches_of(next_tokens.tolist(), positions.tolist(), rows))
 
-    def _matches_of(self, next_tokens: Tensor, positions: Tensor, rows: np.ndarray) -> NgramMatches:
-        batch = self.runner.input_batch
-        lengths = positions.numpy() + 1
-        rows = rows[lengths[rows] <= self.max_model_len]
-        # Drafts are in the array already, and those accepted are followed by the sampled token, which the
-        # runner will put in the same place when drafting is done.
-        batch.token_ids_cpu[rows, lengths[rows] - 1] = next_tokens.numpy()[rows]
-        matches = self._lookup.matches(rows, lengths, batch.token_ids_cpu)
-        return NgramMatches.of(matches, self._lookup.longest)
+    def _matches_of(
+        self, next_tokens: list[int], positions: list[int], rows: Iterable[int]
+    ) -> list[list[int]]:
+        # Loops, not arrays: for a few requests they take less.
+        tokens, num_reqs = self.runner.input_batch.token_ids_cpu, self.runner.input_batch.num_reqs
+        lengths = [position + 1 for position in positions[:num_reqs]]
+        rows = [row for row in rows if lengths[row] <= self.max_model_len and not self._declines(row)]
+        for row in rows:
+            # Drafts are in the array already, and those accepted are followed by the sampled token, which
+            # the runner will put in the same place when drafting is done.
+            tokens[row, lengths[row] - 1] = next_tokens[row]
+        return self._lookup.matches(rows, lengths, tokens)
 
 
 def _worth_verifying(

@@ -112,17 +112,19 @@ def seconds(
 
 def lookups(longest_context: int) -> dict[str, Match]:
     """vLLM's lookup, and ours."""
+    from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+
     from clasp_vllm.engine.lookup import PromptLookup
 
-    ours = PromptLookup(_config(OURS, longest_context))  # type: ignore[arg-type]
-    theirs = ours._proposer  # noqa: SLF001 - the same with more tokens, of which 5 are taken
+    config: Any = _config(OURS, longest_context)
+    ours, theirs = PromptLookup(config), NgramProposer(config)  # with more tokens, of which 5 are taken
 
     def earliest(tokens: np.ndarray, length: int) -> list[int]:
         found: list[list[int]] = theirs.propose(OURS, [[0]], np.array([length], np.int32), tokens[None])
         return found[0]
 
     def recent(tokens: np.ndarray, length: int) -> list[int]:
-        return ours.matches([0], np.array([length]), tokens[None])[0]
+        return ours.matches([0], [length], tokens[None])[0]
 
     return {"earliest": earliest, "recent": recent}
 

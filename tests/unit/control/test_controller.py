@@ -8,7 +8,7 @@ import torch
 
 from clasp_vllm.control.controller import PLAIN_EVERY, PLAIN_FIRST, Controller
 from clasp_vllm.control.costs import SIZES, LayerShares, PassCosts
-from clasp_vllm.control.gate import OFF_CHECK, State
+from clasp_vllm.control.gate import MATCH_PROBE, OFF_CHECK, State
 from clasp_vllm.control.planner import Choice
 from clasp_vllm.device import DeviceEvent
 
@@ -239,6 +239,19 @@ def test_matches_that_do_not_pay_are_left():
     adaptive, _ = off_controller()
     adaptive.evidence.ngrams.offset[:] = -5.0
     assert with_matches(adaptive, 4, 4).ngram == 0
+
+
+def test_matches_are_tried_again_though_verification_seems_dear():
+    """As after a pause of the machine while some were verified."""
+    adaptive, requests = off_controller()
+    adaptive.evidence.ngrams.offset[:] = 3.0
+    adaptive.corrections.scales["verify_scale"][:] = 5.0
+    taken = []
+    for _ in range(2 * MATCH_PROBE):
+        adaptive.gate.match_budget.step(2)
+        taken.append(with_matches(adaptive, 4, 4).ngram > 0)
+        adaptive.round_ended(requests, None, DeviceEvent(torch.device("cpu")))
+    assert [i for i, one in enumerate(taken) if one] == [MATCH_PROBE - 1, 2 * MATCH_PROBE - 1]
 
 
 def test_matches_have_a_budget_of_their_own():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clasp_vllm.control.loss_budget import COUNTED, MOST, SHARE, START, LossBudget, counted
+from clasp_vllm.control.loss_budget import COUNTED, LEAST, MOST, SHARE, START, LossBudget, counted
 
 
 def test_gains_and_losses_in_plain_steps():
@@ -49,6 +49,13 @@ def test_what_is_used_up_comes_back_with_time():
     for _ in range(round(1.5 / SHARE)):
         budget.step(rows=1)
     assert budget.balance == pytest.approx(1.5)
+
+
+def test_a_pause_of_the_machine_is_not_held_against_it_for_long():
+    budget = LossBudget()
+    budget.verified(rows=4, tokens=8, seconds=5.0, plain_seconds=0.01)
+    assert budget.balance == LEAST
+    assert -LEAST / SHARE <= 500
 
 
 def test_one_round_is_possible_in_every_batch():

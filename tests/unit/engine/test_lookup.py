@@ -25,7 +25,7 @@ def lookup() -> PromptLookup:
 
 
 def matches(lookup: PromptLookup, sequences: list[list[int]], rows: list[int]) -> list[list[int]]:
-    lengths = np.array([len(tokens) for tokens in sequences])
+    lengths = [len(tokens) for tokens in sequences]
     tokens = np.full((4, MAX_MODEL_LEN), -1, dtype=np.int32)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = sequence
