@@ -6,11 +6,14 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import yaml
+from torch import Tensor
 
 from clasp_vllm.bench.serving import accepted
 from clasp_vllm.config import ConfigError, LayerSkipConfig, parse_config, read_settings
@@ -34,10 +37,12 @@ class Tuned:
     Attributes:
         weights: those of drafts.
         requests: at once.
-        skipped, length, ngram: of its last choice: layers, tokens drafted and looked up at most.
+        skipped: layers, mostly, of drafts by skipping.
+        length, ngram: tokens drafted and looked up at most; 0 = none were.
         window: tokens of context that drafts attended to at most; None: all.
-        ratio: what it expected against plain decoding, the median over the second half of the rounds.
-        drafted: share of rounds that had drafts.
+        ratio: tokens per second over plain decoding's: the tokens made, and the seconds that its steps should
+            take by the costs measured. Where nothing was drafted, what its best choice promised.
+        drafted: share of steps that had drafts.
         accepted: mean accepted length; 0 = nothing was drafted.
         plain, draft: seconds of a plain step and of a draft step.
     """
@@ -56,31 +61,57 @@ class Tuned:
 
     @property
     def pays(self) -> bool:
-        """Whether the controller would draft."""
-        return self.ratio >= WORTH_IT
+        """Whether drafts gain as much as the controller asks for."""
+        return self.drafted > 0 and self.ratio >= WORTH_IT
 
 
 class ChoiceRecorder(RoundObserver):
-    """Keeps what was chosen in rounds of so many sequences.
+    """Keeps what was chosen in rounds of so many sequences, and what came of it.
 
     Attributes:
         choices: the best way to speculate, whether or not it was taken.
-        drafted: rounds with drafts.
+        taken: those of rounds with drafts.
     """
 
     def __init__(self, drafter: Any, requests: int) -> None:
         self.choices: list[Choice] = []
-        self.drafted = 0
+        self.taken: list[Choice] = []
         self.costs: tuple[float, float] = (0.0, 0.0)
         self._drafter, self._requests = drafter, requests
+        self._plain_before = drafter.statistics.total.plain_steps
+        self._unverified: Choice | None = None
+        self._verified: list[tuple[Choice, int, Tensor]] = []  # with tokens run and rejected
 
     def round_ended(self, batch: SequenceBatch, drafted: DraftRound | None) -> None:
         """See ``RoundObserver``."""
         controller = self._drafter.controller
         if len(batch) == self._requests and drafted is not None and controller.last is not None:
             self.choices.append(controller.last)
-            self.drafted += bool(drafted.choice.length or drafted.choice.ngram)
             self.costs = controller.step_seconds(self._requests)
+            if drafted.choice.length or drafted.choice.ngram:
+                self._unverified = drafted.choice
+                self.taken.append(drafted.choice)
+
+    def verified(self, request_ids: Sequence[str], lengths: np.ndarray, rejected: Tensor | None) -> None:
+        """See ``RoundObserver``."""
+        choice, self._unverified = self._unverified, None
+        if choice is not None and rejected is not None and len(request_ids) == self._requests:
+            self._verified.append((choice, int(lengths.sum()), rejected.sum()))
+
+    @property
+    def plain_steps(self) -> int:
+        """Steps without drafts."""
+        return int(self._drafter.statistics.total.plain_steps - self._plain_before)
+
+    def ratio(self) -> float:
+        """See ``Tuned``."""
+        if not self._verified:
+            return statistics.median(choice.ratio for choice in self.choices[len(self.choices) // 2 :])
+        plain = self.costs[0]
+        tokens = sum(run - int(rejected) for _, run, rejected in self._verified)
+        seconds = sum(choice.seconds for choice, _, _ in self._verified)
+        steps = self.plain_steps + tokens / self._requests
+        return plain * steps / (plain * self.plain_steps + seconds)
 
 
 def try_load(llm: Any, requests: int, prompts: list[str], tokens: int, temperature: float) -> Answer:
@@ -96,16 +127,18 @@ def try_load(llm: Any, requests: int, prompts: list[str], tokens: int, temperatu
     choices = recorder.choices
     if not choices:
         raise ValueError(f"no round had {requests} requests: --max-num-seqs may be lower")
-    last = choices[-1]
+    by_skipping = [choice for choice in recorder.taken if choice.length]
+    ways = [(choice.budget, choice.context) for choice in by_skipping or choices]
+    budget, context = statistics.mode(ways)
     plain, draft = recorder.costs
     return {
         "requests": requests,
-        "skipped": drafter.options.budgets[last.budget],
-        "length": last.length,
-        "ngram": last.ngram,
-        "window": drafter.options.contexts[last.context],
-        "ratio": statistics.median(choice.ratio for choice in choices[len(choices) // 2 :]),
-        "drafted": recorder.drafted / len(choices),
+        "skipped": drafter.options.budgets[budget],
+        "length": max((choice.length for choice in recorder.taken), default=0),
+        "ngram": max((choice.ngram for choice in recorder.taken), default=0),
+        "window": drafter.options.contexts[context],
+        "ratio": recorder.ratio(),
+        "drafted": len(recorder.taken) / (len(recorder.taken) + recorder.plain_steps),
         "accepted": accepted(answer["counters"])[0] or 0.0,
         "plain": plain,
         "draft": draft,
@@ -201,10 +234,10 @@ def measure(
 def table(tuned: list[Tuned]) -> str:
     """A row for each load and draft weights, in Markdown."""
     heads = ["requests", "draft weights", "expected", "layers skipped", "draft tokens", "looked up"]
-    heads += ["context", "rounds with drafts", "accepted length", "plain step, ms", "draft step, ms"]
+    heads += ["context", "steps with drafts", "accepted length", "plain step, ms", "draft step, ms"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for one in sorted(tuned, key=lambda one: one.requests):
-        expected = f"{one.ratio:.2f}" if one.pays else f"off ({one.ratio:.2f} at best)"
+        expected = f"{one.ratio:.2f}" if one.drafted else f"off ({one.ratio:.2f} at best)"
         accepted = f"{one.accepted:.2f}" if one.accepted else ""
         cells = [one.requests, one.weights, expected, one.skipped, one.length, one.ngram]
         cells += [one.window or "all", f"{one.drafted:.0%}", accepted]
@@ -214,10 +247,10 @@ def table(tuned: list[Tuned]) -> str:
 
 
 def recommend(tuned: list[Tuned], configs: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], str]:
-    """The configuration that promises most over all loads, and why; off counts as plain decoding."""
+    """The configuration that gains most over all loads, and why; off counts as plain decoding."""
 
     def worth(weights: str) -> float:
-        ratios = [one.ratio if one.pays else 1.0 for one in tuned if one.weights == weights]
+        ratios = [one.ratio if one.drafted else 1.0 for one in tuned if one.weights == weights]
         return statistics.geometric_mean(ratios)
 
     best = max(dict.fromkeys(one.weights for one in tuned), key=worth)
@@ -227,11 +260,11 @@ def recommend(tuned: list[Tuned], configs: dict[str, dict[str, Any]]) -> tuple[d
         loads = ", ".join(str(n) for n in sorted({one.requests for one in tuned}))
         return (
             config,
-            f"No drafts pay at {loads} requests: the controller leaves drafting off, as plain vLLM.",
+            f"No drafts pay at {loads} requests: the controller leaves them off but for trials.",
         )
     config["num_speculative_tokens"] = max(max(one.length, one.ngram) for one in paying)
     loads = ", ".join(f"{one.ratio:.2f} at {one.requests}" for one in paying)
-    return config, f"Expected against plain vLLM, by requests at once: {loads}; elsewhere off."
+    return config, f"Expected against plain vLLM, by requests at once: {loads}; elsewhere nothing."
 
 
 def draw(tuned: list[Tuned], path: Path) -> None:

@@ -1,11 +1,16 @@
 """The command tune: from what was chosen to a table, a picture and a configuration."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from clasp_vllm.bench.tuning import Tuned, draw, recommend, table
+from clasp_vllm.bench.tuning import ChoiceRecorder, Tuned, draw, recommend, table
 from clasp_vllm.cli import main
+from clasp_vllm.control.planner import Choice
 
 ONE = Tuned("int8", 1, 4, 5, 3, None, 1.40, 1.0, 3.2, 0.020, 0.008)
 FOUR = replace(ONE, requests=4, ratio=1.10, length=2, ngram=0)
@@ -40,6 +45,25 @@ def test_table_and_picture(tmp_path):
     assert lines[3].startswith("| 32 | int8 | off (0.80 at best) |")
     draw([*TARGET, ONE, FOUR, MANY], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_drafts_gain_is_counted():
+    """Of two requests: six plain steps, and a round of 1.5 plain steps that makes 2 + 3 tokens."""
+    total = SimpleNamespace(plain_steps=10)
+    controller = SimpleNamespace(last=Choice(0, 0, ratio=0.9), step_seconds=lambda requests: (0.02, 0.01))
+    drafter = SimpleNamespace(controller=controller, statistics=SimpleNamespace(total=total))
+    recorder = ChoiceRecorder(drafter, requests=2)
+    off: Any = SimpleNamespace(choice=Choice(0, 0))
+    drafted: Any = SimpleNamespace(choice=Choice(1, 3, seconds=0.03))
+    batch: Any = range(2)
+    recorder.round_ended(batch, off)
+    assert recorder.ratio() == 0.9
+    recorder.round_ended(batch, drafted)
+    recorder.verified(["a", "b"], np.array([4, 4]), torch.tensor([2, 1]))
+    recorder.verified(["a", "b"], np.array([1, 1]), None)
+    total.plain_steps += 6
+    assert recorder.plain_steps == 6
+    assert recorder.ratio() == pytest.approx((6 + 2.5) / (6 + 1.5))
 
 
 @pytest.mark.parametrize("weights", ["int9", "target,int3"])
