@@ -29,7 +29,7 @@ from clasp_vllm.control.verification import UnverifiedDrafts, VerificationOutcom
 from clasp_vllm.device import DeviceEvent
 
 PLAIN_EVERY = 128  # rounds of a batch's size, one goes without drafts, to know what it costs;
-PLAIN_FIRST = 8  # the first of them comes sooner
+PLAIN_FIRST = 4  # the first of them comes sooner, and each of the next after twice as many
 # Standard deviations added to the batch's mean acceptance before drafts are given up: that drafts do not pay
 # shows in a few rounds, that they would pay only in rare probes.
 OPTIMISM_SIGMAS = 0.5
@@ -87,7 +87,7 @@ class Controller:
         self._sent: int | None = None
         self._log = None if log is None else ChoiceLog(log, num_layers)
         self._ranks = ranks
-        self._until_plain = np.full(len(SIZES), PLAIN_FIRST)  # rounds
+        self._until_plain, self._plain_gap = np.full((2, len(SIZES)), PLAIN_FIRST)  # rounds
         self._budgets = budgets
         self._contexts = contexts
         self._num_layers = num_layers
@@ -289,7 +289,8 @@ class Controller:
         self._until_plain[size] -= room
         due = bool(self._until_plain[size] <= 0)
         if due or not speculating:
-            self._until_plain[size] = PLAIN_EVERY
+            self._plain_gap[size] = min(2 * self._plain_gap[size], PLAIN_EVERY) if due else PLAIN_EVERY
+            self._until_plain[size] = self._plain_gap[size]
         return due and speculating and self._may_stop
 
     def _explain(self, choice: Choice, slots: np.ndarray) -> None:

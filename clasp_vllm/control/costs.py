@@ -19,7 +19,9 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows, to know costs of
 RATE = 0.1  # of a correction, once there have been some
-BELIEVABLE = 2.0  # a measurement further off than this counts as this
+# A measurement further off than this counts as this: a pause of the machine makes a step look slow, nothing
+# makes it look fast.
+BELIEVABLE = 0.5, 1.25
 _SIZES = np.array(SIZES, dtype=np.float64)
 STEPS = "plain_scale", "verify_scale"  # corrections of the engine's steps, by size
 QUERIES = 4  # tokens of a request, to know what verifying several costs over a long context
@@ -323,7 +325,7 @@ class CostCorrections:
     def _learn(self, kind: str, of: float, ratio: float) -> None:
         scale, seen = self.scales[kind], self._seen[kind]
         at, near = _neighbours(of) if kind in STEPS else (np.array([int(of)]), np.ones(1))
-        off = min(max(ratio / float(near @ scale[at]), 1 / BELIEVABLE), BELIEVABLE)
+        off = min(max(ratio / float(near @ scale[at]), BELIEVABLE[0]), BELIEVABLE[1])
         scale[at] *= off ** (near * np.maximum(RATE, 1 / (4 + seen[at])))
         seen[at] += near
         known, places = seen >= 0.5, _SIZES if kind in STEPS else np.arange(len(scale))
