@@ -125,7 +125,6 @@ class Controller:
         """Take in the engine's step: see ``Drafter.observe``."""
         self.outcomes.verified(request_ids, lengths - 1, rejected)
         self._times.settle(self._current, self.gate.budget, self.gate.match_budget)
-        self.gate.step(len(request_ids))
         self._times.engine_step(request_ids, lengths, rejected, self.costs.over(self._lengths))
 
     def may_idle(self, request_ids: Sequence[str]) -> bool:
@@ -133,13 +132,14 @@ class Controller:
         return self.gate.may_idle and self._request_ids == request_ids
 
     def idles(self, request_ids: Sequence[str]) -> bool:
-        """Whether nothing is to be done after a plain step, for speculation is off and the batch the same.
+        """Whether nothing is to be done after a step, for speculation is off and the batch the same.
 
         Such a step is counted, and costs next to nothing.
         """
         if not self.may_idle(request_ids):
             return False
         self.gate.idle()
+        self._times.verified()
         self._times.idled(last=not self.gate.may_idle)
         return True
 

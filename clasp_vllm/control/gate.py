@@ -106,6 +106,7 @@ class Gate:
             rows: of the batch.
         """
         self._rows = rows
+        self._step()
         worth_it = choice.ratio >= WORTH_IT or optimistic
         self.asks = self._always_on or (worth_it and self.affords(choice, plain_seconds, rows))
         if self.asks:
@@ -142,10 +143,10 @@ class Gate:
         self.budget.use_up()
         self.match_budget.use_up()
 
-    def step(self, rows: int) -> None:
-        """Count an engine step of ``rows`` sequences."""
-        self.budget.step(rows)
-        self.match_budget.step(rows)
+    def _step(self) -> None:
+        """Count an engine step."""
+        self.budget.step(self._rows)
+        self.match_budget.step(self._rows)
 
     @property
     def speculating(self) -> bool:
@@ -174,7 +175,7 @@ class Gate:
         self._idle -= 1
         self._idled += 1
         self._off_steps += 1
-        self.step(self._rows)
+        self._step()
 
     def take_idled(self) -> int:
         """Steps without a decision since the last call."""

@@ -128,9 +128,9 @@ class Drafter:
         return self.controller is not None and self.controller.may_idle(request_ids)
 
     def idles(self, request_ids: Sequence[str]) -> bool:
-        """Whether nothing is to be drafted or learnt after a plain step of these requests, all decoding.
+        """Whether nothing is to be drafted or learnt after a step of these requests, all decoding.
 
-        Then neither ``observe`` nor ``draft`` is called.
+        Then ``draft`` is not called, nor ``observe`` unless the step verified drafts.
         """
         idles = self.controller is not None and self.controller.idles(request_ids)
         self.statistics.total.plain_steps += idles

@@ -36,6 +36,7 @@ COUNTERS = {
     "changed": "Of these, those that differ from the sequence's before, for any number of layers.",
     "failures": "Drafting rounds that failed and went without drafts.",
 }
+PLAIN_AT_ONCE = 16  # steps without drafts, that are told of together
 
 
 @dataclass
@@ -123,13 +124,19 @@ class DraftStatistics:
         return skips
 
     def take(self) -> dict[str, float]:
-        """What has been counted since the last call, by name; what has not is left out."""
+        """What has been counted since the last call, by name; what has not is left out.
+
+        Steps without drafts are told of ``PLAIN_AT_ONCE`` at a time, for they should cost nothing.
+        """
         while self._passes and self._passes[0][1].reached():
             started, ended = self._passes.pop(0)
             self.total.pass_seconds += ended.seconds_since(started)
         now = {name: getattr(self.total, name) for name in COUNTERS}
-        taken, self._taken = self._taken, now
-        return {name: count - taken[name] for name, count in now.items() if count > taken[name]}
+        new = {name: count - self._taken[name] for name, count in now.items() if count > self._taken[name]}
+        if new.keys() == {"plain_steps"} and new["plain_steps"] < PLAIN_AT_ONCE:
+            return {}
+        self._taken = now
+        return new
 
     def report(self) -> str | None:
         """A line for the log, or None if it is too early or nothing was drafted."""

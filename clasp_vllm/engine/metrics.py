@@ -134,13 +134,16 @@ def _counted(drafter: Drafter) -> dict[str, Any]:
     """What has been counted since the last call, by the keys it travels under."""
     controller = drafter.controller
     counts = drafter.statistics.take()
-    gauges = {"cuda_graphs": float(drafter.passes.num_graphs)} | drafter.policy.gauges()
+    gauges: dict[str, float] = {}
+    if counts:
+        gauges = {"cuda_graphs": float(drafter.passes.num_graphs)} | drafter.policy.gauges()
+        gauges |= controller.gauges() if controller else {}
     data: dict[str, Any] = {
         KEY: counts,
         TASKS: drafter.policy.take_tasks(),
         SKIPPED: drafter.statistics.take_skips(),  # before the next forgets that there were drafts
         KEPT: drafter.statistics.take_kept(),
-        CHOSEN: gauges | (controller.gauges() if controller else {}) if counts else {},
+        CHOSEN: gauges,
     }
     data = {key: value for key, value in data.items() if value}
     length = controller.take_requested_draft_length() if controller else None

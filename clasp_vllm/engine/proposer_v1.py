@@ -162,10 +162,10 @@ class LayerSkipProposer(DraftModelProposer):
             return drafts
         ends = common_attn_metadata.query_start_loc_cpu[: num_reqs + 1].numpy()
         self.drafter.observe(request_ids, ends[1:] - ends[:-1], num_rejected_tokens_gpu)
-        if self.drafter.policy.reads_prompts:
-            inputs = self.runner.input_batch
-            spans = ends, inputs.num_computed_tokens_cpu[:num_reqs], inputs.num_prompt_tokens[:num_reqs]
-            self.drafter.read(prompt_tokens(request_ids, target_hidden_states, *spans))
+        nothing = self._tokens_on_host and rows.size == num_reqs and not any(matches or ())
+        if nothing and self.drafter.idles(request_ids):
+            return [[] for _ in request_ids]
+        self._read_prompts(request_ids, target_hidden_states, ends)
         running = [request_ids[row] for row in rows]
         rows = rows[[not self._declines(row) for row in rows]]
         room, stop_tokens = np.full(rows.size, num_speculative_tokens), self._stop_tokens(request_ids)
@@ -189,6 +189,12 @@ class LayerSkipProposer(DraftModelProposer):
         if self.runner.use_async_scheduling:
             return drafts  # the verification is under way: without drafts any tokens will do
         return _worth_verifying(output, rows, room, stop_tokens)
+
+    def _read_prompts(self, request_ids: list[str], hidden: Tensor, ends: np.ndarray) -> None:
+        if self.drafter.policy.reads_prompts:
+            inputs, num_reqs = self.runner.input_batch, len(request_ids)
+            spans = ends, inputs.num_computed_tokens_cpu[:num_reqs], inputs.num_prompt_tokens[:num_reqs]
+            self.drafter.read(prompt_tokens(request_ids, hidden, *spans))
 
     def _stop_tokens(self, request_ids: list[str]) -> list[set[int]]:
         """[reqs] what ends each answer. Before ``min_tokens`` the target takes none, so no draft goes on."""

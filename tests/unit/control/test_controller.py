@@ -238,6 +238,19 @@ def test_matches_that_pay_are_taken_without_a_decision():
     assert len(decisions) == 2  # with optimism and without
 
 
+def test_after_matches_are_verified_nothing_is_to_be_done():
+    """And what they took is known all the same."""
+    adaptive, requests = off_controller()
+    adaptive.evidence.ngrams.offset[:] = 3.0
+    assert with_matches(adaptive, 4, 0).ngram
+    adaptive.round_ended(requests, None, DeviceEvent(torch.device("cpu")))
+    before = adaptive.corrections.scales["verify_scale"].copy()
+    adaptive.observe(requests, np.array([5, 1]), torch.tensor([0, 0]))
+    assert adaptive.idles(requests)
+    adaptive.observe(requests, np.array([1, 1]), None)
+    assert (adaptive.corrections.scales["verify_scale"] != before).any()
+
+
 def test_matches_that_do_not_pay_are_left():
     adaptive, _ = off_controller()
     adaptive.evidence.ngrams.offset[:] = -5.0
@@ -251,7 +264,6 @@ def test_matches_are_tried_again_though_verification_seems_dear():
     adaptive.corrections.scales["verify_scale"][:] = 5.0
     taken = []
     for _ in range(2 * MATCH_PROBE):
-        adaptive.gate.match_budget.step(2)
         taken.append(with_matches(adaptive, 4, 4).ngram > 0)
         adaptive.round_ended(requests, None, DeviceEvent(torch.device("cpu")))
     assert [i for i, one in enumerate(taken) if one] == [MATCH_PROBE - 1, 2 * MATCH_PROBE - 1]

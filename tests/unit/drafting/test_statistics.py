@@ -5,7 +5,7 @@ import torch
 from clasp_vllm.control import costs as timing
 from clasp_vllm.device import DeviceEvent
 from clasp_vllm.drafting.sequences import SequenceTable
-from clasp_vllm.drafting.statistics import DraftStatistics
+from clasp_vllm.drafting.statistics import PLAIN_AT_ONCE, DraftStatistics
 from clasp_vllm.skipping.skip_mask import layers_mask
 
 
@@ -25,6 +25,18 @@ def test_counts_are_taken_once(monkeypatch):
     assert statistics.take_kept() == {}
     assert statistics.take_skips() == []
     assert statistics.take() == {}
+
+
+def test_steps_without_drafts_are_told_of_together_or_with_others():
+    statistics = DraftStatistics(4)
+    told = []
+    for _ in range(2 * PLAIN_AT_ONCE):
+        statistics.total.plain_steps += 1
+        told.append(statistics.take())
+    assert told == 2 * ([{}] * (PLAIN_AT_ONCE - 1) + [{"plain_steps": PLAIN_AT_ONCE}])
+    statistics.total.plain_steps += 1
+    statistics.total.failures += 1
+    assert statistics.take() == {"plain_steps": 1, "failures": 1}
 
 
 def test_a_pass_counts_when_the_device_has_ended_it():
