@@ -13,6 +13,8 @@ from clasp_vllm.control.costs import CostCorrections, PassCosts
 from clasp_vllm.control.loss_budget import LossBudget
 from clasp_vllm.device import DeviceEvent, HostCopy
 
+PAUSE = 2.0  # times what it should take, that a part of a round counts for at most
+
 
 @dataclass(frozen=True)
 class _Verification:
@@ -29,12 +31,13 @@ class _Verification:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of a round to account for: drafting, or a verification."""
+    """A part of a round to account for: drafting, or a verification; ``expected``: seconds of drafting."""
 
     rows: int
     verification: _Verification | None
     started: DeviceEvent
     ended: DeviceEvent
+    expected: float = 0.0
 
 
 class RoundTimes:
@@ -98,7 +101,9 @@ class RoundTimes:
             pass_seconds: likewise of the pass; 0 = there was none.
             context: that drafts attended to, see ``AcceptanceEvidence``.
         """
-        self._parts.append(_Part(rows, None, events[0], events[2]))
+        scales = self._corrections.scales
+        expected = predicted * scales["draft_scale"][context] + pass_seconds * scales["pass_scale"][0]
+        self._parts.append(_Part(rows, None, events[0], events[2], float(expected)))
         if predicted:
             self._corrections.add("draft_scale", context, predicted, *events[1:])
         if pass_seconds:
@@ -119,9 +124,10 @@ class RoundTimes:
         self._corrections.settle()
         while self._parts and self._parts[0].ended.reached():
             part = self._parts.pop(0)
-            seconds = part.ended.seconds_since(part.started)
-            plain = float(costs.plain(part.rows, self._num_layers))
-            step = part.verification
+            plain, step = float(costs.plain(part.rows, self._num_layers)), part.verification
+            expected = part.expected if step is None else float(costs.verify(step.tokens, self._num_layers))
+            # The rest is a pause of the machine, or an estimate so wrong that the next will be better.
+            seconds = min(part.ended.seconds_since(part.started), PAUSE * expected)
             if step is None:
                 budget.charge_drafting(part.rows, seconds, plain)
             else:

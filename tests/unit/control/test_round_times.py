@@ -6,7 +6,7 @@ import torch
 
 from clasp_vllm.control.costs import SIZES, CostCorrections, PassCosts
 from clasp_vllm.control.loss_budget import START, LossBudget
-from clasp_vllm.control.round_times import RoundTimes
+from clasp_vllm.control.round_times import PAUSE, RoundTimes
 from clasp_vllm.device import DeviceEvent
 
 LAYERS = 4
@@ -60,6 +60,17 @@ def test_a_round_is_accounted_for(clock):
     assert settled(times, budget) == pytest.approx(-0.5 + 3 - 1.5)
     assert corrections.scales["draft_scale"][0] == pytest.approx(1.0)
     assert corrections.scales["verify_scale"][SIZES.index(4)] > 1.0
+
+
+def test_a_pause_of_the_machine_counts_for_little(clock):
+    """A minute while a draft is made, and another while it is verified."""
+    times, budget = RoundTimes(LAYERS, CostCorrections()), LossBudget()
+    times.add_drafting(1, (At(0.0), At(0.0), At(60.0)), 0.5, 0.0, 0)
+    times.round_ended(["a"], At(60.0))
+    clock.append(120.0)
+    times.engine_step(["a"], np.array([5]), torch.tensor([2]), COSTS)
+    times.verified()
+    assert settled(times, budget) == pytest.approx(-PAUSE * 0.5 + 3 - PAUSE * 1.0)
 
 
 def test_what_lookups_gain_is_theirs(clock):
