@@ -29,7 +29,7 @@ from clasp_vllm.control.verification import UnverifiedDrafts, VerificationOutcom
 from clasp_vllm.device import DeviceEvent
 
 PLAIN_EVERY = 128  # rounds of a batch's size, one goes without drafts, to know what it costs;
-PLAIN_FIRST = 4  # the first of them comes sooner, and each of the next after twice as many
+PLAIN_FIRST = 2  # the first of them comes sooner, and each of the next after twice as many
 # Standard deviations added to the batch's mean acceptance before drafts are given up: that drafts do not pay
 # shows in a few rounds, that they would pay only in rare probes.
 OPTIMISM_SIGMAS = 0.5
@@ -285,13 +285,14 @@ class Controller:
 
     def _goes_plain(self, rows: int, room: bool, speculating: bool) -> bool:
         """Whether to do without drafts once, though they pay and there is ``room``, to learn the cost."""
+        if not (speculating and room and self._may_stop):
+            return False
         size = int(np.abs(np.array(SIZES) - rows).argmin())
-        self._until_plain[size] -= room
-        due = bool(self._until_plain[size] <= 0)
-        if due or not speculating:
-            self._plain_gap[size] = min(2 * self._plain_gap[size], PLAIN_EVERY) if due else PLAIN_EVERY
+        self._until_plain[size] -= 1
+        if due := bool(self._until_plain[size] <= 0):
+            self._plain_gap[size] = min(2 * self._plain_gap[size], PLAIN_EVERY)
             self._until_plain[size] = self._plain_gap[size]
-        return due and speculating and self._may_stop
+        return due
 
     def _explain(self, choice: Choice, slots: np.ndarray) -> None:
         if self._log is None:

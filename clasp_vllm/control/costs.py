@@ -326,7 +326,7 @@ class CostCorrections:
         scale, seen = self.scales[kind], self._seen[kind]
         at, near = _neighbours(of) if kind in STEPS else (np.array([int(of)]), np.ones(1))
         off = min(max(ratio / float(near @ scale[at]), BELIEVABLE[0]), BELIEVABLE[1])
-        scale[at] *= off ** (near * np.maximum(RATE, 1 / (4 + seen[at])))
+        scale[at] *= off ** (near * np.maximum(RATE, 1 / (2 + seen[at])))
         seen[at] += near
         known, places = seen >= 0.5, _SIZES if kind in STEPS else np.arange(len(scale))
         scale[~known] = np.interp(places[~known], places[known], scale[known])
