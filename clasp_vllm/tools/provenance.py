@@ -13,6 +13,9 @@ from pathlib import Path
 
 from clasp_vllm.tools.assistant import source_of
 
+# What Linux calls the instructions that decide how fast products are, by precision.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
 
 def about(model: str | None = None) -> dict[str, str]:
     """Facts that belong beside every result, measured on a model."""
@@ -57,8 +60,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = [one for one in INSTRUCTIONS if one in facts.get("flags", "").split()]
+    name = facts.get("model name", platform.machine())
+    return f"{name} ({' '.join(flags)})" if flags else name
 
 
 def _gpu() -> str:
