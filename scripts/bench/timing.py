@@ -59,7 +59,7 @@ def observe(llm: Any, task: int, trial: int, at_once: bool) -> dict[str, Any]:
         taken = time.perf_counter() - started
         if "observer" in outputs:
             tokens = len(outputs["observer"].outputs[0].token_ids)
-            seconds.append(taken)
+            seconds.append(round(taken, 6))
             steps.append(tokens - seen)
             seen = tokens
     return {"seconds": seconds, "tokens": steps}
