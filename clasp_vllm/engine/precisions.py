@@ -71,6 +71,7 @@ class _KernelProduct:
     """By a kernel of vLLM, which finds what it needs in a module."""
 
     num_bytes = 0
+    in_16_bits = False  # on CPUs too
 
     def __init__(self, group_size: int = 0) -> None:
         self._group_size = group_size
@@ -78,7 +79,7 @@ class _KernelProduct:
         self._kernel: Any = None
 
     def load(self, weight: Tensor) -> None:
-        self._dtype = _computed_in(weight.dtype)
+        self._dtype = _computed_in(weight.dtype, self.in_16_bits)
         if self._kernel is None:
             self._kernel = self._choose_kernel(weight)
             for part in vars(self._kernel).values():  # which quantise inputs
@@ -170,6 +171,8 @@ class Fp8(_KernelProduct):
 class Int4(_KernelProduct):
     """A scale for each group of inputs of an output. Inputs stay as they are."""
 
+    in_16_bits = True
+
     def _quantise(self, weight: Tensor) -> nn.Module:
         outputs, inputs = weight.shape
         packed = torch.empty(outputs, inputs // 8, dtype=torch.int32, device=weight.device)
@@ -213,9 +216,10 @@ def _describe(layer: Any, weight: Tensor, dtype: torch.dtype) -> None:
     layer.weight_block_size, layer.has_bias = None, False
 
 
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
-    """Kernels for GPUs compute in 16 bits."""
-    return torch.bfloat16 if dtype == torch.float32 and not current_platform.is_cpu() else dtype
+def _computed_in(dtype: torch.dtype, in_16_bits: bool) -> torch.dtype:
+    """Kernels for GPUs compute in 16 bits, and on CPUs some."""
+    in_16_bits |= not current_platform.is_cpu()
+    return torch.bfloat16 if dtype == torch.float32 and in_16_bits else dtype
 
 
 def _fp8_kernel(shape: tuple[int, int], dtype: torch.dtype) -> Any:
@@ -301,7 +305,7 @@ def unavailable(
     ``shape``: outputs and inputs of the weight.
     """
     outputs, inputs = shape
-    dtype = _computed_in(dtype)
+    dtype = _computed_in(dtype, precision == "int4" and Int4.in_16_bits)
     try:
         if precision == "int4":
             if inputs % group_size:
